@@ -1,0 +1,401 @@
+"""The typed config tree: every field a study can set, its type, its range and what it means.
+
+Hydra composes YAML into a plain dict; `load` turns the dict into a `Config`, or raises `UserError`
+with one sentence for the first field that is wrong. Nothing here imports torch; checks that need an
+architecture or a corpus live in `study/trial.py`.
+
+Fields marked `operational` change how a run is carried out, never what it computes, and stay out of
+the key that names a run.
+"""
+
+from __future__ import annotations
+
+import types
+import typing
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from ablate.errors import UserError, did_you_mean
+
+
+def operational(default: Any, description: str, **constraints: Any) -> Any:
+    """A field that is left out of the run's key."""
+    extra: Any = {"operational": True}
+    return Field(default, description=description, json_schema_extra=extra, **constraints)
+
+
+class Section(BaseModel):
+    """A part of the tree: frozen, strict about types, closed to unknown names."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class ArchConfig(Section):
+    """Which layers, in which order, how wide.
+
+    Options of a layer kind stand under the kind's name (`arch.mamba2.d_state`); they are checked
+    against the kind's own dataclass in `ablate/layers/`, so a user's kind has its place here too.
+    """
+
+    model_config = ConfigDict(extra="allow", frozen=True, strict=True)
+
+    name: str | None = Field(None, description="a published architecture's name, for the report")
+    pattern: str | None = Field(
+        None, description="the whole pattern, such as 'M-x6.*-'; null: made from the fields below"
+    )
+    n_layers: int = Field(24, ge=1, le=1024, description="residual layers, when made")
+    unit: str | None = Field(None, description="a unit repeated to n_layers, when made")
+    attention_share: float = Field(0.08, ge=0, le=1, description="attention layers / all layers")
+    mlp_share: float = Field(0.5, ge=0, le=1, description="MLP layers / all layers")
+    placement: Literal["published", "even", "front", "middle", "back"] = Field(
+        "published", description="where the attention layers go; published: the allocator's rule"
+    )
+    positions: list[int] | None = Field(
+        None, description="0-based indices of the attention layers, instead of a share"
+    )
+    mixer_letter: str = Field("M", description="the layer that fills the rest")
+    attention_letter: str = Field("*", description="the layer that attends")
+    mlp_letter: str = Field("-", description="the MLP layer")
+    d_model: int = Field(768, ge=8, description="width of the residual stream")
+    tie_embeddings: bool = Field(True, description="the output projection is the embedding")
+    norm_eps: float = Field(1e-5, gt=0, lt=1, description="epsilon of every RMSNorm")
+    init_std: float = Field(0.02, gt=0, lt=1, description="standard deviation of initial weights")
+    layers: list[str] = Field([], description="modules that register further layer kinds")
+    published: dict[str, float] = Field({}, description="published figures, shown by `cost`")
+
+    @model_validator(mode="after")
+    def _extras_are_options(self) -> ArchConfig:
+        for name, value in (self.model_extra or {}).items():
+            if not isinstance(value, dict):
+                known = list(type(self).model_fields)
+                raise ValueError(f"unknown field 'arch.{name}'{did_you_mean(name, known)}")
+        return self
+
+    @property
+    def options(self) -> dict[str, dict[str, Any]]:
+        """Options by layer kind name."""
+        return dict(self.model_extra or {})
+
+
+class TokenizerConfig(Section):
+    kind: Literal["byte", "bpe", "file"] = Field(
+        "byte", description="bytes, a BPE trained on the corpus, or a file"
+    )
+    vocab_size: int = Field(16384, ge=260, le=1_000_000, description="entries of the trained BPE")
+    path: str | None = Field(None, description="tokenizer.json, when kind is file")
+
+    @model_validator(mode="after")
+    def _path(self) -> TokenizerConfig:
+        if (self.kind == "file") != (self.path is not None):
+            raise ValueError(
+                "'path' must be a tokenizer.json when kind is 'file', and null otherwise"
+            )
+        return self
+
+
+class MQARConfig(Section):
+    """Multi-query associative recall rows (Arora et al. 2023, arXiv 2312.04927)."""
+
+    share: float = Field(0.0, ge=0, le=1, description="share of the rows of each training batch")
+    pairs: int = Field(8, ge=1, description="key-value pairs in a row")
+    length: int | None = Field(None, ge=4, description="tokens of a recall row; null: seq_len")
+    queries: int | None = Field(None, ge=1, description="queries in a row; null: one per pair")
+
+
+class HubConfig(Section):
+    name: str = Field("HuggingFaceFW/fineweb-edu", description="dataset on the Hugging Face hub")
+    subset: str | None = Field("sample-10BT", description="its configuration")
+    split: str = Field("train", description="its split")
+    text_field: str = Field("text", description="the column that holds the text")
+    revision: str | None = Field(None, description="commit of the dataset; null: the newest")
+
+
+class DataConfig(Section):
+    source: Literal["stdlib", "files", "hub"] = Field(
+        "stdlib", description="where the text comes from"
+    )
+    path: str | list[str] | None = Field(
+        None, description="folder, file or list, when source is files"
+    )
+    hub: HubConfig = HubConfig()
+    val_a_path: str | list[str] | None = Field(
+        None, description="given validation A, instead of a split"
+    )
+    val_b_path: str | list[str] | None = Field(
+        None, description="given validation B, instead of a split"
+    )
+    val_share: float = Field(0.03, gt=0, lt=0.5, description="share of documents in A, and in B")
+    max_bytes: int | None = Field(
+        None, ge=10_000, description="stop reading the text after so many bytes"
+    )
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    seq_len: int = Field(2048, ge=8, description="tokens a row")
+    reset_documents: bool = Field(False, description="layers do not see across documents in a row")
+    allow_repeats: bool = Field(False, description="more than four epochs over the text")
+    mqar: MQARConfig = MQARConfig()
+    cache: str = operational("~/.cache/ablate", "folder of tokenised text")
+    workers: int | None = operational(None, "processes that tokenise; null: one per core", ge=1)
+
+    @model_validator(mode="after")
+    def _cross(self) -> DataConfig:
+        if (self.source == "files") != (self.path is not None):
+            raise ValueError(
+                "'path' must be given when source is 'files' (data=files), and only then"
+            )
+        length = self.mqar.length or self.seq_len
+        if self.mqar.share and length > self.seq_len:
+            raise ValueError(f"'mqar.length' is {length}, longer than seq_len {self.seq_len}")
+        return self
+
+
+class TrainConfig(Section):
+    tokens: int | None = Field(None, ge=1, description="budget in tokens")
+    flops: float | None = Field(None, gt=0, description="budget in training FLOPs (contract)")
+    seconds: float | None = Field(None, gt=0, description="budget in seconds of training")
+    batch_size: int = Field(16, ge=1, description="rows an optimiser step, over all micro-batches")
+    micro_batch: int | None = operational(None, "rows a forward pass; null: the whole batch", ge=1)
+    lr: float = Field(3e-3, gt=0, le=10, description="peak learning rate")
+    schedule: Literal["cosine", "wsd", "constant"] = Field(
+        "cosine", description="after the warm-up"
+    )
+    warmup: float = Field(0.02, ge=0, lt=1, description="share of the budget")
+    decay: float = Field(0.2, gt=0, le=1, description="share of the budget that wsd decays over")
+    min_lr_ratio: float = Field(0.1, ge=0, le=1, description="final over peak learning rate")
+    weight_decay: float = Field(0.1, ge=0, description="AdamW's, on matrices only")
+    beta1: float = Field(0.9, ge=0, lt=1, description="AdamW's first moment decay")
+    beta2: float = Field(0.95, ge=0, lt=1, description="AdamW's second moment decay")
+    eps: float = Field(1e-8, gt=0, description="AdamW's epsilon")
+    clip: float = Field(1.0, gt=0, description="norm that gradients are clipped to")
+    z_loss: float = Field(0.0, ge=0, description="weight of the squared log-partition")
+    precision: Literal["auto", "bf16", "fp32"] = Field(
+        "auto", description="auto: bf16 on a GPU, fp32 on a CPU"
+    )
+    deterministic: bool = Field(True, description="bitwise equal reruns on the same hardware")
+    branch_from: str | None = Field(None, description="run folder of a wsd trunk to anneal from")
+    branch_at: int | None = Field(
+        None, ge=1, description="trunk step to branch at; null: its last kept one"
+    )
+    device: Literal["auto", "cpu", "cuda"] = operational("auto", "where to train")
+    threads: int = operational(1, "CPU threads of one trial", ge=1)
+    log_every: int = operational(10, "steps between metric lines", ge=1)
+    eval_every: int | None = operational(
+        None, "steps between validations on A; null: five in all", ge=1
+    )
+    checkpoint_seconds: float = operational(60.0, "seconds between checkpoints", gt=0)
+    checkpoint_steps: list[int] = operational(
+        [], "steps whose checkpoints are kept, to branch from"
+    )
+    keep: Literal["none", "weights", "all"] = operational("none", "what stays of the checkpoint")
+
+    @model_validator(mode="after")
+    def _budget(self) -> TrainConfig:
+        given = [n for n in ("tokens", "flops", "seconds") if getattr(self, n) is not None]
+        if len(given) != 1:
+            raise ValueError(
+                "exactly one budget of 'tokens', 'flops' and 'seconds' must be given, "
+                f"got {' and '.join(given) or 'none'}"
+            )
+        return self
+
+
+class EvaluateConfig(Section):
+    tokens: int | None = Field(
+        2_000_000, ge=1, description="validation tokens, of A and of B; null: all"
+    )
+    mqar_rows: int = Field(0, ge=0, description="held-out recall rows to score; 0: no recall score")
+    mqar_pairs: list[int] | None = Field(None, description="pairs to score; null: data.mqar.pairs")
+
+
+class SearchDimension(Section):
+    low: float | None = Field(None, description="lower end")
+    high: float | None = Field(None, description="upper end")
+    log: bool = Field(False, description="sample the logarithm")
+    step: float | None = Field(None, gt=0, description="grid of the values")
+    integer: bool = Field(False, description="whole numbers")
+    choices: list[Any] | None = Field(None, description="a list to choose from, instead of a range")
+
+    @model_validator(mode="after")
+    def _form(self) -> SearchDimension:
+        if self.choices is not None:
+            if self.low is not None or self.high is not None or not self.choices:
+                raise ValueError("a dimension has either 'choices' (not empty) or 'low' and 'high'")
+        elif self.low is None or self.high is None or not self.low < self.high:
+            raise ValueError("a dimension needs 'low' < 'high', or 'choices'")
+        elif self.log and self.low <= 0:
+            raise ValueError("a logarithmic dimension needs 'low' above 0")
+        return self
+
+
+class StudyConfig(Section):
+    name: str = Field(
+        "single", pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", description="folder under runs/"
+    )
+    question: str = Field("", description="what the study asks, in a sentence")
+    finding: str | None = Field(None, description="id of the published finding that it tests")
+    folder: str = operational("runs", "where studies live")
+    grid: dict[str, list[Any]] = Field(
+        {}, description="dotted field: values; all combinations are run"
+    )
+    arms: dict[str, dict[str, Any]] = Field(
+        {}, description="label: dotted fields; instead of or times a grid"
+    )
+    search: dict[str, SearchDimension] = Field(
+        {}, description="dotted field: range; Optuna samples it"
+    )
+    sampler: Literal["tpe", "random"] = Field("tpe", description="how a search samples")
+    n_trials: int | None = Field(None, ge=1, description="trials of a search")
+    seeds: list[int] = Field(
+        [], description="paired seeds; every cell runs with each; empty: [seed]"
+    )
+    x: str | None = Field(
+        None, description="field on the report's horizontal axis; null: the first factor"
+    )
+    prune: bool = Field(False, description="stop unpromising trials of a search early")
+    workers: int | None = operational(
+        None, "trials at a time; null: one per GPU or two cores' worth", ge=1
+    )
+    retry: Literal["none", "failed"] = operational("none", "failed: run failed trials again")
+    deadline: float | None = operational(
+        None, "minutes; no trial is started that cannot end in time", gt=0
+    )
+    storage: str | None = operational(
+        None, "Optuna storage URL; null: a journal file in the study's folder"
+    )
+
+    @model_validator(mode="after")
+    def _cross(self) -> StudyConfig:
+        if self.search and self.n_trials is None:
+            raise ValueError("'n_trials' must be given with 'search'")
+        if self.search and (self.grid or self.arms):
+            raise ValueError("'search' stands alone, without 'grid' and 'arms'")
+        for name, values in self.grid.items():
+            if not values:
+                raise ValueError(f"'grid.{name}' has no values, so it matches nothing")
+        if len(set(self.seeds)) != len(self.seeds) or any(s < 0 for s in self.seeds):
+            raise ValueError(f"'seeds' must be distinct and not negative, got {self.seeds}")
+        return self
+
+
+class TrackerConfig(Section):
+    kind: Literal["none", "wandb"] = Field(
+        "wandb", description="mirror of the metrics; never needed"
+    )
+    mode: Literal["offline", "online"] = Field("offline", description="online needs a W&B login")
+    project: str = Field("ablate", description="W&B project")
+    entity: str | None = Field(None, description="W&B team or user")
+
+
+class Config(Section):
+    """One study: what is shared by its trials, and what differs between them."""
+
+    arch: ArchConfig = ArchConfig()
+    data: DataConfig = DataConfig()
+    train: TrainConfig
+    evaluate: EvaluateConfig = EvaluateConfig()
+    study: StudyConfig = operational(StudyConfig(), "how the trials are made and run")
+    tracker: TrackerConfig = operational(TrackerConfig(), "where metrics are mirrored")
+    seed: int = Field(0, ge=0, lt=2**31, description="initial weights, data order, recall rows")
+
+
+def load(tree: Mapping[str, Any]) -> Config:
+    """A validated `Config`; `UserError` names the first field that is wrong."""
+    try:
+        return Config.model_validate(dict(tree))
+    except ValidationError as error:
+        raise UserError(_sentence(error)) from None
+
+
+def _sentence(error: ValidationError) -> str:
+    """One sentence out of pydantic's first complaint."""
+    first = error.errors()[0]
+    loc = [str(part) for part in first["loc"] if not str(part).endswith("]") and part not in _TYPES]
+    field = ".".join(loc)
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "extra_forbidden":
+        parent = Config.model_fields
+        section: Any = Config
+        for part in loc[:-1]:
+            section = _section_of(section.model_fields[part].annotation) if part in parent else None
+            parent = section.model_fields if section else {}
+        return f"unknown field '{field}'{did_you_mean(loc[-1], parent)}"
+    if first["type"] == "missing":
+        return f"field '{field}' is missing"
+    if first["type"] == "value_error":
+        return f"{field}: {message}" if field else message
+    return f"field '{field}' is {first['input']!r}: {message[0].lower()}{message[1:]}"
+
+
+_TYPES = {"str", "int", "float", "bool", "none", "list", "dict", "function-after"}
+
+S = TypeVar("S", bound=Section)
+
+
+def _section_of(annotation: Any) -> type[Section] | None:
+    """The Section class in an annotation such as `X | None`, if there is one."""
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return annotation
+    if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is typing.Union:
+        return next((s for a in typing.get_args(annotation) if (s := _section_of(a))), None)
+    return None
+
+
+def fields(section: type[Section] = Config, prefix: str = "") -> Iterator[tuple[str, Any, bool]]:
+    """Every leaf as (dotted name, pydantic field, operational or not)."""
+    for name, info in section.model_fields.items():
+        is_operational = bool(
+            isinstance(info.json_schema_extra, dict) and info.json_schema_extra.get("operational")
+        )
+        inner = _section_of(info.annotation)
+        if inner is None:
+            yield prefix + name, info, is_operational
+        else:
+            for dotted, leaf, leaf_operational in fields(inner, f"{prefix}{name}."):
+                yield dotted, leaf, is_operational or leaf_operational
+
+
+def science(config: Config) -> dict[str, Any]:
+    """The config without its operational fields, as plain data (nested dict)."""
+    tree = config.model_dump(mode="json")
+    for dotted, _, is_operational in fields():
+        if is_operational:
+            *parents, leaf = dotted.split(".")
+            node: Any = tree
+            for part in parents:
+                node = node.get(part, {})
+            node.pop(leaf, None)
+    return {name: section for name, section in tree.items() if section != {}}
+
+
+def override(tree: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of a plain config dict with dotted fields set; `UserError` for an unknown field."""
+    result: dict[str, Any] = _copy(tree)
+    for dotted, value in changes.items():
+        *parents, leaf = dotted.split(".")
+        node: Any = result
+        for depth, part in enumerate(parents):
+            if not isinstance(node.get(part), dict):
+                where = ".".join(parents[: depth + 1])
+                raise UserError(f"unknown field '{where}' in '{dotted}'{did_you_mean(part, node)}")
+            node = node[part]
+        if leaf not in node:
+            raise UserError(f"unknown field '{dotted}'{did_you_mean(leaf, node)}")
+        node[leaf] = _copy(value)
+    return result
+
+
+def get(tree: Mapping[str, Any], dotted: str) -> Any:
+    """The value of a dotted field of a plain config dict, or None where it is not there."""
+    node: Any = tree
+    for part in dotted.split("."):
+        if not isinstance(node, Mapping) or part not in node:
+            return None
+        node = node[part]
+    return node
+
+
+def _copy(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {k: _copy(v) for k, v in value.items()}
+    return [_copy(v) for v in value] if isinstance(value, list) else value

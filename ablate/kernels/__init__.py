@@ -1,0 +1,27 @@
+"""The operations models are made of, each with a plain PyTorch form and, on a GPU, Triton kernels.
+
+Import from here (`from ablate.kernels import ssd`): several operations share the name of their
+module, and the names below are always the functions. Nothing here imports Triton by itself.
+"""
+
+from __future__ import annotations
+
+from ablate.kernels.attention import attention, attention_step
+from ablate.kernels.conv1d import causal_conv1d, causal_conv1d_step
+from ablate.kernels.cross_entropy import linear_cross_entropy
+from ablate.kernels.norm import gated_rms_norm, rms_norm
+from ablate.kernels.rotary import rotary
+from ablate.kernels.selective_scan import selective_scan, selective_scan_step
+
+__all__ = [
+    "attention",
+    "attention_step",
+    "causal_conv1d",
+    "causal_conv1d_step",
+    "gated_rms_norm",
+    "linear_cross_entropy",
+    "rms_norm",
+    "rotary",
+    "selective_scan",
+    "selective_scan_step",
+]

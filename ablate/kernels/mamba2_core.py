@@ -1,0 +1,125 @@
+"""Everything between the in-projection and the out-projection of a Mamba-2 layer, as one operation
+(Dao and Gu, arXiv:2405.21060, section 7; the layout is that of the published checkpoints).
+
+The projection's output holds, along its last axis, z (I), x (I), B (G N), C (G N) and dt (H), where
+I = H P is the inner width. Then
+
+    x, B, C = silu(conv1d(x, B, C))            causal, depthwise
+    y       = ssd(x, softplus(dt + dt_bias), -exp(A_log), B, C, D)
+    out     = rms_norm(y * silu(z)) * norm_weight         (or y * silu(z) without a norm weight)
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ablate.kernels.ssd import ssd, ssd_chunked
+
+
+def inner_width(width_E: int, head_dim: int, n_groups: int, d_state: int) -> int:
+    """I of a projection of width E = 2 I + 2 G N + I / P."""
+    inner, rest = divmod((width_E - 2 * n_groups * d_state) * head_dim, 2 * head_dim + 1)
+    if rest or inner <= 0 or inner % head_dim:
+        raise ValueError(
+            f"mamba2_core: the last axis of zxbcdt is {width_E}, no whole number of heads of "
+            f"{head_dim} with {n_groups} groups of state {d_state} gives that width"
+        )
+    return inner
+
+
+def mamba2_core_reference(
+    zxbcdt_BLE: Tensor,
+    conv_weight_CK: Tensor,
+    conv_bias_C: Tensor | None,
+    dt_bias_H: Tensor,
+    A_log_H: Tensor,
+    D_H: Tensor,
+    norm_weight_I: Tensor | None,
+    *,
+    head_dim: int,
+    n_groups: int,
+    d_state: int,
+    eps: float = 1e-5,
+    norm_group_size: int | None = None,
+    doc_start_BL: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """The operation as a composition of the separate ones. Arguments as in `mamba2_core`."""
+    from ablate.kernels.conv1d import causal_conv1d
+    from ablate.kernels.norm import gated_rms_norm
+
+    inner = inner_width(zxbcdt_BLE.shape[-1], head_dim, n_groups, d_state)
+    n_heads, shared = inner // head_dim, n_groups * d_state
+    z, xbc, dt = zxbcdt_BLE.split((inner, inner + 2 * shared, n_heads), dim=-1)
+    xbc = causal_conv1d(
+        xbc, conv_weight_CK, conv_bias_C, activation="silu", doc_start_BL=doc_start_BL
+    )
+    x, B, C = xbc.split((inner, shared, shared), dim=-1)
+    scan = ssd_chunked if backend == "reference" else ssd
+    y = scan(
+        x.unflatten(-1, (n_heads, head_dim)),
+        dt,
+        -torch.exp(A_log_H.to(torch.promote_types(A_log_H.dtype, torch.float32))),
+        B.unflatten(-1, (n_groups, d_state)),
+        C.unflatten(-1, (n_groups, d_state)),
+        D_H,
+        dt_bias_H=dt_bias_H,
+        dt_softplus=True,
+        doc_start_BL=doc_start_BL,
+    )
+    assert isinstance(y, Tensor)
+    y = y.flatten(2)
+    if norm_weight_I is None:
+        return y * F.silu(z)
+    return gated_rms_norm(y, z, norm_weight_I, eps=eps, group_size=norm_group_size)
+
+
+def mamba2_core(
+    zxbcdt_BLE: Tensor,
+    conv_weight_CK: Tensor,
+    conv_bias_C: Tensor | None,
+    dt_bias_H: Tensor,
+    A_log_H: Tensor,
+    D_H: Tensor,
+    norm_weight_I: Tensor | None,
+    *,
+    head_dim: int,
+    n_groups: int,
+    d_state: int,
+    eps: float = 1e-5,
+    norm_group_size: int | None = None,
+    doc_start_BL: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """The core of a Mamba-2 layer (module docstring); returns y_BLI in the projection's type.
+
+    Args:
+        zxbcdt_BLE: output of the in-projection, order z, x, B, C, dt.
+        conv_weight_CK, conv_bias_C: depthwise taps of the C = I + 2 G N channels x, B, C.
+        dt_bias_H, A_log_H, D_H: per head; the decay rate is -exp(A_log); D may be (H, P).
+        norm_weight_I: weight of the gated RMSNorm, None for the gate alone.
+        head_dim, n_groups, d_state: P, G, N.
+        norm_group_size: width that shares one root mean square, None for all of I.
+        doc_start_BL: first token of each position's document, resets convolution and state.
+
+    Raises:
+        ValueError: the width is no whole number of heads.
+    """
+    return mamba2_core_reference(
+        zxbcdt_BLE,
+        conv_weight_CK,
+        conv_bias_C,
+        dt_bias_H,
+        A_log_H,
+        D_H,
+        norm_weight_I,
+        head_dim=head_dim,
+        n_groups=n_groups,
+        d_state=d_state,
+        eps=eps,
+        norm_group_size=norm_group_size,
+        doc_start_BL=doc_start_BL,
+        backend=backend,
+    )

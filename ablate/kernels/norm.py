@@ -1,0 +1,102 @@
+"""RMS normalisation: plain, fused with the residual addition, and gated per group.
+
+RMSNorm is arXiv:1910.07467; the gated form is Mamba-2's (arXiv:2405.21060, section 7).
+All arithmetic is float32 (float64 for float64 inputs), whatever the dtype of the data.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from ablate.kernels.dispatch import compute_dtype, use_triton
+
+
+def rms_norm_reference(
+    x: torch.Tensor,
+    weight_D: torch.Tensor | None,
+    *,
+    eps: float = 1e-5,
+    residual: torch.Tensor | None = None,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """The definition, differentiated by autograd; see `rms_norm`."""
+    total = x if residual is None else x + residual
+    wide = total.to(compute_dtype(total))
+    y = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    if weight_D is not None:
+        y = y * weight_D
+    y = y.to(x.dtype)
+    return y if residual is None else (y, total)
+
+
+def rms_norm(
+    x: torch.Tensor,
+    weight_D: torch.Tensor | None,
+    *,
+    eps: float = 1e-5,
+    residual: torch.Tensor | None = None,
+    backend: str | None = None,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """x / rms(x) * weight over the last dimension.
+
+    x: (..., D); weight_D: (D,) or None for no weight; residual: like x, of any float dtype.
+    Returns y in x's dtype; with a residual, (y, residual_out) where residual_out = x + residual in
+    the promoted dtype and y = norm(residual_out).
+    """
+    supported = x.dtype != torch.float64 and x.numel() > 0 and x.shape[-1] <= 16384
+    if use_triton(backend, x, supported=supported):
+        from ablate.kernels.norm_triton import rms_norm_triton
+
+        return rms_norm_triton(x, weight_D, eps, residual)
+    return rms_norm_reference(x, weight_D, eps=eps, residual=residual)
+
+
+def gated_rms_norm_reference(
+    x_BLD: torch.Tensor,
+    z_BLD: torch.Tensor,
+    weight_D: torch.Tensor | None,
+    *,
+    eps: float = 1e-5,
+    group_size: int | None = None,
+    norm_before_gate: bool = False,
+) -> torch.Tensor:
+    """The definition, differentiated by autograd; see `gated_rms_norm`."""
+    group = group_size or x_BLD.shape[-1]
+    x = x_BLD.to(compute_dtype(x_BLD))
+    gate = F.silu(z_BLD.to(x.dtype))
+    y = x if norm_before_gate else x * gate
+    grouped = y.unflatten(-1, (-1, group))
+    y = (grouped * torch.rsqrt(grouped.square().mean(-1, keepdim=True) + eps)).flatten(-2)
+    if weight_D is not None:
+        y = y * weight_D
+    return (y * gate if norm_before_gate else y).to(x_BLD.dtype)
+
+
+def gated_rms_norm(
+    x_BLD: torch.Tensor,
+    z_BLD: torch.Tensor,
+    weight_D: torch.Tensor | None,
+    *,
+    eps: float = 1e-5,
+    group_size: int | None = None,
+    norm_before_gate: bool = False,
+    backend: str | None = None,
+) -> torch.Tensor:
+    """Mamba-2's output norm: norm(x * silu(z)) * weight, or norm(x) * weight * silu(z).
+
+    x_BLD, z_BLD: (..., D), any leading dimensions, last one contiguous; weight_D: (D,) or None.
+    group_size: width of one normalisation group, a divisor of D (None: all of D).
+    norm_before_gate: False is norm(x * silu(z)) as Mamba-2 trains it, True the other order.
+    """
+    width = x_BLD.shape[-1]
+    group = group_size or width
+    if width % group:
+        raise ValueError(f"group_size={group_size} does not divide the width {width}")
+    supported = x_BLD.dtype != torch.float64 and x_BLD.numel() > 0 and group <= 16384
+    if use_triton(backend, x_BLD, supported=supported):
+        from ablate.kernels.norm_triton import gated_rms_norm_triton
+
+        return gated_rms_norm_triton(x_BLD, z_BLD, weight_D, eps, group, norm_before_gate)
+    return gated_rms_norm_reference(
+        x_BLD, z_BLD, weight_D, eps=eps, group_size=group, norm_before_gate=norm_before_gate
+    )

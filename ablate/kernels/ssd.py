@@ -1,0 +1,296 @@
+"""State-space duality: the scan of Mamba-2 (Dao and Gu, arXiv:2405.21060, sections 3 and 6).
+
+For every head, with a state of P x N numbers that starts at `initial_state` or zero,
+
+    dt_t = softplus(dt_t + dt_bias)            (bias and softplus optional)
+    h_t  = exp(dt_t A) h_{t-1} + dt_t x_t B_t^T
+    y_t  = h_t C_t + D x_t
+
+Legend: B batch, L length, H heads, P head dim, G groups (H % G == 0; the heads of a group share B
+and C), N state. Chunks: c number, Q length.
+
+`doc_start_BL` (int32) holds, for each position, the index within its row of the first token of its
+document. The state is reset where doc_start[b, t] == t; a document that continues from an earlier
+segment has doc_start < 0, and it alone sees `initial_state`. Without it nothing is reset.
+
+RetNet's retention is this scan with dt = 1, A = log(decay) and one group per head.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ablate.kernels.dispatch import compute_dtype, use_triton
+
+CHUNK = 64  # tile of the chunked forms; the Triton kernels use the same
+
+
+def _prepare_dt(
+    dt: Tensor, dt_bias_H: Tensor | None, dt_softplus: bool, dtype: torch.dtype
+) -> Tensor:
+    dt = dt.to(dtype)
+    if dt_bias_H is not None:
+        dt = dt + dt_bias_H.to(dtype)
+    return F.softplus(dt) if dt_softplus else dt
+
+
+def _check(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None) -> None:
+    b, length, n_heads, head_dim = x.shape
+    if dt.shape != (b, length, n_heads):
+        raise ValueError(
+            f"ssd: dt has shape {tuple(dt.shape)}, it must be {(b, length, n_heads)} like x"
+        )
+    if A.shape != (n_heads,):
+        raise ValueError(f"ssd: A has shape {tuple(A.shape)}, it must be ({n_heads},), one a head")
+    if B.shape != C.shape or B.shape[:2] != (b, length):
+        raise ValueError(
+            f"ssd: B {tuple(B.shape)} and C {tuple(C.shape)} must both be (batch, length, groups, "
+            f"state) with batch {b} and length {length}"
+        )
+    if n_heads % B.shape[2]:
+        raise ValueError(f"ssd: {n_heads} heads cannot be shared out over {B.shape[2]} groups")
+    if D is not None and D.shape not in ((n_heads,), (n_heads, head_dim)):
+        raise ValueError(
+            f"ssd: D has shape {tuple(D.shape)}, it must be ({n_heads},) or {(n_heads, head_dim)}"
+        )
+
+
+def _skip(y: Tensor, x: Tensor, D: Tensor | None) -> Tensor:
+    """y + D x for (..., H, P) tensors and D of shape (H,) or (H, P)."""
+    if D is None:
+        return y
+    D = D.to(y.dtype)
+    return torch.addcmul(y, x, D if D.ndim == 2 else D[:, None])
+
+
+def ssd_recurrent(
+    x_BLHP: Tensor,
+    dt_BLH: Tensor,
+    A_H: Tensor,
+    B_BLGN: Tensor,
+    C_BLGN: Tensor,
+    D_H: Tensor | None = None,
+    *,
+    dt_bias_H: Tensor | None = None,
+    dt_softplus: bool = False,
+    initial_state_BHPN: Tensor | None = None,
+    return_final_state: bool = False,
+    doc_start_BL: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """The definition, one token at a time: the oracle of the other forms. Arguments as in `ssd`."""
+    _check(x_BLHP, dt_BLH, A_H, B_BLGN, C_BLGN, D_H)
+    b, length, n_heads, head_dim = x_BLHP.shape
+    dtype = compute_dtype(x_BLHP)
+    repeat = n_heads // B_BLGN.shape[2]
+    x = x_BLHP.to(dtype)
+    dt = _prepare_dt(dt_BLH, dt_bias_H, dt_softplus, dtype)
+    decay = torch.exp(dt * A_H.to(dtype))
+    if doc_start_BL is not None:
+        here = torch.arange(length, device=x.device)
+        decay = decay.masked_fill((doc_start_BL == here)[..., None], 0.0)
+    B = B_BLGN.to(dtype).repeat_interleave(repeat, dim=2)
+    C = C_BLGN.to(dtype).repeat_interleave(repeat, dim=2)
+    if initial_state_BHPN is None:
+        state = x.new_zeros(b, n_heads, head_dim, B.shape[3])
+    else:
+        state = initial_state_BHPN.to(dtype)
+    ys = []
+    for t in range(length):
+        update = (dt[:, t, :, None] * x[:, t])[..., None] * B[:, t, :, None, :]
+        state = decay[:, t, :, None, None] * state + update
+        ys.append((state * C[:, t, :, None, :]).sum(-1))
+    y = _skip(torch.stack(ys, dim=1), x, D_H).to(x_BLHP.dtype)
+    return (y, state) if return_final_state else y
+
+
+def ssd_chunked(
+    x_BLHP: Tensor,
+    dt_BLH: Tensor,
+    A_H: Tensor,
+    B_BLGN: Tensor,
+    C_BLGN: Tensor,
+    D_H: Tensor | None = None,
+    *,
+    dt_bias_H: Tensor | None = None,
+    dt_softplus: bool = False,
+    initial_state_BHPN: Tensor | None = None,
+    return_final_state: bool = False,
+    doc_start_BL: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """The quadratic form inside chunks, the recurrence between them (paper, section 6), in plain
+    PyTorch that autograd differentiates. Arguments as in `ssd`.
+
+    A sequence no longer than a chunk never builds a state. Every exponent is a sum of dt A over a
+    span, at most zero: differences of cumulative sums that round above zero are cut back, and
+    excluded pairs are -inf before the exponential, so neither values nor gradients overflow.
+    """
+    _check(x_BLHP, dt_BLH, A_H, B_BLGN, C_BLGN, D_H)
+    b, length, n_heads, head_dim = x_BLHP.shape
+    groups, n_state = B_BLGN.shape[2:]
+    per_group = n_heads // groups
+    dtype = compute_dtype(x_BLHP)
+    chunk = min(length, CHUNK)
+    n_chunks = -(-length // chunk)
+    pad = n_chunks * chunk - length
+
+    x = x_BLHP.to(dtype)
+    dt = _prepare_dt(dt_BLH, dt_bias_H, dt_softplus, dtype)
+    B, C = B_BLGN.to(dtype), C_BLGN.to(dtype)
+    skip_x = x
+    doc_start = doc_start_BL
+    if pad:  # dt = 0 leaves the state as it is
+        x, B, C = (F.pad(v, (0, 0, 0, 0, 0, pad)) for v in (x, B, C))
+        dt = F.pad(dt, (0, 0, 0, pad))
+        if doc_start is not None:
+            doc_start = torch.cat((doc_start, doc_start[:, -1:].expand(b, pad)), dim=1)
+
+    # Heads before time, time last: (B, c, G, H/G, P, Q), so that a group's heads fold into one
+    # matrix against the shared B and C.
+    x = x.view(b, n_chunks, chunk, groups, per_group, head_dim).permute(0, 1, 3, 4, 5, 2)
+    dt = dt.view(b, n_chunks, chunk, groups, per_group).permute(0, 1, 3, 4, 2)
+    B = B.view(b, n_chunks, chunk, groups, n_state).transpose(2, 3)  # (B, c, G, Q, N)
+    C = C.view(b, n_chunks, chunk, groups, n_state).transpose(2, 3)
+    cum = torch.cumsum(dt * A_H.to(dtype).view(groups, per_group, 1), dim=-1)  # (B, c, G, H/G, Q)
+    xdt = x * dt[..., None, :]
+
+    # decay[s, t] = exp(cum_t - cum_s) for s <= t of one document. The bound that cuts the exponent
+    # is the smallest positive number, not zero, because `minimum` halves the gradient of a tie, and
+    # a span with dt = 0 ties with zero. On the diagonal it is just below zero: exp gives 1, and no
+    # gradient flows that would only cancel.
+    index = torch.arange(chunk, device=x.device)
+    allowed = index[:, None] <= index
+    if doc_start is not None:
+        position = torch.arange(n_chunks * chunk, device=x.device).view(n_chunks, 1, 1, chunk)
+        start = doc_start.view(b, n_chunks, 1, 1, chunk)
+        allowed = allowed & (position[..., None] >= start[..., None, :])
+    tiny = torch.finfo(dtype).tiny
+    bound = torch.full((chunk, chunk), tiny, dtype=dtype, device=x.device)
+    bound.fill_diagonal_(-tiny)
+    bound = torch.where(allowed, bound, -torch.inf)
+    decay = torch.exp(torch.minimum(cum[..., None, :] - cum[..., :, None], bound))
+    weight = decay * torch.matmul(B, C.transpose(-1, -2))[:, :, :, None]
+    y = torch.matmul(xdt, weight)  # (B, c, G, H/G, P, Q)
+
+    state: Tensor | None = None
+    if n_chunks > 1 or initial_state_BHPN is not None or return_final_state:
+        # What a chunk adds to the state at its end, what a position sees of the state before the
+        # chunk, and what the chunk keeps of it.
+        added = xdt * decay[..., None, :, -1]
+        from_start = torch.exp(cum)
+        if doc_start is not None:
+            from_start = from_start * (start < position[..., :1])
+        keep = from_start[..., -1]  # (B, c, G, H/G)
+        fold = (b, n_chunks, groups, per_group * head_dim)
+        added = torch.matmul(added.reshape(*fold, chunk), B)
+        added = added.view(b, n_chunks, groups, per_group, head_dim, n_state)
+        if initial_state_BHPN is None:
+            state = torch.zeros_like(added[:, 0])
+        else:
+            state = initial_state_BHPN.to(dtype).view(b, groups, per_group, head_dim, n_state)
+        entering = []
+        for c in range(n_chunks):
+            entering.append(state)
+            state = torch.addcmul(added[:, c], state, keep[:, c, ..., None, None])
+        if n_chunks > 1 or initial_state_BHPN is not None:
+            seen = torch.matmul(
+                torch.stack(entering, dim=1).reshape(*fold, n_state), C.transpose(-1, -2)
+            )
+            seen = seen.view(b, n_chunks, groups, per_group, head_dim, chunk)
+            y = torch.addcmul(y, seen, from_start[..., None, :])
+
+    y = y.permute(0, 1, 5, 2, 3, 4).reshape(b, n_chunks * chunk, n_heads, head_dim)
+    y = _skip(y[:, :length], skip_x, D_H).to(x_BLHP.dtype)
+    if not return_final_state:
+        return y
+    assert state is not None
+    return y, state.reshape(b, n_heads, head_dim, n_state)
+
+
+def triton_supports(x_BLHP: Tensor, B_BLGN: Tensor) -> bool:
+    """Whether the Triton kernels run this case."""
+    return False
+
+
+def ssd(
+    x_BLHP: Tensor,
+    dt_BLH: Tensor,
+    A_H: Tensor,
+    B_BLGN: Tensor,
+    C_BLGN: Tensor,
+    D_H: Tensor | None = None,
+    *,
+    dt_bias_H: Tensor | None = None,
+    dt_softplus: bool = False,
+    initial_state_BHPN: Tensor | None = None,
+    return_final_state: bool = False,
+    doc_start_BL: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Mamba-2's scan (module docstring).
+
+    Args:
+        x_BLHP: inputs, any floating type.
+        dt_BLH: step sizes; they must be positive after bias and softplus.
+        A_H: decay rates, negative.
+        B_BLGN, C_BLGN: input and output maps of each group of heads.
+        D_H: skip weights, (H,) or (H, P).
+        initial_state_BHPN: state before the first token.
+        return_final_state: also return the state after the last token.
+        doc_start_BL: first token of each position's document.
+        backend: None chooses; "triton" or "reference" (chunked PyTorch) insist.
+
+    Returns:
+        y_BLHP in x's type, or (y_BLHP, state_BHPN) with the state in float32 (float64 for float64).
+
+    Raises:
+        ValueError: shapes do not fit, or the named backend cannot run the case.
+    """
+    form = ssd_chunked
+    if use_triton(backend, x_BLHP, supported=triton_supports(x_BLHP, B_BLGN)):
+        from ablate.kernels.ssd_triton import ssd_triton
+
+        form = ssd_triton
+    return form(
+        x_BLHP,
+        dt_BLH,
+        A_H,
+        B_BLGN,
+        C_BLGN,
+        D_H,
+        dt_bias_H=dt_bias_H,
+        dt_softplus=dt_softplus,
+        initial_state_BHPN=initial_state_BHPN,
+        return_final_state=return_final_state,
+        doc_start_BL=doc_start_BL,
+    )
+
+
+def ssd_step(
+    x_BHP: Tensor,
+    dt_BH: Tensor,
+    A_H: Tensor,
+    B_BGN: Tensor,
+    C_BGN: Tensor,
+    D_H: Tensor | None = None,
+    *,
+    dt_bias_H: Tensor | None = None,
+    dt_softplus: bool = False,
+    state_BHPN: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """One token of the scan, for decoding: returns (y_BHP, the new state in the state's type)."""
+    n_heads = x_BHP.shape[1]
+    repeat = n_heads // B_BGN.shape[1]
+    dtype = compute_dtype(x_BHP)
+    x = x_BHP.to(dtype)
+    dt = _prepare_dt(dt_BH, dt_bias_H, dt_softplus, dtype)
+    B = B_BGN.to(dtype).repeat_interleave(repeat, dim=1)
+    C = C_BGN.to(dtype).repeat_interleave(repeat, dim=1)
+    decay = torch.exp(dt * A_H.to(dtype))
+    state = state_BHPN.to(dtype) * decay[..., None, None]
+    state = torch.addcmul(state, (x * dt[..., None])[..., None], B[:, :, None, :])
+    y = torch.matmul(state, C[..., None]).squeeze(-1)
+    return _skip(y, x, D_H).to(x_BHP.dtype), state.to(state_BHPN.dtype)

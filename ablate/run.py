@@ -1,0 +1,215 @@
+"""The run folder: names, schema, atomic writes, reading back.
+
+    runs/<study>/<key>/
+        config.yaml        the resolved config, enough to run it again
+        environment.json   versions, commit, hardware, data fingerprint
+        status.json        state, cause of failure, generation
+        metrics.jsonl      one line per logged step
+        result.json        final figures; written last and atomically
+        checkpoint/        safetensors + training state
+        evaluation/        one JSON per task, with per-item scores
+        lock               held by the process that works here, freed by its death
+
+A run is finished when `result.json` is there; everything else can be lost and made again. Nothing
+else in the library knows a file name of this folder.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from filelock import FileLock, Timeout
+
+State = Literal["created", "running", "done", "failed", "pruned", "interrupted"]
+
+
+class StaleWriter(RuntimeError):
+    """Another process has taken this run over; what this one computes is not wanted any more."""
+
+
+def atomic_write(path: Path, text: str | bytes) -> None:
+    """Write a file; a reader, or a crash at any moment, finds the old or the new content whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    data = text.encode() if isinstance(text, str) else text
+    fd, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(fd, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: Path, value: Any) -> None:
+    """`atomic_write` of JSON; NaN and infinities become null, which strict readers accept."""
+    atomic_write(path, json.dumps(_finite(value), indent=1, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Parsed JSON, or None where the file is missing or damaged."""
+    try:
+        return json.loads(path.read_text())
+    except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError, UnicodeDecodeError):
+        return None
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if value - value == 0 else None
+    if isinstance(value, Mapping):
+        return {str(k): _finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(v) for v in value]
+    return value
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """One run's folder. Cheap to make; touches the disk only through its methods."""
+
+    path: Path
+
+    @property
+    def key(self) -> str:
+        return self.path.name
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.path / "checkpoint"
+
+    # --- reading -------------------------------------------------------------------------------
+
+    def config(self) -> dict[str, Any] | None:
+        try:
+            return yaml.safe_load((self.path / "config.yaml").read_text())
+        except (OSError, yaml.YAMLError):
+            return None
+
+    def environment(self) -> dict[str, Any]:
+        return read_json(self.path / "environment.json") or {}
+
+    def status(self) -> dict[str, Any]:
+        return read_json(self.path / "status.json") or {"state": "created", "generation": 0}
+
+    def result(self) -> dict[str, Any] | None:
+        """Final figures, or None while the run is not finished."""
+        return read_json(self.path / "result.json")
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """Logged steps in order; a line torn by a crash is skipped."""
+        rows = []
+        try:
+            lines = (self.path / "metrics.jsonl").read_text().splitlines()
+        except (OSError, UnicodeDecodeError):
+            return []
+        for line in lines:
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError:
+                continue
+        return rows
+
+    def evaluation(self, task: str) -> dict[str, Any] | None:
+        return read_json(self.path / "evaluation" / f"{task}.json")
+
+    # --- writing -------------------------------------------------------------------------------
+
+    def lock(self, timeout: float = 0) -> FileLock:
+        """Take the folder for this process; `filelock.Timeout` when another live process has it."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(self.path / "lock", timeout=timeout)
+        lock.acquire()
+        return lock
+
+    def is_held(self) -> bool:
+        """Whether a live process works in this folder."""
+        if not (self.path / "lock").exists():
+            return False
+        try:
+            self.lock().release()
+        except Timeout:
+            return True
+        return False
+
+    def create(self, config: Mapping[str, Any]) -> None:
+        """Write the resolved config; a folder that has one keeps it."""
+        if self.config() is None:
+            text = yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True)
+            atomic_write(self.path / "config.yaml", text)
+
+    def write_environment(self, environment: Mapping[str, Any]) -> None:
+        write_json(self.path / "environment.json", environment)
+
+    def begin(self, **fields: Any) -> int:
+        """Mark the run as running under a new generation, which is returned."""
+        generation = int(self.status().get("generation", 0)) + 1
+        self._status("running", generation, None, fields)
+        return generation
+
+    def end(self, state: State, generation: int, cause: str | None = None, **fields: Any) -> None:
+        """Mark how the run ended; `StaleWriter` when a newer generation has begun."""
+        self.check(generation)
+        self._status(state, generation, cause, fields)
+
+    def check(self, generation: int) -> None:
+        """`StaleWriter` unless `generation` is the newest."""
+        newest = int(self.status().get("generation", 0))
+        if newest != generation:
+            raise StaleWriter(f"run {self.key}: generation {generation} was replaced by {newest}")
+
+    def _status(
+        self, state: State, generation: int, cause: str | None, fields: Mapping[str, Any]
+    ) -> None:
+        status = {
+            "state": state,
+            "generation": generation,
+            "cause": cause,
+            "pid": os.getpid(),
+            "time": time.time(),
+        }
+        write_json(self.path / "status.json", {**status, **fields})
+
+    def append_metrics(self, row: Mapping[str, Any]) -> None:
+        """One line, one write: a crash tears at most the last line."""
+        line = json.dumps(_finite(row), allow_nan=False) + "\n"
+        with (self.path / "metrics.jsonl").open("a") as file:
+            file.write(line)
+
+    def rewind_metrics(self, step: int) -> None:
+        """Drop lines after `step`, as a resumed run will log them again."""
+        rows = [row for row in self.metrics() if row.get("step", 0) <= step]
+        atomic_write(self.path / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+
+    def write_evaluation(self, task: str, value: Mapping[str, Any]) -> None:
+        write_json(self.path / "evaluation" / f"{task}.json", value)
+
+    def write_result(self, result: Mapping[str, Any], generation: int) -> None:
+        """The last write of a run: from here on it is finished."""
+        self.check(generation)
+        write_json(self.path / "result.json", result)
+
+    def remove_checkpoint(self) -> None:
+        shutil.rmtree(self.checkpoint, ignore_errors=True)
+
+
+def find_runs(path: Path) -> Iterator[RunFolder]:
+    """Run folders at, or directly below, `path`, in name order."""
+    if (path / "config.yaml").is_file():
+        yield RunFolder(path)
+        return
+    if path.is_dir():
+        for child in sorted(path.iterdir()):
+            if (child / "config.yaml").is_file():
+                yield RunFolder(child)
