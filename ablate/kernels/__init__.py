@@ -9,9 +9,11 @@ from __future__ import annotations
 from ablate.kernels.attention import attention, attention_step
 from ablate.kernels.conv1d import causal_conv1d, causal_conv1d_step
 from ablate.kernels.cross_entropy import linear_cross_entropy
+from ablate.kernels.mamba2_core import mamba2_core
 from ablate.kernels.norm import gated_rms_norm, rms_norm
 from ablate.kernels.rotary import rotary
 from ablate.kernels.selective_scan import selective_scan, selective_scan_step
+from ablate.kernels.ssd import ssd, ssd_step
 
 __all__ = [
     "attention",
@@ -20,8 +22,11 @@ __all__ = [
     "causal_conv1d_step",
     "gated_rms_norm",
     "linear_cross_entropy",
+    "mamba2_core",
     "rms_norm",
     "rotary",
     "selective_scan",
     "selective_scan_step",
+    "ssd",
+    "ssd_step",
 ]

@@ -1,0 +1,56 @@
+"""Comparing an operation with its oracle: values and the gradient of every input, norm-wise."""
+
+from __future__ import annotations
+
+import torch
+
+
+def error(out: torch.Tensor, ref: torch.Tensor) -> float:
+    """Norm of the difference over the norm of the reference; infinite when anything is not finite."""
+    out, ref = out.double().cpu(), ref.double().cpu()
+    if not bool(torch.isfinite(out).all()):
+        return float("inf")
+    return float((out - ref).norm() / ref.norm().clamp(min=1e-12))
+
+
+def leaves(tensors: dict, dtype: torch.dtype | None = None, device: str | None = None) -> dict:
+    """Fresh leaves that require gradients (floats only); None stays."""
+    result = {}
+    for name, t in tensors.items():
+        if t is None or not t.is_floating_point():
+            result[name] = t if t is None else t.to(device=device)
+        else:
+            new = t.detach().to(device=device, dtype=dtype or t.dtype).clone()
+            result[name] = new.requires_grad_(t.requires_grad)
+    return result
+
+
+def run(fn, tensors: dict, seed: int = 0, **options) -> tuple[list, dict]:
+    """Outputs of fn(**tensors) and the gradients of every leaf for fixed random output gradients."""
+    out = fn(**tensors, **options)
+    outs = out if isinstance(out, tuple) else (out,)
+    generator = torch.Generator().manual_seed(seed)
+    total = 0
+    for o in outs:
+        weight = torch.randn(o.shape, generator=generator, dtype=torch.float64)
+        total = total + (o * weight.to(o.device, o.dtype)).sum()
+    total.backward()
+    grads = {k: t.grad for k, t in tensors.items() if t is not None and t.requires_grad}
+    return [o.detach() for o in outs], grads
+
+
+def compare(
+    fn, oracle, tensors: dict, *, limit: float, dtype=torch.float64, device=None, **options
+):
+    """Asserts that fn in `dtype` agrees with the oracle in float64 on the same rounded inputs."""
+    rounded = leaves(tensors, dtype)
+    exact_outs, exact = run(oracle, leaves(rounded, torch.float64), **options)
+    outs, grads = run(fn, leaves(rounded, device=device), **options)
+    for i, (out, ref) in enumerate(zip(outs, exact_outs, strict=True)):
+        assert out.shape == ref.shape
+        assert error(out, ref) <= limit, f"output {i}: {error(out, ref):.2e} > {limit:.0e}"
+    for name, ref in exact.items():
+        assert grads[name] is not None, f"no gradient for {name}"
+        assert error(grads[name], ref) <= limit, (
+            f"gradient of {name}: {error(grads[name], ref):.2e} > {limit:.0e}"
+        )
