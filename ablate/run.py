@@ -121,6 +121,17 @@ class RunFolder:
                 continue
         return rows
 
+    def stamp(self) -> str:
+        """Changes when any file that a report reads of this run is written again."""
+        parts = []
+        for name in ("config.yaml", "environment.json", "status.json", "result.json"):
+            try:
+                stat = (self.path / name).stat()
+                parts.append(f"{stat.st_mtime_ns}:{stat.st_size}")
+            except OSError:
+                parts.append("-")
+        return " ".join(parts)
+
     def evaluation(self, task: str) -> dict[str, Any] | None:
         return read_json(self.path / "evaluation" / f"{task}.json")
 
