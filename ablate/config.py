@@ -31,6 +31,27 @@ class Section(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _whole_floats(cls, values: Any) -> Any:
+        """`train.tokens=2e9` is a float to YAML and to Hydra, and an integer to everyone else."""
+        if not isinstance(values, dict):
+            return values
+        whole = {
+            name: int(value)
+            for name, value in values.items()
+            if isinstance(value, float)
+            and value.is_integer()
+            and name in cls.model_fields
+            and _takes_int_only(cls.model_fields[name].annotation)
+        }
+        return {**values, **whole}
+
+
+def _takes_int_only(annotation: Any) -> bool:
+    kinds = {annotation, *typing.get_args(annotation)}
+    return int in kinds and float not in kinds
+
 
 class ArchConfig(Section):
     """Which layers, in which order, how wide.
@@ -59,6 +80,9 @@ class ArchConfig(Section):
     attention_letter: str = Field("*", description="the layer that attends")
     mlp_letter: str = Field("-", description="the MLP layer")
     d_model: int = Field(768, ge=8, description="width of the residual stream")
+    vocab_size: int | None = Field(
+        None, ge=2, description="rows of the embedding; null: the tokenizer's, rounded up to 64"
+    )
     tie_embeddings: bool = Field(True, description="the output projection is the embedding")
     norm_eps: float = Field(1e-5, gt=0, lt=1, description="epsilon of every RMSNorm")
     init_std: float = Field(0.02, gt=0, lt=1, description="standard deviation of initial weights")

@@ -1,0 +1,41 @@
+# Two commands do all the set-up: `make sweep` and `make test`. Each makes its own .venv.
+PYTHON ?= python3
+BIN := .venv/bin
+# pip knows where wheels may lie on this machine; uv has to be told.
+FIND_LINKS := $(shell $(PYTHON) -m pip config get global.find-links 2>/dev/null)
+INSTALL = $(if $(FIND_LINKS),UV_FIND_LINKS="$(FIND_LINKS)") $(BIN)/uv pip install -q --python $(BIN)/python -c constraints.txt
+
+.PHONY: sweep test test-all lint format clean
+
+sweep: .venv/run.stamp
+	$(BIN)/python -m ablate +sweep=attn_ratio
+
+test: .venv/dev.stamp
+	$(BIN)/python -m pytest
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m interpret tests/kernels
+
+lint: .venv/dev.stamp
+	$(BIN)/ruff format --check ablate tests
+	$(BIN)/ruff check ablate tests
+	$(BIN)/mypy
+
+format: .venv/dev.stamp
+	$(BIN)/ruff format ablate tests
+	$(BIN)/ruff check --fix ablate tests
+
+.venv/uv.stamp:
+	$(PYTHON) -c 'import sys; sys.exit("ablate needs Python 3.11 or newer, this is " + sys.version.split()[0] + "; set PYTHON=...") if sys.version_info < (3, 11) else None'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q --disable-pip-version-check uv
+	touch $@
+
+.venv/run.stamp: .venv/uv.stamp pyproject.toml constraints.txt
+	$(INSTALL) -e .
+	touch $@
+
+.venv/dev.stamp: .venv/uv.stamp pyproject.toml constraints.txt
+	$(INSTALL) -e '.[dev]'
+	touch $@ .venv/run.stamp
+
+clean:
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache dist build

@@ -1,0 +1,292 @@
+"""The command line: `python -m ablate [VERB] [name=value …]`, thin over the library.
+
+The verb is taken before Hydra composes. A user's mistake ends with exit code 2 and one sentence;
+a study with failed trials with 1; an interrupted one with 130.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from ablate.errors import UserError, did_you_mean
+
+USAGE = """\
+usage: python -m ablate [VERB] [name=value ...] [+sweep=NAME]
+
+Decide how a hybrid language model should be built: train small models that differ in one thing,
+and read what the difference does to loss and recall.
+
+  run       (default) run a study; the same command again continues it
+  plan      what would run: patterns, parameters, FLOPs, epochs; trains nothing
+  prepare   find, tokenise and cache the text; trains nothing
+  cost      layers, parameters, FLOPs and state bytes of an architecture
+  status    FOLDER...      states of the trials of a study
+  report    FOLDER...      tables, plots and one page from run folders
+  rerun     RUN_FOLDER     train one trial again and compare its losses
+  bench     data | kernels speed of the loader, or of the kernels beside their peers
+
+  python -m ablate +sweep=attn_ratio             what share of the layers should be attention?
+  python -m ablate +sweep=attn_ratio scale=14m   the same question, larger
+  python -m ablate cost arch=samba_421m
+  python -m ablate arch.pattern=M-x2.*- train.lr=2e-3
+
+`python -m ablate VERB --help` tells more. Every field: ablate/config.py and conf/.
+"""
+
+HELP = {
+    "run": """\
+usage: python -m ablate [run] [+sweep=NAME] [name=value ...]
+
+Runs every trial of the study and writes runs/<study>/. Press Ctrl-C to stop: what is finished
+stays, what runs is checkpointed, and the same command continues. Nothing finished runs twice.
+
+  +sweep=NAME           the question: {sweeps}
+  scale=NAME            depth, width, tokens and batch: {scales}
+  data=NAME             the text: {data}   (data=files data.path=FOLDER_OR_FILE)
+  arch=NAME             a published architecture, or hybrid
+  study.seeds=[0,1,2]   paired seeds          study.workers=2     trials at a time
+  study.retry=failed    run failed ones again study.folder=DIR    instead of runs/
+  tracker=none          no W&B mirror (default: W&B offline)
+  -m a=1,2 b=3,4        Hydra's own multirun, one plain trial a job
+""",
+    "plan": """\
+usage: python -m ablate plan [+sweep=NAME] [name=value ...]
+
+Prints every trial that `run` with the same words would train: pattern, parameters, FLOPs, bytes of
+state, tokens and epochs, and what is finished already. Trains nothing and writes no run folder.
+""",
+    "prepare": """\
+usage: python -m ablate prepare [+sweep=NAME] [name=value ...]
+
+Finds the text, trains or loads the tokenizer, writes the token shards to the cache (data.cache),
+and prints tokens and bytes of each split. `run` does the same first; this does it beforehand.
+""",
+    "cost": """\
+usage: python -m ablate cost [arch=NAME] [name=value ...]
+
+Prints an architecture's layers with parameters, FLOPs a token, and the bytes of state a decoder
+keeps, at several lengths, beside the published figure where there is one.
+Published architectures: {archs}
+""",
+    "status": """\
+usage: python -m ablate status FOLDER...
+
+Prints the state of every trial in a study's folder (runs/NAME) and the cause of each failure.
+""",
+    "report": """\
+usage: python -m ablate report FOLDER...
+
+Writes FOLDER/report/: index.html (one page, everything inside), plots as PNG and SVG, tables as
+CSV, Parquet and Markdown. Works on an unfinished study and says what is missing.
+""",
+    "rerun": """\
+usage: python -m ablate rerun RUN_FOLDER
+
+Trains a finished trial again from its own config.yaml, in a temporary folder, and compares the
+losses. Exit code 0 when they agree within the stated tolerance, 1 when not.
+""",
+    "bench": """\
+usage: python -m ablate bench data | kernels
+
+data     tokens a second that the loader delivers, against ten times the fastest planned step
+kernels  our kernels beside every installed peer, on a GPU
+""",
+}
+
+# Hydra's own flags; a command with one of them goes to Hydra's own main function.
+_HYDRA_FLAGS = {"-m", "--multirun", "-c", "--cfg", "-p", "--package", "-i", "--info", "--resolve"}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; the exit code."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _main(args)
+    except UserError as error:
+        print(f"ablate: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("ablate: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # `ablate cost | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _main(args: list[str]) -> int:
+    verb = "run"
+    if args and not args[0].startswith(("-", "+", "~")) and "=" not in args[0]:
+        verb = args.pop(0)
+        if verb not in _VERBS:
+            raise UserError(
+                f"'{verb}' is not a verb{did_you_mean(verb, _VERBS)}; there are {', '.join(_VERBS)}"
+            )
+    if any(a in ("-h", "--help", "--hydra-help") for a in args):
+        print(_help(verb if verb != "run" or "run" in sys.argv[1:2] else None), end="")
+        return 0
+    if "--version" in args:
+        from importlib.metadata import version
+
+        print(version("ablate-hybrids"))
+        return 0
+    return _VERBS[verb](args)
+
+
+def _help(verb: str | None) -> str:
+    from ablate.compose import choices_of
+
+    if verb is None:
+        return USAGE
+    names = {"sweeps": "sweep", "scales": "scale", "data": "data", "archs": "arch"}
+    return HELP[verb].format(**{k: ", ".join(choices_of(g)) for k, g in names.items()})
+
+
+def _run(args: list[str]) -> int:
+    if any(a.split("=")[0] in _HYDRA_FLAGS for a in args):
+        return _hydra_multirun(args)
+    from ablate.compose import compose
+    from ablate.report.page import write_report
+    from ablate.study.supervisor import run_study
+
+    composed = compose(args)
+    for note in composed.notes:
+        print(note)
+    outcome = run_study(composed.tree)
+    if outcome.exit_code != 2 and outcome.folder.exists():
+        page = write_report(outcome.folder)
+        _print_summary(outcome.folder)
+        print(f"report: {page}")
+    if outcome.exit_code == 130:
+        print("stopped; the same command continues where it left off")
+    return outcome.exit_code
+
+
+def _hydra_multirun(args: list[str]) -> int:
+    """Hydra's own main function, for -m and --cfg: every job is one plain trial."""
+    import hydra
+    from omegaconf import DictConfig, OmegaConf
+
+    from ablate.compose import compose, register_sweeps, shipped
+    from ablate.study.supervisor import run_study
+
+    compose([a for a in args if "=" in a and "," not in a])  # mistakes in one sentence, first
+    register_sweeps()
+
+    @hydra.main(version_base="1.3", config_path=str(shipped("conf")), config_name="config")
+    def job(cfg: DictConfig) -> float | None:
+        tree = OmegaConf.to_container(cfg, resolve=True)
+        assert isinstance(tree, dict)
+        outcome = run_study({str(k): v for k, v in tree.items()})
+        return outcome.exit_code
+
+    words = [a if not a.startswith("scale=auto") else "scale=cpu" for a in args]
+    sys.argv = ["ablate", *words]
+    job()
+    return 0
+
+
+def _plan(args: list[str]) -> int:
+    from ablate.compose import compose
+    from ablate.study.plan import plan
+
+    composed = compose(args)
+    for note in composed.notes:
+        print(note)
+    plan(composed.tree)
+    return 0
+
+
+def _prepare(args: list[str]) -> int:
+    from ablate.compose import compose
+    from ablate.study.plan import prepare
+
+    prepare(compose(args).tree)
+    return 0
+
+
+def _cost(args: list[str]) -> int:
+    from ablate.compose import compose
+    from ablate.study.plan import cost
+
+    cost(compose(args).tree)
+    return 0
+
+
+def _folders(args: list[str], verb: str) -> list[Path]:
+    if not args:
+        raise UserError(f"{verb} needs a folder: python -m ablate {verb} runs/NAME")
+    folders = [Path(a) for a in args]
+    for folder in folders:
+        if not folder.is_dir():
+            near = sorted(p.name for p in folder.parent.glob("*") if p.is_dir())
+            raise UserError(f"'{folder}' is not a folder{did_you_mean(folder.name, near)}")
+    return folders
+
+
+def _status(args: list[str]) -> int:
+    from ablate.study.status import show
+
+    for folder in _folders(args, "status"):
+        show(folder)
+    return 0
+
+
+def _report(args: list[str]) -> int:
+    from ablate.report.page import write_report
+
+    for folder in _folders(args, "report"):
+        page = write_report(folder)
+        _print_summary(folder)
+        print(f"report: {page}")
+    return 0
+
+
+def _print_summary(folder: Path) -> None:
+    from rich.console import Console
+
+    from ablate.report import load_study
+    from ablate.report.page import summary, verdicts
+
+    frame = load_study(folder)
+    console = Console()
+    console.print(summary(frame))
+    for line in verdicts(frame):
+        console.print(f"• {line}", highlight=False)
+
+
+def _rerun(args: list[str]) -> int:
+    from ablate.study.rerun import rerun
+
+    folders = _folders(args, "rerun")
+    return max(rerun(folder) for folder in folders)
+
+
+def _bench(args: list[str]) -> int:
+    what = args[0] if args else ""
+    if what == "data":
+        from ablate.bench import data
+
+        return data.run(args[1:])
+    if what == "kernels":
+        from ablate.bench import kernels
+
+        return kernels.run(args[1:])
+    raise UserError(f"bench has 'data' and 'kernels', got '{what}'")
+
+
+_VERBS: dict[str, Callable[[list[str]], int]] = {
+    "run": _run,
+    "plan": _plan,
+    "prepare": _prepare,
+    "cost": _cost,
+    "status": _status,
+    "report": _report,
+    "rerun": _rerun,
+    "bench": _bench,
+}
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,173 @@
+"""From command-line words to one plain config dict, by Hydra.
+
+`conf/` holds the groups, `sweeps/` the questions; both stand beside the package in a checkout and
+inside it in a wheel. A `sweeps/` (or `conf/`) in the working directory is found too and wins.
+Hydra only composes: it changes no directory, writes no folder and configures no logging.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from ablate.errors import UserError, did_you_mean
+
+_PACKAGE = Path(__file__).resolve().parent
+GROUPS = ("arch", "layer", "data", "train", "evaluate", "study", "tracker", "scale", "sweep")
+
+
+def shipped(name: str) -> Path:
+    """`conf` or `sweeps` as shipped: beside the package in a checkout, inside it in a wheel."""
+    inside = _PACKAGE / "_data" / name
+    return inside if inside.is_dir() else _PACKAGE.parent / name
+
+
+# What sweep and scale files may compute from other fields, as ${name:a,b}.
+_RESOLVERS = {
+    "div": lambda a, b: int(a) // int(b),
+    "times": lambda a, b: a * b,
+    "index": lambda n, share: round(share * (n - 1)),  # position in a stack of n layers
+    # d_model scaled, to a multiple that Mamba-2's heads (head_dim of 2 * d_model) divide
+    "width": lambda d, factor, head_dim: max(1, round(2 * d * factor / head_dim)) * head_dim // 2,
+}
+
+
+@dataclass(frozen=True)
+class Composed:
+    """A composed config: the plain tree, and which choice each group had."""
+
+    tree: dict[str, Any]
+    choices: dict[str, str]
+    notes: list[str]
+
+
+def compose(overrides: Sequence[str]) -> Composed:
+    """Compose `conf/config.yaml` with override words; `UserError` for a word that is wrong."""
+    words = list(overrides)
+    for word in words:
+        _check_word(word)
+    tree, choices = _compose(words)
+    notes = []
+    if choices.get("scale") == "auto":
+        scale, why = _scale_of_this_machine()
+        words = [w for w in words if not w.startswith("scale=")] + [f"scale={scale}"]
+        tree, choices = _compose(words)
+        notes.append(f"scale auto: {scale} ({why})")
+        choices["scale_auto"] = "yes"
+    return Composed(tree, choices, notes)
+
+
+def register_sweeps() -> None:
+    """Make every sweep YAML a choice of the group `sweep`; the user's own shadow the shipped."""
+    store = ConfigStore.instance()
+    for folder in (shipped("sweeps"), Path.cwd() / "sweeps"):
+        for path in sorted(folder.glob("*.yaml")) if folder.is_dir() else []:
+            try:
+                node = OmegaConf.load(path)
+            except Exception as error:  # a YAML error names its own line
+                reason = " ".join(str(error).split())
+                raise UserError(f"sweep file {path.name} is not valid YAML: {reason}") from None
+            store.store(group="sweep", name=path.stem, node=node, package="_global_")
+
+
+def choices_of(group: str) -> list[str]:
+    """What a config group can be."""
+    own = Path.cwd() / ("sweeps" if group == "sweep" else f"conf/{group}")
+    base = shipped("sweeps") if group == "sweep" else shipped("conf") / group
+    return sorted({p.stem for folder in (base, own) for p in folder.glob("*.yaml")} - {"base"})
+
+
+def _compose(words: list[str]) -> tuple[dict[str, Any], dict[str, str]]:
+    register_sweeps()
+    for name, resolver in _RESOLVERS.items():
+        OmegaConf.register_new_resolver(name, resolver, replace=True)
+    GlobalHydra.instance().clear()
+    own = Path.cwd() / "conf"
+    search: list[str] = []
+    if own.is_dir() and own.resolve() != shipped("conf").resolve():
+        search = [f"hydra.searchpath=[file://{own}]"]
+    try:
+        with initialize_config_dir(str(shipped("conf")), version_base="1.3"):
+            cfg = hydra_compose("config", overrides=[*search, *words], return_hydra_config=True)
+            choices = OmegaConf.to_container(cfg.hydra.runtime.choices)
+            OmegaConf.set_struct(cfg, False)
+            del cfg["hydra"]
+            tree = OmegaConf.to_container(cfg, resolve=True)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(_sentence(error, words)) from None
+    assert isinstance(tree, dict)
+    assert isinstance(choices, dict)
+    return (
+        {str(k): v for k, v in tree.items()},
+        {str(k): str(v) for k, v in choices.items() if not str(k).startswith("hydra/")},
+    )
+
+
+def _scale_of_this_machine() -> tuple[str, str]:
+    import torch
+
+    if torch.cuda.is_available():
+        return "14m", torch.cuda.get_device_name(0)
+    return "cpu", "no CUDA GPU here"
+
+
+def _check_word(word: str) -> None:
+    if re.fullmatch(r"[+~]{0,2}[A-Za-z_][\w./@*-]*(=.*)?", word, re.DOTALL) is None:
+        raise UserError(f"'{word}' is not understood: settings are written name=value")
+    name = word.lstrip("+~").split("=")[0]
+    if "=" not in word and not word.startswith("~"):
+        raise UserError(f"'{word}' has no value: settings are written name=value")
+    if name == "sweep" and not word.startswith("+"):
+        raise UserError(f"'{word}' needs a plus sign: +{word}")
+
+
+def _sentence(error: Exception, words: list[str]) -> str:
+    """Hydra's message, told as one sentence about the user's own words."""
+    text = str(error)
+    cause = f"{text}\n{error.__cause__ or ''}"
+    missing = re.search(r"Could not find '([\w/]+)/([^'/]+)'", cause)
+    if missing:
+        group, choice = missing[1], missing[2]
+        known = choices_of(group)
+        return (
+            f"{group}={choice}: there is no such choice{did_you_mean(choice, known)}; "
+            f"there are {', '.join(known)}"
+        )
+    unknown = re.search(r"Could not override '([^']+)'", cause) or re.search(
+        r"Could not append to config\. An item is already at '([^']+)'", cause
+    )
+    if unknown:
+        name = unknown[1]
+        if "already at" in cause:
+            return f"'+{name}' is there already: write {name}=… without the plus sign"
+        parts = name.split(".")
+        return f"unknown field '{name}'{did_you_mean(parts[-1], _names())}"
+    group = re.search(r"Could not override '([^']+)'\.\s*No match in the defaults list", cause)
+    if group:
+        return f"unknown group '{group[1]}'{did_you_mean(group[1], GROUPS)}"
+    if re.search(r"(Lexer|Parser|mismatched|extraneous|no viable|token recognition)", cause):
+        for word in words:
+            quoted = text.splitlines()[0]
+            if word in cause:
+                return (
+                    f"'{word}' cannot be read as name=value ({quoted.rstrip('.')}); "
+                    "put quotes around a value with brackets, commas or spaces"
+                )
+    return " ".join(text.split())
+
+
+def _names() -> set[str]:
+    from ablate import config
+
+    return {part for dotted, _, _ in config.fields() for part in dotted.split(".")}

@@ -1,0 +1,125 @@
+"""Every config field: a wrong type, a value out of range, a misspelt name. Exit code 2, the field
+named in one sentence, no traceback, nothing created."""
+
+import typing
+
+import annotated_types
+import pytest
+
+from ablate import config
+from ablate.__main__ import main
+
+FIELDS = {name: info for name, info, _ in config.fields()}
+# The budget of the composed config is train.tokens; the other two are null.
+UNSET = {"train.flops", "train.seconds"}
+
+
+def kinds(info) -> set:
+    found = set()
+    todo = [info.annotation]
+    while todo:
+        kind = todo.pop()
+        if typing.get_origin(kind) is typing.Literal:
+            found.add(typing.Literal)
+            continue
+        found.add(typing.get_origin(kind) or kind)
+        if typing.get_origin(kind) not in (dict, list):
+            todo.extend(typing.get_args(kind))
+    return found
+
+
+def wrong_type(info) -> str:
+    """A word that no type of the field takes."""
+    accepted = kinds(info)
+    if str in accepted or typing.Literal in accepted:
+        return "{a:1}" if dict not in accepted else "7"
+    return "banana"
+
+
+def out_of_range(info) -> list[str]:
+    words = []
+    whole = float not in kinds(info)
+    for limit in info.metadata:
+        if isinstance(limit, annotated_types.Ge):
+            words.append(str(limit.ge - 1))
+        if isinstance(limit, annotated_types.Gt):
+            words.append(str(limit.gt - (1 if whole else 0.5)))
+        if isinstance(limit, annotated_types.Le):
+            words.append(str(limit.le + 1))
+        if isinstance(limit, annotated_types.Lt):
+            words.append(str(limit.lt + 1))
+    return words
+
+
+MISTAKES = [
+    *((name, wrong_type(info)) for name, info in FIELDS.items()),
+    *((name, word) for name, info in FIELDS.items() for word in out_of_range(info)),
+    *((name, "banana") for name, info in FIELDS.items() if typing.Literal in kinds(info)),
+]
+
+
+def fails(capsys, tmp_path, monkeypatch, *words: str) -> str:
+    """Run the command with the words; what it said, after checking how it ended."""
+    monkeypatch.chdir(tmp_path)
+    assert main(list(words)) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("ablate: ")
+    assert captured.err.count("\n") == 1, captured.err
+    assert "Traceback" not in captured.err
+    assert "hydra" not in captured.err.lower()
+    assert list(tmp_path.iterdir()) == []
+    return captured.err
+
+
+@pytest.mark.parametrize(("name", "word"), MISTAKES, ids=lambda v: str(v))
+def test_a_wrong_value_is_one_sentence(name, word, capsys, tmp_path, monkeypatch):
+    said = fails(capsys, tmp_path, monkeypatch, f"++{name}={word}")
+    assert name.split(".")[-1] in said
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_a_misspelt_name_is_one_sentence(name, capsys, tmp_path, monkeypatch):
+    misspelt = name[:-1] + "qx"
+    said = fails(capsys, tmp_path, monkeypatch, f"{misspelt}=1")
+    assert misspelt in said
+    said = fails(capsys, tmp_path, monkeypatch, f"+{misspelt}=1")
+    assert misspelt.split(".")[-1] in said
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["rum"], "rum"),
+        (["+sweep=attn_ration"], "attn_ratio"),
+        (["sweep=attn_ratio"], "+sweep=attn_ratio"),
+        (["scale=15m"], "14m"),
+        (["train.lr"], "train.lr"),
+        (["status"], "status"),
+        (["status", "nowhere"], "nowhere"),
+        (["report", "nowhere"], "nowhere"),
+        (["rerun", "nowhere"], "nowhere"),
+        (["bench", "nothing"], "nothing"),
+        (["data=files"], "data.path"),
+        (["data=files", "data.path=nowhere.txt"], "nowhere.txt"),
+        (["arch.pattern=M-Q*"], "Q"),
+        (["arch.pattern=M-L*"], "L"),
+        (
+            [
+                "arch.attention.head_dim=32",
+                "arch.attention.n_heads=3",
+                "arch.attention.n_kv_heads=2",
+            ],
+            "n_kv_heads",
+        ),
+        (["arch.pattern=M-S-", "arch.swa.window=4096"], "window"),
+        (["arch.mamba2.d_stat=4"], "d_stat"),
+        (["train.flops=1e12"], "flops"),
+        (["data.mqar.pairs=100"], "pairs"),
+        (["train.device=cuda"], "cuda"),
+        (["+sweep=attn_ratio", "study.grid={arch.attention_shar:[0,0.5]}"], "attention_shar"),
+        (["train.batch_size=64", "train.micro_batch=48"], "micro_batch"),
+    ],
+    ids=lambda v: " ".join(v) if isinstance(v, list) else "",
+)
+def test_other_mistakes(words, named, capsys, tmp_path, monkeypatch):
+    assert named in fails(capsys, tmp_path, monkeypatch, *words)
