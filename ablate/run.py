@@ -8,6 +8,7 @@
         result.json        final figures; written last and atomically
         checkpoint/        safetensors + training state
         evaluation/        one JSON per task, with per-item scores
+        log.txt            what the process that trains printed, tracebacks included
         lock               held by the process that works here, freed by its death
 
 A run is finished when `result.json` is there; everything else can be lost and made again. Nothing
@@ -88,6 +89,10 @@ class RunFolder:
     @property
     def checkpoint(self) -> Path:
         return self.path / "checkpoint"
+
+    @property
+    def log(self) -> Path:
+        return self.path / "log.txt"
 
     # --- reading -------------------------------------------------------------------------------
 
