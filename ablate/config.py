@@ -221,6 +221,21 @@ class TrainConfig(Section):
                 "exactly one budget of 'tokens', 'flops' and 'seconds' must be given, "
                 f"got {' and '.join(given) or 'none'}"
             )
+        if self.schedule == "wsd" and self.warmup + self.decay > 1:
+            raise ValueError(
+                f"'warmup' {self.warmup} and 'decay' {self.decay} must add up to at most 1"
+            )
+        if self.checkpoint_steps and self.keep != "all":
+            raise ValueError("'checkpoint_steps' needs 'keep' to be 'all'")
+        if min(self.checkpoint_steps, default=1) < 1:
+            raise ValueError(f"'checkpoint_steps' must be 1 or more, got {self.checkpoint_steps}")
+        if self.branch_at is not None and self.branch_from is None:
+            raise ValueError("'branch_at' needs 'branch_from', the run folder of the trunk")
+        if self.branch_from is not None and (self.schedule != "wsd" or self.seconds is not None):
+            raise ValueError(
+                "'branch_from' needs schedule 'wsd' and a budget in tokens or FLOPs, "
+                "which counts the trunk's part"
+            )
         return self
 
 
