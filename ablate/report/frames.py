@@ -1,0 +1,294 @@
+"""Run folders as pandas frames.
+
+`load_study` gives one row a run folder, `load_metrics` one row a logged line, `load_details` the
+flat configs and environments. What was read is kept in `index.parquet` beside the run folders, row
+by row under the stamp of the run's files, so a large study loads fast and a stale row is read again.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from ablate import config as config_tree
+from ablate.errors import UserError
+from ablate.run import RunFolder, find_runs, read_json
+
+INDEX = "index.parquet"
+SCHEMA = 1  # part of each row's stamp: raise it when the columns below change
+
+# column of the frame <- place in result.json
+FIGURES = {
+    "n_layers": "architecture.n_layers",
+    "d_model": "architecture.d_model",
+    "attention_of_layers": "architecture.attention_of_layers",
+    "attention_of_mixers": "architecture.attention_of_mixers",
+    "mlp_of_layers": "architecture.mlp_of_layers",
+    "params": "architecture.params",
+    "non_embedding_params": "architecture.non_embedding_params",
+    "forward_flops_per_token": "architecture.forward_flops_per_token",
+    "train_flops_per_token": "architecture.train_flops_per_token",
+    "state_bytes": "architecture.state_bytes",
+    "val_a_loss": "val_a.loss",
+    "val_a_bits_per_byte": "val_a.bits_per_byte",
+    "val_a_perplexity": "val_a.perplexity",
+    "val_b_loss": "val_b.loss",
+    "val_b_bits_per_byte": "val_b.bits_per_byte",
+    "val_b_perplexity": "val_b.perplexity",
+    "val_b_tokens": "val_b.tokens",
+    "mqar_accuracy": "mqar.accuracy",
+    "mqar_loss": "mqar.loss",
+    "mqar_queries": "mqar.queries",
+    "train_loss": "train.loss",
+    "steps": "train.steps",
+    "tokens": "train.tokens",
+    "text_tokens": "train.text_tokens",
+    "train_flops": "train.flops",
+    "seconds": "train.seconds",
+    "tokens_per_second": "train.tokens_per_second",
+    "mfu": "train.mfu",
+    "peak_memory_bytes": "train.peak_memory_bytes",
+    "skipped_steps": "train.skipped_steps",
+    "lr": "train.lr",
+    "micro_batch": "train.micro_batch",
+    "unique_tokens": "data.unique_tokens",
+    "epochs": "data.epochs",
+}
+TEXTS = {
+    "pattern": "architecture.pattern",
+    "fingerprint": "data.fingerprint",
+    "tokenizer": "data.tokenizer",
+}
+
+
+def load_study(path: str | Path) -> pd.DataFrame:
+    """One row a run folder at or below `path`; runs of every state, and orphans, are there.
+
+    Columns: key, arm, one per factor (dotted name), seed, state, cause, pattern, the figures of
+    `FIGURES`, commit, hardware, orphan. Shares are fractions, losses nats a token, sizes bytes,
+    times seconds. `frame.attrs["study"]` is the content of study.json, `attrs["path"]` the folder.
+    A run that nothing holds and that never ended has the state 'interrupted'.
+    Raises `UserError` where no run folder is.
+    """
+    folder = Path(path)
+    index = _index(folder)
+    study = study_of(folder)
+    configs = [json.loads(text) for text in index["config"]]
+    factors = list(study.get("factors") or [])
+    if "cells" not in study:
+        factors = _varying(configs)
+    cells: Mapping[str, Any] = study.get("cells") or {}
+
+    rows = []
+    for record, tree in zip(index.to_dict("records"), configs, strict=True):
+        cell = cells.get(record["key"], {})
+        given = cell.get("factors") or {}
+        values = {f: given.get(f, config_tree.get(tree, f)) for f in factors}
+        state, cause = _state(RunFolder(Path(record["path"])), record)
+        rows.append(
+            {
+                "key": record["key"],
+                "arm": str(cell.get("arm") or arm_label(values)),
+                **{f: _scalar(v) for f, v in values.items()},
+                "seed": int(cell.get("seed", tree.get("seed", 0))),
+                "state": state,
+                "cause": cause,
+                "pattern": record["pattern"],
+                **{name: record[name] for name in FIGURES},
+                "fingerprint": record["fingerprint"],
+                "tokenizer": record["tokenizer"],
+                "commit": record["commit"],
+                "hardware": record["hardware"],
+                "orphan": record["key"] in set(study.get("orphans") or [])
+                or bool(cells and record["key"] not in cells),
+            }
+        )
+    frame = pd.DataFrame(rows)
+    frame.attrs = {"study": {**study, "factors": factors}, "path": str(folder)}
+    return frame
+
+
+def load_metrics(path: str | Path) -> pd.DataFrame:
+    """Learning curves: one row a logged line, with the run's key, arm and seed.
+
+    Training lines carry loss, lr, grad_norm, tokens_per_second, mfu, seconds; validation lines carry
+    val_a_loss and, where scored, mqar_accuracy; both carry step and tokens. `flops` is tokens
+    times the training FLOPs a token of the run's architecture.
+    """
+    runs = load_study(path)
+    folders = {run.key: run for run in find_runs(Path(path))}
+    parts = []
+    for row in runs.to_dict("records"):
+        lines = folders[row["key"]].metrics()
+        if not lines:
+            continue
+        part = pd.DataFrame(lines)
+        part.insert(0, "key", row["key"])
+        part.insert(1, "arm", row["arm"])
+        part.insert(2, "seed", row["seed"])
+        part["orphan"] = row["orphan"]
+        if "tokens" in part:
+            part["flops"] = part["tokens"] * row["train_flops_per_token"]
+        parts.append(part)
+    if not parts:
+        return pd.DataFrame(columns=["key", "arm", "seed", "step", "tokens", "loss", "orphan"])
+    return pd.concat(parts, ignore_index=True)
+
+
+def load_details(path: str | Path) -> pd.DataFrame:
+    """Flat configs and environments: one row a run, columns `config.…` and `environment.…`."""
+    index = _index(Path(path))
+    rows = []
+    for record in index.to_dict("records"):
+        row = {"key": record["key"]}
+        row |= {f"config.{k}": v for k, v in flatten(json.loads(record["config"]))}
+        row |= {f"environment.{k}": v for k, v in flatten(json.loads(record["environment"]))}
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def load_evaluation(path: str | Path, task: str) -> dict[str, dict[str, Any]]:
+    """Per-item scores of `evaluation/<task>.json` by run key, for the runs that have them."""
+    found = {run.key: run.evaluation(task) for run in find_runs(Path(path))}
+    return {key: value for key, value in found.items() if value}
+
+
+def study_of(path: Path) -> dict[str, Any]:
+    """The content of study.json at `path`, or an empty dict."""
+    return read_json(path / "study.json") or {}
+
+
+def missing_cells(frame: pd.DataFrame) -> pd.DataFrame:
+    """The planned cells that have no run folder: key, arm, seed and factors."""
+    study = frame.attrs.get("study", {})
+    known = set(frame["key"])
+    rows = [
+        {"key": key, "arm": str(cell.get("arm", "")), "seed": cell.get("seed")}
+        | {f: _scalar(v) for f, v in (cell.get("factors") or {}).items()}
+        for key, cell in (study.get("cells") or {}).items()
+        if key not in known
+    ]
+    return pd.DataFrame(rows, columns=None if rows else ["key", "arm", "seed"])
+
+
+def arm_label(factors: Mapping[str, Any]) -> str:
+    """'attention_share=0.08, placement=even': what an arm is called when nobody named it."""
+    return ", ".join(f"{k.rpartition('.')[2]}={_scalar(v)}" for k, v in factors.items()) or "all"
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
+    """Leaves of a nested dict under dotted names; lists become JSON text."""
+    for name, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            yield from flatten(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", _scalar(value)
+
+
+# --- reading the folders -------------------------------------------------------------------------
+
+
+def _index(folder: Path) -> pd.DataFrame:
+    """What the run folders say, from `index.parquet` where their stamps are unchanged."""
+    runs = list(find_runs(folder))
+    if not runs:
+        raise UserError(f"'{folder}' has no run folders (folders with a config.yaml)")
+    cached = _read_index(folder / INDEX)
+    rows, fresh = [], len(runs) != len(cached)
+    for run in runs:
+        stamp = f"{SCHEMA} {run.stamp()}"
+        row = cached.get(run.key)
+        if row is None or row["stamp"] != stamp or row["path"] != str(run.path):
+            row, fresh = {**_read_run(run), "stamp": stamp}, True
+        rows.append(row)
+    index = pd.DataFrame(rows)
+    if fresh and runs[0].path != folder:
+        _write_index(folder / INDEX, index)
+    return index
+
+
+def _read_index(path: Path) -> dict[str, dict[str, Any]]:
+    """Rows by key; nothing where the file is missing, damaged or of another schema."""
+    try:
+        records = pd.read_parquet(path).to_dict("records")
+        return {row["key"]: row for row in records if row["stamp"].startswith(f"{SCHEMA} ")}
+    except (OSError, ImportError, ValueError, KeyError, AttributeError):
+        return {}
+
+
+def _write_index(path: Path, index: pd.DataFrame) -> None:
+    """Keep the index; a folder that cannot be written, or no pyarrow, costs only time."""
+    temporary = path.with_name(f".{path.name}")
+    try:
+        index.to_parquet(temporary, index=False)
+        temporary.replace(path)
+    except (OSError, ImportError):
+        temporary.unlink(missing_ok=True)
+
+
+def _read_run(run: RunFolder) -> dict[str, Any]:
+    result = run.result() or {}
+    status = run.status()
+    environment = run.environment()
+    figures = {name: _number(config_tree.get(result, place)) for name, place in FIGURES.items()}
+    texts = {name: _text(config_tree.get(result, place)) for name, place in TEXTS.items()}
+    return {
+        "key": run.key,
+        "path": str(run.path),
+        "state": "done" if result else str(status.get("state", "created")),
+        "cause": _text(status.get("cause")),
+        **texts,
+        **figures,
+        "commit": _text(environment.get("commit")),
+        "hardware": _text(environment.get("hardware")),
+        "config": json.dumps(run.config() or {}, default=str),
+        "environment": json.dumps(environment, default=str),
+    }
+
+
+def _state(run: RunFolder, record: Mapping[str, Any]) -> tuple[str, str | None]:
+    """State and cause, where a run that claims to be running but is held by nobody has stopped."""
+    state, cause = record["state"], record["cause"] or None
+    if state == "running" and not run.is_held():
+        return "interrupted", "stopped before its end (killed, or the machine went down)"
+    if state == "done":
+        if not math.isfinite(record["val_b_loss"]) and not math.isfinite(record["val_a_loss"]):
+            return state, "finished without a finite validation loss"
+        return state, None
+    return state, cause
+
+
+def _varying(configs: list[dict[str, Any]]) -> list[str]:
+    """Scientific fields that differ between runs, the seed apart: the factors nobody wrote down."""
+    hidden = {name for name, _, is_operational in config_tree.fields() if is_operational}
+    flat = [dict(flatten(tree)) for tree in configs]
+    names = dict.fromkeys(name for row in flat for name in row)
+    return [
+        name
+        for name in names
+        if name != "seed"
+        and name not in hidden
+        and not name.startswith(("study.", "tracker."))
+        and len({repr(row.get(name)) for row in flat}) > 1
+    ]
+
+
+def _scalar(value: Any) -> Any:
+    return value if isinstance(value, str | int | float | None) else json.dumps(value, default=str)
+
+
+def _number(value: Any) -> float:
+    ok = isinstance(value, int | float) and not isinstance(value, bool)
+    return float(value) if ok else math.nan
+
+
+def _text(value: Any) -> str:
+    """Text for a cell, '' for nothing, so that Parquet sees one type a column."""
+    if value is None:
+        return ""
+    return value if isinstance(value, str) else json.dumps(value, default=str)

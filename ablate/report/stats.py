@@ -1,0 +1,579 @@
+"""Statistics of a comparison: arms, paired seeds, curves, and what could have been seen.
+
+`ArmFit` is the additive model  value = arm + seed + noise  with one pooled noise variance. Seeds are
+paired: the same seed gives the same data order and the same initial stream in every arm, so a seed
+that is lucky in one arm tends to be lucky in all, and differences between arms are sharper than the
+arms' own means. Differences use the noise variance within seeds (intra-block analysis, exact t);
+means are meant for new seeds, so their variance has the seeds' variance in it (Satterthwaite).
+Where no seed links the arms the model falls back to arm + noise, and `paired` says so.
+
+Intervals are two-sided at `level`. Where the degrees of freedom are zero (one seed) limits are NaN:
+there is no interval, and nothing here invents one.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+from numpy.typing import ArrayLike, NDArray
+from scipy import optimize, stats
+
+Array = NDArray[np.float64]
+NAN = float("nan")
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A figure with its standard error, degrees of freedom and interval (NaN where there is none)."""
+
+    value: float
+    se: float = NAN
+    df: float = 0.0
+    low: float = NAN
+    high: float = NAN
+    p: float = NAN  # two-sided, against zero
+
+    @property
+    def half_width(self) -> float:
+        return (self.high - self.low) / 2
+
+
+def t_estimate(value: float, se: float, df: float, level: float = 0.95) -> Estimate:
+    """An estimate with the t interval and p-value of its standard error."""
+    if not (df > 0 and math.isfinite(se)):
+        return Estimate(value)
+    reach = float(stats.t.ppf((1 + level) / 2, df)) * se
+    p = float(2 * stats.t.sf(abs(value) / se, df)) if se > 0 else float(value == 0)
+    return Estimate(value, se, df, value - reach, value + reach, p)
+
+
+# --- arms and seeds ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ArmFit:
+    """The additive arm + seed model, fitted. Make one with `fit_arms`."""
+
+    arms: tuple[str, ...]
+    counts: tuple[int, ...]  # runs of each arm
+    n_seeds: int
+    paired: bool
+    means: Array  # (A,) at the average seed; equal to plain means in a complete design
+    unscaled: Array  # (A, A) covariance of `means`, given the seeds, over sigma^2
+    sigma: float  # standard deviation of the noise left after arm and seed; NaN without df
+    df: float  # its degrees of freedom
+    seed_mean_square: float  # of seeds after arms; NaN when not paired
+    seed_weight: float  # E[seed_mean_square] = sigma^2 + seed_weight * seed variance
+    arm_mean_square: float  # of arms after seeds, for the F test
+
+    def index(self, arm: str) -> int:
+        return self.arms.index(arm)
+
+    def mean(self, arm: str, level: float = 0.95) -> Estimate:
+        """The arm's mean over seeds like these: its interval counts the seeds' variance too."""
+        i = self.index(arm)
+        value, own = float(self.means[i]), float(self.unscaled[i, i])
+        if not self.df > 0:
+            return Estimate(value)
+        if not self.paired:
+            return t_estimate(value, self.sigma * math.sqrt(own), self.df, level)
+        # variance = own * sigma^2 + seed variance / S, as a sum of two mean squares
+        from_seeds = self.seed_mean_square / (self.seed_weight * self.n_seeds)
+        from_noise = self.sigma**2 * (own - 1 / (self.seed_weight * self.n_seeds))
+        variance = from_seeds + from_noise
+        if variance <= 0:
+            return Estimate(value)
+        parts = from_seeds**2 / (self.n_seeds - 1) + from_noise**2 / self.df
+        return t_estimate(value, math.sqrt(variance), variance**2 / parts, level)
+
+    def difference(self, arm: str, reference: str, level: float = 0.95) -> Estimate:
+        """mean(arm) - mean(reference), paired within seeds where the design is."""
+        i, j = self.index(arm), self.index(reference)
+        value = float(self.means[i] - self.means[j])
+        return t_estimate(value, self._se(i, j), self.df, level)
+
+    def _se(self, i: int, j: int) -> float:
+        u = self.unscaled
+        return self.sigma * math.sqrt(max(0.0, float(u[i, i] + u[j, j] - 2 * u[i, j])))
+
+    def _correlation(self, reference: int) -> Array:
+        """Correlation of the differences from `reference`, one row a remaining arm."""
+        others = [i for i in range(len(self.arms)) if i != reference]
+        contrasts = np.zeros((len(others), len(self.arms)))
+        contrasts[np.arange(len(others)), others] = 1.0
+        contrasts[:, reference] = -1.0
+        covariance = contrasts @ self.unscaled @ contrasts.T
+        scale = np.sqrt(np.diag(covariance))
+        return covariance / np.outer(scale, scale)
+
+    def against(self, reference: str, level: float = 0.95) -> pd.DataFrame:
+        """Every other arm minus `reference`: arm, difference, se, p and its 95% interval, and
+        Dunnett's simultaneous interval (`dunnett_low`, `dunnett_high`), `dunnett_p` and `holm_p`."""
+        r = self.index(reference)
+        others = [i for i in range(len(self.arms)) if i != r]
+        estimates = [self.difference(self.arms[i], reference, level) for i in others]
+        table = pd.DataFrame(
+            {
+                "arm": [self.arms[i] for i in others],
+                "reference": reference,
+                "difference": [e.value for e in estimates],
+                "se": [e.se for e in estimates],
+                "low": [e.low for e in estimates],
+                "high": [e.high for e in estimates],
+                "p": [e.p for e in estimates],
+            }
+        )
+        table[["dunnett_low", "dunnett_high", "dunnett_p", "holm_p"]] = NAN
+        if self.df > 0 and others and self.sigma > 0:
+            correlation = self._correlation(r)
+            reach = many_to_one_quantile(correlation, self.df, level) * table["se"]
+            table["dunnett_low"] = table["difference"] - reach
+            table["dunnett_high"] = table["difference"] + reach
+            t = (table["difference"] / table["se"]).abs()
+            table["dunnett_p"] = [1 - _box(float(x), correlation, self.df, 2) for x in t]
+            table["holm_p"] = adjust(table["p"])
+        return table
+
+    def omnibus(self) -> float:
+        """p-value of the F test that all arms are equal (arms after seeds); NaN without df."""
+        if not self.df > 0 or len(self.arms) < 2 or not self.sigma > 0:
+            return NAN
+        ratio = self.arm_mean_square / self.sigma**2
+        return float(stats.f.sf(ratio, len(self.arms) - 1, self.df))
+
+    def not_worse_than_best(self, lower_is_better: bool = True, level: float = 0.95) -> list[str]:
+        """Arms that cannot be told from the best: never a bare argmin.
+
+        Hsu's multiple comparisons with the best: with probability `level` at least, the truly best
+        arm is in the set. An arm leaves it when some other arm is better by more than
+        the one-sided Dunnett bound that takes the arm as control. Without df: all arms.
+        """
+        if not self.df > 0 or len(self.arms) < 2:
+            return list(self.arms)
+        values = self.means if lower_is_better else -self.means
+        kept = []
+        for i, arm in enumerate(self.arms):
+            bound = many_to_one_quantile(self._correlation(i), self.df, level, sides=1)
+            worse_by = [
+                (values[i] - values[j]) - bound * self._se(i, j)
+                for j in range(len(self.arms))
+                if j != i
+            ]
+            if max(worse_by) <= 0:
+                kept.append(arm)
+        return kept
+
+    def equivalence(
+        self, arm: str, reference: str, margin: float, alpha: float = 0.05
+    ) -> Equivalence:
+        """Two one-sided tests that arm and reference differ by less than `margin`."""
+        i, j = self.index(arm), self.index(reference)
+        return equivalence(float(self.means[i] - self.means[j]), self._se(i, j), self.df, margin, alpha)
+
+    def seed_correlation(self, level: float = 0.95) -> Estimate:
+        """Share of a run's variance (arm apart) that its seed carries to every arm.
+
+        The intraclass correlation ICC(3,1) by the method of moments (it can come out negative),
+        with the interval of Shrout and Fleiss 1979; exact in a complete design.
+        """
+        if not self.paired or not self.df > 0 or self.n_seeds < 2 or not self.sigma > 0:
+            return Estimate(NAN)
+        k, ratio = self.seed_weight, self.seed_mean_square / self.sigma**2
+        upper = float(stats.f.ppf((1 + level) / 2, self.n_seeds - 1, self.df))
+        lower = float(stats.f.ppf((1 - level) / 2, self.n_seeds - 1, self.df))
+        value, low, high = ((f - 1) / (f + k - 1) for f in (ratio, ratio / upper, ratio / lower))
+        return Estimate(value, df=self.n_seeds - 1, low=low, high=high)
+
+    def total_sigma(self) -> float:
+        """Standard deviation of single runs of one arm over seeds (noise and seed together)."""
+        if not self.df > 0 or not self.paired:
+            return self.sigma
+        seed_variance = (self.seed_mean_square - self.sigma**2) / self.seed_weight
+        return math.sqrt(max(0.0, self.sigma**2 + seed_variance))
+
+    def minimum_detectable(
+        self, power: float = 0.8, alpha: float = 0.05, comparisons: int = 1
+    ) -> float:
+        """Smallest true difference between two arms that this design finds with `power`."""
+        if not self.df > 0 or len(self.arms) < 2:
+            return NAN
+        se = float(np.median([self._se(i, 0) for i in range(1, len(self.arms))]))
+        return detectable(se, self.df, power=power, alpha=alpha / comparisons)
+
+
+def fit_arms(arm: Sequence[Any], seed: Sequence[Any], value: ArrayLike) -> ArmFit:
+    """Fit value = arm + seed + noise. One element a run; arms keep the order of appearance.
+
+    Runs with a value that is not finite must be left out (and reported) by the caller: ValueError.
+    """
+    y = np.asarray(value, dtype=np.float64)
+    if y.size == 0 or not np.isfinite(y).all():
+        raise ValueError("fit_arms needs at least one run and finite values only")
+    arms = tuple(dict.fromkeys(map(str, arm)))
+    seeds = list(dict.fromkeys(seed))
+    a = np.array([arms.index(str(x)) for x in arm])
+    s = np.array([seeds.index(x) for x in seed])
+    X = np.eye(len(arms))[a]
+    counts = X.sum(axis=0)
+    paired = len(arms) > 1 and _connected(a, s, len(arms), len(seeds))
+
+    plain = X.T @ y / counts
+    rss_arm = float(((y - X @ plain) ** 2).sum())
+    if not paired:
+        df = float(len(y) - len(arms))
+        between = float((counts * (plain - y.mean()) ** 2).sum())
+        return ArmFit(
+            arms=arms,
+            counts=tuple(int(c) for c in counts),
+            n_seeds=len(seeds),
+            paired=False,
+            means=plain,
+            unscaled=np.diag(1 / counts),
+            sigma=math.sqrt(rss_arm / df) if df > 0 else NAN,
+            df=df,
+            seed_mean_square=NAN,
+            seed_weight=NAN,
+            arm_mean_square=between / max(1, len(arms) - 1),
+        )
+
+    # Seeds as deviations that sum to zero, so that the arms' coefficients are means at the average seed.
+    Z = np.eye(len(seeds))[s]
+    deviations = Z[:, 1:] - Z[:, :1]
+    D = np.hstack([X, deviations])
+    gram_inverse = np.linalg.inv(D.T @ D)
+    coefficients = gram_inverse @ D.T @ y
+    rss = float(((y - D @ coefficients) ** 2).sum())
+    df = float(len(y) - D.shape[1])
+    z_counts = Z.sum(axis=0)
+    rss_seed = float(((y - Z @ (Z.T @ y / z_counts)) ** 2).sum())
+    n = len(seeds)
+    residual_Z = Z - X @ (X.T @ Z / counts[:, None])
+    return ArmFit(
+        arms=arms,
+        counts=tuple(int(c) for c in counts),
+        n_seeds=n,
+        paired=True,
+        means=coefficients[: len(arms)],
+        unscaled=gram_inverse[: len(arms), : len(arms)],
+        sigma=math.sqrt(max(0.0, rss / df)) if df > 0 else NAN,
+        df=df,
+        seed_mean_square=(rss_arm - rss) / (n - 1) if n > 1 else NAN,
+        seed_weight=float((residual_Z**2).sum()) / (n - 1) if n > 1 else NAN,
+        arm_mean_square=(rss_seed - rss) / (len(arms) - 1),
+    )
+
+
+def _connected(a: NDArray[np.int_], s: NDArray[np.int_], n_arms: int, n_seeds: int) -> bool:
+    """Whether shared seeds link every arm with every other."""
+    met = np.zeros((n_arms, n_seeds), dtype=bool)
+    met[a, s] = True
+    links = (met @ met.T).astype(float)
+    return bool((np.linalg.matrix_power(links, n_arms) > 0).all())
+
+
+# --- many comparisons ----------------------------------------------------------------------------
+
+
+def _box(t: float, correlation: Array, df: float, sides: int) -> float:
+    """P(all |T_i| <= t), or P(all T_i <= t) for one side, T multivariate t."""
+    k = len(correlation)
+    if k == 1:
+        return float(stats.t.cdf(t, df) - (stats.t.cdf(-t, df) if sides == 2 else 0.0))
+    lower = np.full(k, -t if sides == 2 else -np.inf)
+    law = stats.multivariate_t(loc=np.zeros(k), shape=correlation, df=df, allow_singular=True)
+    # the integral is quasi-random: a fixed state makes reports equal to the bit
+    return float(law.cdf(np.full(k, t), lower_limit=lower, maxpts=4000 * k, random_state=0))
+
+
+@functools.lru_cache(maxsize=256)
+def _quantile(cells: tuple[float, ...], df: float, level: float, sides: int) -> float:
+    k = math.isqrt(len(cells))
+    correlation = np.array(cells).reshape(k, k)
+    tail = (1 - level) / sides
+    low, high = stats.t.isf(tail, df), stats.t.isf(tail / k, df)  # one comparison; Bonferroni
+    if k == 1:
+        return float(low)
+    return float(
+        optimize.brentq(
+            lambda t: _box(t, correlation, df, sides) - level, 0.98 * low, 1.02 * high, xtol=1e-3
+        )
+    )
+
+
+def many_to_one_quantile(
+    correlation: Array, df: float, level: float = 0.95, sides: int = 2
+) -> float:
+    """Dunnett's critical value for differences with this correlation."""
+    cells = tuple(float(x) for x in np.round(correlation, 9).ravel())
+    return _quantile(cells, float(df), level, sides)
+
+
+def adjust(p: Sequence[float] | pd.Series, method: Literal["holm", "bh"] = "holm") -> Array:
+    """p-values adjusted across claims: Holm (family-wise) or Benjamini-Hochberg (false discovery).
+
+    NaN stays NaN and does not count as a claim.
+    """
+    values = np.asarray(p, dtype=np.float64)
+    result = np.full(values.shape, NAN)
+    known = np.isfinite(values)
+    m = int(known.sum())
+    if m == 0:
+        return result
+    if method == "bh":
+        result[known] = stats.false_discovery_control(values[known])
+        return result
+    order = np.argsort(values[known])
+    steps = np.maximum.accumulate(values[known][order] * (m - np.arange(m)))
+    adjusted = np.empty(m)
+    adjusted[order] = np.minimum(1.0, steps)
+    result[known] = adjusted
+    return result
+
+
+# --- equivalence and power -----------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Equivalence:
+    """Two one-sided tests: `holds` when the 1 - 2 alpha interval lies inside the margin."""
+
+    difference: float
+    margin: float
+    p: float
+    low: float
+    high: float
+    holds: bool
+
+
+def equivalence(
+    difference: float, se: float, df: float, margin: float, alpha: float = 0.05
+) -> Equivalence:
+    """Schuirmann's two one-sided t tests that |true difference| < margin."""
+    if margin <= 0:
+        raise ValueError(f"margin must be positive, got {margin}")
+    if not (df > 0 and se > 0):
+        return Equivalence(difference, margin, NAN, NAN, NAN, False)
+    p = max(
+        float(stats.t.sf((difference + margin) / se, df)),
+        float(stats.t.cdf((difference - margin) / se, df)),
+    )
+    reach = float(stats.t.ppf(1 - alpha, df)) * se
+    return Equivalence(difference, margin, p, difference - reach, difference + reach, p <= alpha)
+
+
+def detectable(se: float, df: float, *, power: float = 0.8, alpha: float = 0.05) -> float:
+    """True difference that a two-sided t test at `alpha` with this standard error finds with
+    probability `power` (noncentral t)."""
+    if not df > 0:
+        return NAN
+    critical = float(stats.t.isf(alpha / 2, df))
+
+    def shortfall(shift: float) -> float:  # the other tail has no weight where this one has `power`
+        return float(stats.nct.sf(critical, df, shift)) - power
+
+    top = critical
+    while shortfall(top) < 0:
+        top *= 1.5
+    return float(optimize.brentq(shortfall, 0.0, top)) * se
+
+
+def minimum_detectable_effect(
+    sigma: float,
+    *,
+    n_arms: int,
+    n_seeds: int,
+    correlation: float = 0.0,
+    power: float = 0.8,
+    alpha: float = 0.05,
+    comparisons: int = 1,
+) -> float:
+    """Smallest difference of two arms that a planned study finds: `n_seeds` paired seeds in each of
+    `n_arms` arms, `sigma` the standard deviation of single runs over seeds, `correlation` the share
+    of its variance that the seed carries to every arm, `comparisons` for Bonferroni."""
+    df = (n_arms - 1) * (n_seeds - 1)
+    se = sigma * math.sqrt(2 * (1 - correlation) / n_seeds)
+    return detectable(se, df, power=power, alpha=alpha / comparisons)
+
+
+# --- documents and items -------------------------------------------------------------------------
+
+
+def bootstrap_ratio(
+    total: ArrayLike,
+    weight: ArrayLike,
+    clusters: ArrayLike | None = None,
+    *,
+    level: float = 0.95,
+    draws: int = 2000,
+    seed: int = 0,
+) -> Estimate:
+    """sum(total) / sum(weight) with a percentile interval over resampled clusters.
+
+    For nats a token over documents: `total` nats of each document (or the difference of two
+    runs' nats), `weight` its tokens. For accuracy over items: correct, queries. `clusters` names the
+    group that each element belongs to (a document of several pieces, a book of several questions);
+    whole clusters are drawn. The interval speaks of other texts, not of other seeds.
+    """
+    numerator = np.asarray(total, dtype=np.float64)
+    denominator = np.asarray(weight, dtype=np.float64)
+    if clusters is not None:
+        _, group = np.unique(np.asarray(clusters), return_inverse=True)
+        numerator = np.bincount(group, numerator)
+        denominator = np.bincount(group, denominator)
+    value = float(numerator.sum() / denominator.sum())
+    n = len(numerator)
+    if n < 2:
+        return Estimate(value)
+    rng = np.random.default_rng(seed)
+    ratios = np.empty(draws)
+    block = max(1, 4_000_000 // n)  # about 32 MB of picks at a time
+    for start in range(0, draws, block):
+        pick = rng.integers(n, size=(min(block, draws - start), n))
+        sums = denominator[pick].sum(axis=1)
+        ratios[start : start + len(pick)] = numerator[pick].sum(axis=1) / sums
+    low, high = np.quantile(ratios, [(1 - level) / 2, (1 + level) / 2])
+    return Estimate(value, float(ratios.std(ddof=1)), n - 1, float(low), float(high))
+
+
+# --- a curve over shares -------------------------------------------------------------------------
+
+# Loss over the share s of attention: a gain that saturates plus a cost that grows. Given c, both forms are linear.
+FORMS: dict[str, str] = {
+    "exponential": "a + b·exp(−s/c) + d·s²",
+    "hyperbolic": "a + b/(1 + s/c) + d·s²",
+}
+
+
+def _gain(form: str, x: Array, c: ArrayLike) -> Array:
+    scaled = x[..., :] / np.asarray(c, dtype=np.float64)[..., None]
+    return np.exp(-scaled) if form == "exponential" else 1 / (1 + scaled)
+
+
+@functools.lru_cache(maxsize=16)
+def _designs(
+    form: str, shares: tuple[float, ...], roots: tuple[float, ...], scales: tuple[float, ...]
+) -> list[tuple[float, list[int], Array, Array]]:
+    """For each c and each set of free parameters: c, their places in (a, b, c, d), the weighted
+    design (A, k) and its pseudo-inverse (k, A)."""
+    x = np.array(shares)
+    designs = []
+    for c in scales:
+        columns = np.stack([np.ones_like(x), _gain(form, x, c), x**2], axis=1)
+        for active in ([0, 1, 2], [0, 1], [0, 2], [0]):
+            design = columns[:, active] * np.array(roots)[:, None]
+            designs.append((c, [(0, 1, 3)[i] for i in active], design, np.linalg.pinv(design)))
+    return designs
+
+
+def _least_squares(
+    form: str, x: Array, y: Array, weight: Array, scales: Array
+) -> tuple[Array, Array]:
+    """Best (a, b, c, d) with b, d >= 0 for each row of y (R, A); also the weighted residual sums.
+
+    For each c of the grid the rest is linear: the unconstrained solution where it is feasible, else the
+    best of the solutions with b, d or both at zero (which is where the constrained optimum then is).
+    """
+    root = np.sqrt(weight)
+    scaled = y * root
+    best = np.full(len(y), np.inf)
+    parameters = np.zeros((len(y), 4))
+    for c, places, design, inverse in _designs(form, tuple(x), tuple(root), tuple(scales)):
+        solution = scaled @ inverse.T  # (R, k)
+        rss = ((scaled - solution @ design.T) ** 2).sum(axis=1)
+        better = (rss < best - 1e-15) & (solution[:, 1:] >= 0).all(axis=1)
+        best[better] = rss[better]
+        chosen = np.zeros((int(better.sum()), 4))
+        chosen[:, places] = solution[better]
+        chosen[:, 2] = c
+        parameters[better] = chosen
+    return parameters, best
+
+
+def _evaluate(form: str, parameters: Array, s: Array) -> Array:
+    """(R, S) values of the curves at shares s."""
+    a, b, _, d = (parameters[:, i : i + 1] for i in range(4))
+    return a + b * _gain(form, s, parameters[:, 2]) + d * s**2
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A fitted curve over shares, its minimum with an interval, and how flat it is there."""
+
+    form: str
+    parameters: tuple[float, float, float, float]  # a, b, c, d
+    optimum: Estimate  # the share with the lowest fitted value, inside the tested range
+    flat: tuple[float, float]  # shares whose fitted value is not distinguishable from the optimum's
+    rss: float  # weighted residual sum of squares over the arms' means
+    lack_of_fit: float  # p-value that the arms scatter about the curve by noise alone
+
+    def __call__(self, s: ArrayLike) -> Array:
+        values = np.atleast_1d(np.asarray(s, dtype=np.float64))
+        return _evaluate(self.form, np.array([self.parameters]), values)[0]
+
+    @property
+    def formula(self) -> str:
+        return FORMS[self.form]
+
+
+def fit_curve(
+    fit: ArmFit,
+    x: Mapping[str, float],
+    *,
+    form: str = "exponential",
+    level: float = 0.95,
+    draws: int = 1000,
+    seed: int = 0,
+) -> Curve:
+    """A saturating gain plus a convex cost through the arms' means; lower is better.
+
+    `x`: share of each arm, in [0, 1]. The interval of the optimum and the flat range come from a
+    parametric bootstrap: the fitted curve plus noise of the arms' means, the noise variance itself drawn.
+    Needs five distinct shares. ValueError otherwise.
+    """
+    shares = np.array([float(x[arm]) for arm in fit.arms])
+    if len(np.unique(shares)) < 5 or shares.min() < 0 or shares.max() > 1:
+        raise ValueError("a curve needs at least five distinct shares between 0 and 1")
+    span = float(shares.max() - shares.min())
+    scales = np.geomspace(0.02 * span, 2 * span, 48)
+    weight = 1 / np.diag(fit.unscaled)
+    parameters, rss = _least_squares(form, shares, fit.means[None], weight, scales)
+    grid = np.linspace(shares.min(), shares.max(), 401)
+    line = _evaluate(form, parameters, grid)[0]
+    at = int(np.argmin(line))
+    optimum = float(grid[at])
+    named: tuple[float, float, float, float] = tuple(float(v) for v in parameters[0])  # type: ignore[assignment]
+    if not fit.df > 0 or not fit.sigma > 0:
+        return Curve(form, named, Estimate(optimum), (NAN, NAN), float(rss[0]), NAN)
+
+    rng = np.random.default_rng(seed)
+    noise = rng.standard_normal((draws, len(shares))) / np.sqrt(weight)
+    sigma = fit.sigma * np.sqrt(fit.df / rng.chisquare(fit.df, size=(draws, 1)))
+    centre = _evaluate(form, parameters, shares)
+    drawn, _ = _least_squares(form, shares, centre + sigma * noise, weight, scales)
+    lines = _evaluate(form, drawn, grid)
+    low, high = np.quantile(grid[lines.argmin(axis=1)], [(1 - level) / 2, (1 + level) / 2])
+    excess = np.quantile(lines - lines[:, at : at + 1], 1 - level, axis=0)
+    flat = np.flatnonzero(excess <= 0)
+    first = last = at
+    while first - 1 in flat:
+        first -= 1
+    while last + 1 in flat:
+        last += 1
+    free = len(shares) - 4
+    fit_p = NAN
+    if free > 0:
+        fit_p = float(stats.f.sf(float(rss[0]) / free / fit.sigma**2, free, fit.df))
+    return Curve(
+        form,
+        named,
+        Estimate(optimum, low=float(low), high=float(high)),
+        (float(grid[first]), float(grid[last])),
+        float(rss[0]),
+        fit_p,
+    )
