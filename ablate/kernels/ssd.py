@@ -211,8 +211,9 @@ def ssd_chunked(
 
 
 def triton_supports(x_BLHP: Tensor, B_BLGN: Tensor) -> bool:
-    """Whether the Triton kernels run this case."""
-    return False
+    """Whether the Triton kernels run this case: head and state up to 128 wide, not float64."""
+    fits = x_BLHP.shape[3] <= 128 and B_BLGN.shape[3] <= 128
+    return fits and x_BLHP.numel() > 0 and x_BLHP.dtype != torch.float64
 
 
 def ssd(

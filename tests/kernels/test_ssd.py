@@ -186,3 +186,41 @@ def test_wrong_shapes_are_told():
         ssd(**(args | {"dt_BLH": args["dt_BLH"][:, :3]}))
     with pytest.raises(ValueError, match="backend"):
         ssd(**args, backend="cuda")
+
+
+TRITON_SHAPES = {
+    "two groups, odd length": (2, 150, 4, 16, 2, 16),
+    "a group a head, narrow": (1, 70, 2, 8, 2, 4),
+    "one short chunk": (1, 5, 1, 16, 1, 32),
+    "whole chunks": (1, 128, 3, 16, 1, 16),
+}
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("shape", TRITON_SHAPES.values(), ids=TRITON_SHAPES.keys())
+@pytest.mark.parametrize("docs", [None, "some", "every token"])
+def test_triton_in_the_interpreter(shape, docs):
+    length = shape[1]
+    args = make(*shape, d_rank=1 + (docs == "some"))
+    if docs is None and length == 128:
+        args |= {"D_H": None, "dt_bias_H": None, "initial_state_BHPN": None}
+    starts = None
+    if docs is not None:
+        starts = doc_starts(
+            shape[0], length, 37 if docs == "some" else 1, -5 if docs == "some" else 0
+        )
+    want = run(ssd_recurrent, args, doc_start_BL=starts)
+    args32 = {k: v if v is None else v.detach().float().requires_grad_() for k, v in args.items()}
+    got = run(ssd, args32, doc_start_BL=starts, backend="triton")
+    assert_close(got, want, 1e-5)
+
+
+@pytest.mark.interpret
+def test_triton_in_segments(monkeypatch):
+    # 18 chunks of 64 tokens, so that the state is carried over two segments
+    args = make(1, 17 * 64 + 5, 1, 16, 1, 16, decay=0.02)
+    starts = doc_starts(1, 17 * 64 + 5, 700, -5)
+    want = run(ssd_chunked, args, doc_start_BL=starts)
+    args32 = {k: v.detach().float().requires_grad_() for k, v in args.items()}
+    got = run(ssd, args32, doc_start_BL=starts, backend="triton")
+    assert_close(got, want, 1e-5)

@@ -1,0 +1,665 @@
+"""Triton kernels of the scan (`ablate.kernels.ssd` has the definition and the legend).
+
+Everything works on chunks of Q = 64 tokens. Forward, three launches:
+
+1. `_dt_kernel`: step sizes after bias and softplus, and the sums of dt A within each chunk, in units
+   of log2 and with time last, so that later kernels read them in one piece and call exp2 alone.
+2. `_state_kernel`: walks the chunks of one head in order with the state in registers and writes the
+   state that enters each chunk. Short of parallel work it runs twice over segments of the sequence:
+   first only their end states, then, started from the states before them, the whole.
+3. `_scan_kernel`: one program per chunk and group computes C B^T once and loops over the heads.
+
+Backward, three launches and a sum: `_state_kernel` in reverse over (dy, C) gives the gradient of the
+state that leaves each chunk; `_grad_kernel` per chunk and group loops over the heads and keeps the
+gradients of B, C and C B^T in registers, so that nothing needs atomics; `_dt_grad_kernel` undoes 1.
+
+Sums over spans of dt A never leave a chunk, which keeps the gradient of dt and A free of the
+cancellation of a sum over the whole sequence. Each result is a fixed order of additions: two runs
+agree bit for bit.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ablate.kernels.dispatch import define_op
+
+Q = 64
+
+
+@triton.jit
+def _load(ptr, rows, cols, n_rows, n_cols, stride, FULL_ROWS: tl.constexpr, FULL_COLS: tl.constexpr):
+    """A tile of a row-major matrix, zero outside; masks only where the tile can stick out."""
+    ptrs = ptr + rows[:, None] * stride + cols[None, :]
+    if FULL_ROWS and FULL_COLS:
+        return tl.load(ptrs)
+    elif FULL_COLS:
+        return tl.load(ptrs, mask=rows[:, None] < n_rows, other=0.0)
+    elif FULL_ROWS:
+        return tl.load(ptrs, mask=cols[None, :] < n_cols, other=0.0)
+    else:
+        return tl.load(ptrs, mask=(rows[:, None] < n_rows) & (cols[None, :] < n_cols), other=0.0)
+
+
+@triton.jit
+def _store(
+    ptr, value, rows, cols, n_rows, n_cols, stride, FULL_ROWS: tl.constexpr, FULL_COLS: tl.constexpr
+):
+    ptrs = ptr + rows[:, None] * stride + cols[None, :]
+    if FULL_ROWS and FULL_COLS:
+        tl.store(ptrs, value)
+    else:
+        tl.store(ptrs, value, mask=(rows[:, None] < n_rows) & (cols[None, :] < n_cols))
+
+
+@triton.jit
+def _dt_kernel(
+    dt_ptr, bias_ptr, A_ptr, dts_ptr, dt_stride_b, length, plane,
+    DT_STRIDE_L: tl.constexpr, H: tl.constexpr, BH: tl.constexpr, Q: tl.constexpr,
+    HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr,
+):  # fmt: skip
+    """dts[0] = dt, dts[1] = log2(e) * sums of dt A within the chunk; both (B, H, padded L)."""
+    c, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    padded = tl.num_programs(0) * Q
+    rows = tl.arange(0, Q)
+    heads = tl.program_id(2) * BH + tl.arange(0, BH)
+    base = dt_ptr + b * dt_stride_b + (c * Q).to(tl.int64) * DT_STRIDE_L
+    mask = (c * Q + rows[:, None] < length) & (heads[None, :] < H)
+    dt = tl.load(base + rows[:, None] * DT_STRIDE_L + heads[None, :], mask=mask, other=0.0)
+    dt = dt.to(tl.float32)
+    if HAS_BIAS:
+        dt += tl.load(bias_ptr + heads, mask=heads < H, other=0.0).to(tl.float32)[None, :]
+    if SOFTPLUS:
+        # 1 + e loses a small e, so there log(1 + e) = 2 atanh(e / (2 + e)) as a series
+        e = tl.exp(tl.minimum(dt, 20.0))
+        z = e / (2.0 + e)
+        zz = z * z
+        series = 2.0 * z * (1.0 + zz * (1.0 / 3.0 + zz * (0.2 + zz / 7.0)))
+        dt = tl.where(dt > 20.0, dt, tl.where(e < 0.3, series, tl.log(1.0 + e)))
+    dt = tl.where(mask, dt, 0.0)
+    rate = tl.load(A_ptr + heads, mask=heads < H, other=0.0).to(tl.float32) * 1.4426950408889634
+    cum = tl.cumsum(dt * rate[None, :], axis=0)
+    out = dts_ptr + (b * H + heads[:, None]) * padded + c * Q + rows[None, :]
+    tl.store(out, tl.trans(dt), mask=heads[:, None] < H)
+    tl.store(out + plane, tl.trans(cum), mask=heads[:, None] < H)
+
+
+@triton.jit
+def _state_kernel(
+    x_ptr, b_ptr, dts_ptr, doc_ptr, first_ptr, states_ptr, segment_ptr, kept_ptr, last_ptr,
+    x_stride_b, b_stride_b, length, plane, n_chunks, per_segment, n_segments,
+    UNIT: tl.constexpr, X_STRIDE_L: tl.constexpr, B_STRIDE_L: tl.constexpr,
+    H: tl.constexpr, PER_GROUP: tl.constexpr,
+    P: tl.constexpr, N: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr, Q: tl.constexpr,
+    REVERSE: tl.constexpr, HAS_DOC: tl.constexpr, HAS_FIRST: tl.constexpr, FULL: tl.constexpr,
+    PASS: tl.constexpr, PREC: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """The state before each chunk (REVERSE: the gradient of the state after it), P x N.
+
+    PASS 0: one segment, the whole sequence. PASS 1: the end state of each segment started from
+    zero, and what it keeps of a state before it. PASS 2: all, from the results of PASS 1.
+    """
+    h = tl.program_id(1)
+    b = (tl.program_id(2) // n_segments).to(tl.int64)
+    segment = tl.program_id(2) % n_segments
+    padded = n_chunks * Q
+    rows, p = tl.arange(0, Q), tl.arange(0, BP)
+    n = tl.program_id(0) * BN + tl.arange(0, BN)
+    FULL_P: tl.constexpr = P == BP
+    FULL_N: tl.constexpr = N % BN == 0
+    tile = p[:, None] * N + n[None, :]
+    inside = (p[:, None] < P) & (n[None, :] < N)
+    x_ptr += b * x_stride_b * UNIT + h * P
+    b_ptr += b * b_stride_b * UNIT + (h // PER_GROUP) * N
+    dts_ptr += (b * H + h) * padded
+    if HAS_DOC:
+        doc_ptr += b * length
+
+    state = tl.zeros((BP, BN), tl.float32)
+    if HAS_FIRST:
+        mine = inside & (segment == 0)
+        state += tl.load(first_ptr + (b * H + h) * P * N + tile, mask=mine, other=0.0)
+    if PASS == 2:
+        for j in range(segment):
+            at = (b * H + h) * n_segments + j
+            kept = tl.load(kept_ptr + at)
+            state = state * kept + tl.load(segment_ptr + at * P * N + tile, mask=inside, other=0.0)
+    total = tl.full((), 1.0, tl.float32)
+    begin = segment * per_segment
+    end = tl.minimum(begin + per_segment, n_chunks)
+    for i in tl.range(begin, end, num_stages=STAGES):
+        c = n_chunks - 1 - i if REVERSE else i
+        start = c * Q
+        left = length - start
+        wide = start.to(tl.int64)
+        x = _load(x_ptr + wide * X_STRIDE_L, rows, p, left, P, X_STRIDE_L, FULL, FULL_P)
+        m = _load(b_ptr + wide * B_STRIDE_L, rows, n, left, N, B_STRIDE_L, FULL, FULL_N)
+        cum = tl.load(dts_ptr + plane + start + rows)
+        cum_last = tl.load(dts_ptr + plane + start + Q - 1)
+        keep = tl.exp2(cum_last)
+        if HAS_DOC:
+            doc_last = tl.load(doc_ptr + tl.minimum(start + Q, length) - 1)
+            keep = tl.where(doc_last < start, keep, 0.0)
+        if REVERSE:
+            weight = tl.exp2(cum)
+            if HAS_DOC:
+                doc = tl.load(doc_ptr + start + rows, mask=rows < left, other=0)
+                weight = tl.where(doc < start, weight, 0.0)
+        else:
+            weight = tl.exp2(tl.minimum(cum_last - cum, 0.0)) * tl.load(dts_ptr + start + rows)
+            if HAS_DOC:
+                weight = tl.where(start + rows >= doc_last, weight, 0.0)
+        if PASS != 1:
+            out = states_ptr + ((b * n_chunks + c) * H + h) * (P * N)
+            if FULL_P and FULL_N:
+                tl.store(out + tile, state.to(states_ptr.dtype.element_ty))
+            else:
+                tl.store(out + tile, state.to(states_ptr.dtype.element_ty), mask=inside)
+        weighted = (x.to(tl.float32) * weight[:, None]).to(x.dtype)
+        state = tl.dot(tl.trans(weighted), m, state * keep, input_precision=PREC)
+        total = total * keep
+    if PASS == 1:
+        at = (b * H + h) * n_segments + segment
+        tl.store(segment_ptr + at * P * N + tile, state, mask=inside)
+        tl.store(kept_ptr + at, total)
+    elif segment == n_segments - 1:
+        tl.store(last_ptr + (b * H + h) * P * N + tile, state, mask=inside)
+
+
+@triton.jit
+def _scan_kernel(
+    x_ptr, b_ptr, c_ptr, d_ptr, dts_ptr, doc_ptr, states_ptr, y_ptr,
+    x_stride_b, b_stride_b, c_stride_b, length, plane, n_chunks,
+    UNIT: tl.constexpr, X_STRIDE_L: tl.constexpr,
+    B_STRIDE_L: tl.constexpr, C_STRIDE_L: tl.constexpr,
+    H: tl.constexpr, G: tl.constexpr, HEADS: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
+    BP: tl.constexpr, BN: tl.constexpr, Q: tl.constexpr,
+    D_RANK: tl.constexpr, HAS_DOC: tl.constexpr, FULL: tl.constexpr, PREC: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    """y of one chunk and HEADS heads of one group."""
+    SPLITS: tl.constexpr = H // G // HEADS
+    chunk = tl.program_id(0) // SPLITS
+    b = (tl.program_id(1) // G).to(tl.int64)
+    group = tl.program_id(1) % G
+    head = group * (H // G) + tl.program_id(0) % SPLITS * HEADS
+    padded = n_chunks * Q
+    start = chunk * Q
+    left = length - start
+    wide = start.to(tl.int64)
+    rows, p, n = tl.arange(0, Q), tl.arange(0, BP), tl.arange(0, BN)
+    FULL_P: tl.constexpr = P == BP
+    FULL_N: tl.constexpr = N == BN
+    b_ptr += b * b_stride_b * UNIT + wide * B_STRIDE_L + group * N
+    c_ptr += b * c_stride_b * UNIT + wide * C_STRIDE_L + group * N
+    x_ptr += b * x_stride_b * UNIT + wide * X_STRIDE_L
+    y_ptr += (b * length + wide) * (H * P)
+    dts_ptr += b * H * padded + start
+    states_ptr += (b * n_chunks + chunk) * (H * P * N)
+
+    B = _load(b_ptr, rows, n, left, N, B_STRIDE_L, FULL, FULL_N)
+    C = _load(c_ptr, rows, n, left, N, C_STRIDE_L, FULL, FULL_N)
+    allowed = rows[:, None] >= rows[None, :]
+    if HAS_DOC:
+        doc = tl.load(doc_ptr + b * length + start + rows, mask=rows < left, other=0)
+        allowed = allowed & (start + rows[None, :] >= doc[:, None])
+    # excluded pairs are zeroed here once; the decay below is cut at one, so it is always finite
+    CB = tl.where(allowed, tl.dot(C, tl.trans(B), input_precision=PREC), 0.0)
+    for h in tl.range(head, head + HEADS, num_stages=STAGES):
+        x = _load(x_ptr + h * P, rows, p, left, P, X_STRIDE_L, FULL, FULL_P)
+        state = _load(states_ptr + h * (P * N), p, n, P, N, N, FULL_P, FULL_N)
+        dt = tl.load(dts_ptr + h * padded + rows)
+        cum = tl.load(dts_ptr + plane + h * padded + rows)
+        seen = tl.exp2(cum)
+        if HAS_DOC:
+            seen = tl.where(doc < start, seen, 0.0)
+        y = tl.dot(C, tl.trans(state), input_precision=PREC) * seen[:, None]
+        decay = tl.exp2(tl.minimum(cum[:, None] - cum[None, :], 0.0))
+        weight = CB * decay * dt[None, :]
+        y = tl.dot(weight.to(x.dtype), x, y, input_precision=PREC)
+        if D_RANK == 1:
+            y += tl.load(d_ptr + h).to(tl.float32) * x.to(tl.float32)
+        if D_RANK == 2:
+            d = tl.load(d_ptr + h * P + p, mask=p < P, other=0.0).to(tl.float32)
+            y += d[None, :] * x.to(tl.float32)
+        _store(y_ptr + h * P, y.to(x.dtype), rows, p, left, P, H * P, FULL, FULL_P)
+
+
+@triton.jit
+def _grad_kernel(
+    x_ptr, dy_ptr, b_ptr, c_ptr, d_ptr, dts_ptr, doc_ptr, states_ptr, dstates_ptr,
+    dx_ptr, db_ptr, dc_ptr, parts_ptr, through_ptr, dd_ptr,
+    x_stride_b, b_stride_b, c_stride_b, length, plane, n_chunks,
+    UNIT: tl.constexpr, X_STRIDE_L: tl.constexpr,
+    B_STRIDE_L: tl.constexpr, C_STRIDE_L: tl.constexpr,
+    H: tl.constexpr, G: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
+    BP: tl.constexpr, BN: tl.constexpr, Q: tl.constexpr,
+    D_RANK: tl.constexpr, HAS_DOC: tl.constexpr, FULL: tl.constexpr, PREC: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    """Gradients of one chunk and group. Pair matrices are [s, t], source before target.
+
+    Of the gradient of dt it leaves the parts, each (B, H, padded L): 0 what ends at a position
+    minus 1 what starts there (pairs of this chunk; 1 also counts what came with the state), 2 what
+    leaves with the state, 3 the direct part. through: what passes the whole chunk, (B, c, H).
+    """
+    chunk = tl.program_id(0)
+    b = (tl.program_id(1) // G).to(tl.int64)
+    group = tl.program_id(1) % G
+    padded = n_chunks * Q
+    start = chunk * Q
+    left = length - start
+    wide = start.to(tl.int64)
+    rows, p, n = tl.arange(0, Q), tl.arange(0, BP), tl.arange(0, BN)
+    FULL_P: tl.constexpr = P == BP
+    FULL_N: tl.constexpr = N == BN
+    PER_GROUP: tl.constexpr = H // G
+    b_ptr += b * b_stride_b * UNIT + wide * B_STRIDE_L + group * N
+    c_ptr += b * c_stride_b * UNIT + wide * C_STRIDE_L + group * N
+    x_ptr += b * x_stride_b * UNIT + wide * X_STRIDE_L
+    dy_ptr += (b * length + wide) * (H * P)
+    dx_ptr += (b * length + wide) * (H * P)
+    dts_ptr += b * H * padded + start
+    parts_ptr += b * H * padded + start
+    states_ptr += (b * n_chunks + chunk) * (H * P * N)
+    dstates_ptr += (b * n_chunks + chunk) * (H * P * N)
+
+    B = _load(b_ptr, rows, n, left, N, B_STRIDE_L, FULL, FULL_N)
+    C = _load(c_ptr, rows, n, left, N, C_STRIDE_L, FULL, FULL_N)
+    allowed = rows[:, None] <= rows[None, :]
+    if HAS_DOC:
+        doc = tl.load(doc_ptr + b * length + start + rows, mask=rows < left, other=0)
+        doc_last = tl.load(doc_ptr + b * length + tl.minimum(start + Q, length) - 1)
+        allowed = allowed & (start + rows[:, None] >= doc[None, :])
+    BC = tl.where(allowed, tl.dot(B, tl.trans(C), input_precision=PREC), 0.0)
+    dBC = tl.zeros((Q, Q), tl.float32)
+    dB = tl.zeros((Q, BN), tl.float32)
+    dC = tl.zeros((Q, BN), tl.float32)
+    for h in tl.range(group * PER_GROUP, (group + 1) * PER_GROUP, num_stages=STAGES):
+        x = _load(x_ptr + h * P, rows, p, left, P, X_STRIDE_L, FULL, FULL_P)
+        dy = _load(dy_ptr + h * P, rows, p, left, P, H * P, FULL, FULL_P)
+        state = _load(states_ptr + h * (P * N), p, n, P, N, N, FULL_P, FULL_N)
+        dstate = _load(dstates_ptr + h * (P * N), p, n, P, N, N, FULL_P, FULL_N)
+        dt = tl.load(dts_ptr + h * padded + rows)
+        cum = tl.load(dts_ptr + plane + h * padded + rows)
+        cum_last = tl.load(dts_ptr + plane + h * padded + Q - 1)
+        seen = tl.exp2(cum)
+        leaves = tl.exp2(tl.minimum(cum_last - cum, 0.0))
+        keep = tl.exp2(cum_last)
+        if HAS_DOC:
+            seen = tl.where(doc < start, seen, 0.0)
+            leaves = tl.where(start + rows >= doc_last, leaves, 0.0)
+            keep = tl.where(doc_last < start, keep, 0.0)
+
+        # pairs within the chunk
+        decay = tl.exp2(tl.minimum(cum[None, :] - cum[:, None], 0.0))
+        dweight = tl.dot(x, tl.trans(dy), input_precision=PREC) * decay * dt[:, None]
+        dBC += dweight
+        pair = tl.where(rows[:, None] < rows[None, :], dweight * BC, 0.0)
+        tl.store(parts_ptr + h * padded + rows, tl.sum(pair, axis=0))
+        # x: through the state that leaves, then within the chunk
+        dxdt = tl.dot(B, tl.trans(dstate), input_precision=PREC) * leaves[:, None]
+        x32 = x.to(tl.float32)
+        tl.store(parts_ptr + 2 * plane + h * padded + rows, tl.sum(dxdt * x32, axis=1) * dt)
+        dxdt = tl.dot((BC * decay).to(x.dtype), dy, dxdt, input_precision=PREC)
+        tl.store(parts_ptr + 3 * plane + h * padded + rows, tl.sum(dxdt * x32, axis=1))
+        dx = dxdt * dt[:, None]
+        if D_RANK > 0:
+            dy32 = dy.to(tl.float32)
+            if D_RANK == 1:
+                dx += tl.load(d_ptr + h).to(tl.float32) * dy32
+                tl.store(dd_ptr + (b * n_chunks + chunk) * H + h, tl.sum(dy32 * x32))
+            else:
+                d = tl.load(d_ptr + h * P + p, mask=p < P, other=0.0).to(tl.float32)
+                dx += d[None, :] * dy32
+                out = dd_ptr + ((b * n_chunks + chunk) * H + h) * P + p
+                tl.store(out, tl.sum(dy32 * x32, axis=0), mask=p < P)
+        _store(dx_ptr + h * P, dx.to(x.dtype), rows, p, left, P, H * P, FULL, FULL_P)
+        # B and C: through the states
+        dB += tl.dot(x, dstate, input_precision=PREC) * (leaves * dt)[:, None]
+        dC_h = tl.dot(dy, state, input_precision=PREC) * seen[:, None]
+        dC += dC_h
+        arrived = tl.sum(dC_h * C.to(tl.float32), axis=1)
+        tl.store(parts_ptr + plane + h * padded + rows, arrived - tl.sum(pair, axis=1))
+        passed = tl.sum(state.to(tl.float32) * dstate.to(tl.float32)) * keep
+        tl.store(through_ptr + (b * n_chunks + chunk) * H + h, passed)
+    pairs = tl.where(allowed, dBC, 0.0).to(B.dtype)
+    dB = tl.dot(pairs, C, dB, input_precision=PREC)
+    dC = tl.dot(tl.trans(pairs), B, dC, input_precision=PREC)
+    out = (b * length + wide) * (G * N) + group * N
+    _store(db_ptr + out, dB.to(B.dtype), rows, n, left, N, G * N, FULL, FULL_N)
+    _store(dc_ptr + out, dC.to(B.dtype), rows, n, left, N, G * N, FULL, FULL_N)
+
+
+@triton.jit
+def _dt_grad_kernel(
+    parts_ptr, dts_ptr, through_ptr, A_ptr, ddt_ptr, sums_ptr, ddt_stride_b, length, plane,
+    DDT_STRIDE_L: tl.constexpr, H: tl.constexpr, BH: tl.constexpr, Q: tl.constexpr,
+    SOFTPLUS: tl.constexpr,
+):  # fmt: skip
+    """Gradient of dt as given, and of A and the bias as sums over the chunk: (B * c, 2, H)."""
+    c, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    n_chunks = tl.num_programs(0)
+    padded = n_chunks * Q
+    rows = tl.arange(0, Q)
+    heads = tl.program_id(2) * BH + tl.arange(0, BH)
+    at = (b * H + heads[:, None]) * padded + c * Q + rows[None, :]
+    mask = (heads[:, None] < H) & (rows[None, :] >= 0)
+    ends = tl.load(parts_ptr + at, mask=mask, other=0.0)
+    ends += tl.load(parts_ptr + plane + at, mask=mask, other=0.0)
+    leaves = tl.load(parts_ptr + 2 * plane + at, mask=mask, other=0.0)
+    direct = tl.load(parts_ptr + 3 * plane + at, mask=mask, other=0.0)
+    dt = tl.load(dts_ptr + at, mask=mask, other=0.0)
+    A = tl.load(A_ptr + heads, mask=heads < H, other=0.0).to(tl.float32)
+    passed = tl.load(through_ptr + (b * n_chunks + c) * H + heads, mask=heads < H, other=0.0)
+    # a position's dt A lies in every span that begins before it and ends at it or later
+    spans = tl.cumsum(ends, axis=1, reverse=True) + (tl.cumsum(leaves, axis=1) - leaves)
+    spans += passed[:, None]
+    ddt = direct + spans * A[:, None]
+    if SOFTPLUS:  # its derivative, 1 - exp(-dt)
+        small = dt * (1.0 - dt * (0.5 - dt / 6.0))
+        ddt *= tl.where(dt < 0.03, small, 1.0 - tl.exp(-dt))
+    valid = mask & (c * Q + rows[None, :] < length)
+    ddt = tl.where(valid, ddt, 0.0)
+    out = ddt_ptr + b * ddt_stride_b + (c * Q).to(tl.int64) * DDT_STRIDE_L
+    out += tl.trans(rows[None, :] * DDT_STRIDE_L + heads[:, None])
+    tl.store(out, tl.trans(ddt).to(ddt_ptr.dtype.element_ty), mask=tl.trans(valid))
+    sums = sums_ptr + (b * n_chunks + c) * (2 * H) + heads
+    tl.store(sums, tl.sum(tl.where(valid, spans * dt, 0.0), axis=1), mask=heads < H)
+    tl.store(sums + H, tl.sum(ddt, axis=1), mask=heads < H)
+
+
+# (warps, software-pipelining stages) by kernel and bytes per element, for sm_90.
+CONFIGS = {
+    ("state", 2): (4, 4),
+    ("scan", 2): (4, 3),
+    ("grad", 2): (8, 2),
+    ("state", 4): (4, 2),
+    ("scan", 4): (4, 2),
+    ("grad", 4): (8, 1),
+}
+STATE_PROGRAMS = 384  # programs that fill a large GPU; fewer, and the sequence is cut into segments
+SCAN_PROGRAMS = 1024
+
+
+def _blocks(width: int) -> int:
+    return max(16, triton.next_power_of_2(width))
+
+
+def _precision(dtype: torch.dtype) -> str:
+    return "tf32x3" if dtype == torch.float32 else "ieee"
+
+
+def _rows(v: Tensor) -> Tensor:
+    """v (B, L, outer, inner) with its last two axes dense; a copy only where they are not."""
+    dense = v.stride(3) == 1 and v.stride(2) == v.shape[3]
+    return v if dense else v.contiguous()
+
+
+def _unit(*tensors: Tensor) -> int:
+    """8 if every batch stride is a multiple of 8 elements, which wide loads need to know, or 1."""
+    return 8 if all(v.stride(0) % 8 == 0 for v in tensors) else 1
+
+
+def step_sizes(dt: Tensor, A: Tensor, bias: Tensor | None, softplus: bool) -> Tensor:
+    """(2, B, H, padded L): dt, and the sums of dt A within chunks in units of log2."""
+    b, length, n_heads = dt.shape
+    n_chunks = triton.cdiv(length, Q)
+    dts = dt.new_empty((2, b, n_heads, n_chunks * Q), dtype=torch.float32)
+    block = min(32, _blocks(n_heads))
+    _dt_kernel[(n_chunks, b, triton.cdiv(n_heads, block))](
+        dt, bias, A, dts, dt.stride(0), length, dts[0].numel(),
+        DT_STRIDE_L=dt.stride(1), H=n_heads, BH=block, Q=Q,
+        HAS_BIAS=bias is not None, SOFTPLUS=softplus, num_warps=4,
+    )  # fmt: skip
+    return dts
+
+
+def chunk_states(
+    x: Tensor, m: Tensor, dts: Tensor, doc: Tensor | None, first: Tensor | None, reverse: bool
+) -> tuple[Tensor, Tensor]:
+    """The state before each chunk (B, c, H, P, N) in x's type and the last one in float32, for
+    sources x (B, L, H, P) and maps m (B, L, G, N); in reverse the gradients, from dy and C."""
+    b, length, n_heads, head_dim = x.shape
+    groups, n_state = m.shape[2:]
+    n_chunks = triton.cdiv(length, Q)
+    states = x.new_empty((b, n_chunks, n_heads, head_dim, n_state))
+    last = x.new_empty((b, n_heads, head_dim, n_state), dtype=torch.float32)
+    block_n = min(64, _blocks(n_state))
+    n_tiles = triton.cdiv(n_state, block_n)
+    segments = max(1, min(STATE_PROGRAMS // (n_tiles * n_heads * b), n_chunks // 8, 32))
+    per_segment = triton.cdiv(n_chunks, segments)
+    segments = triton.cdiv(n_chunks, per_segment)
+    ends = kept = None
+    if segments > 1:
+        ends = last.new_empty((b, n_heads, segments, head_dim, n_state))
+        kept = last.new_empty((b, n_heads, segments))
+    warps, stages = CONFIGS["state", x.element_size()]
+    unit = _unit(x, m)
+    for number in (0,) if segments == 1 else (1, 2):
+        _state_kernel[(n_tiles, n_heads, b * segments)](
+            x, m, dts, doc, first, states, ends, kept, last,
+            x.stride(0) // unit, m.stride(0) // unit, length, dts[0].numel(), n_chunks,
+            per_segment, segments,
+            UNIT=unit, X_STRIDE_L=x.stride(1), B_STRIDE_L=m.stride(1),
+            H=n_heads, PER_GROUP=n_heads // groups, P=head_dim, N=n_state,
+            BP=_blocks(head_dim), BN=block_n, Q=Q, REVERSE=reverse, HAS_DOC=doc is not None,
+            HAS_FIRST=first is not None, FULL=length % Q == 0, PASS=number,
+            PREC=_precision(x.dtype), STAGES=stages, num_warps=warps,
+        )  # fmt: skip
+    return states, last
+
+
+def scan(
+    x: Tensor, B: Tensor, C: Tensor, D: Tensor | None, dts: Tensor, doc: Tensor | None,
+    states: Tensor,
+) -> Tensor:  # fmt: skip
+    b, length, n_heads, head_dim = x.shape
+    groups, n_state = B.shape[2:]
+    n_chunks = states.shape[1]
+    y = x.new_empty((b, length, n_heads, head_dim))
+    per_group = n_heads // groups
+    splits = 1
+    while splits < per_group and (per_group % splits or n_chunks * b * groups * splits < SCAN_PROGRAMS):
+        splits += 1
+    warps, stages = CONFIGS["scan", x.element_size()]
+    unit = _unit(x, B, C)
+    _scan_kernel[(n_chunks * splits, b * groups)](
+        x, B, C, D, dts, doc, states, y,
+        x.stride(0) // unit, B.stride(0) // unit, C.stride(0) // unit, length, dts[0].numel(),
+        n_chunks,
+        UNIT=unit, X_STRIDE_L=x.stride(1), B_STRIDE_L=B.stride(1), C_STRIDE_L=C.stride(1),
+        H=n_heads, G=groups, HEADS=per_group // splits, P=head_dim, N=n_state,
+        BP=_blocks(head_dim), BN=_blocks(n_state), Q=Q,
+        D_RANK=0 if D is None else D.ndim, HAS_DOC=doc is not None, FULL=length % Q == 0,
+        PREC=_precision(x.dtype), STAGES=stages, num_warps=warps,
+    )  # fmt: skip
+    return y
+
+
+def gradients(
+    x: Tensor, dy: Tensor, B: Tensor, C: Tensor, D: Tensor | None, dts: Tensor,
+    doc: Tensor | None, states: Tensor, dstates: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
+    """dx, dB, dC, the parts of dt's gradient and what passes each chunk (`_grad_kernel`), and dD
+    per chunk."""
+    b, length, n_heads, head_dim = x.shape
+    groups, n_state = B.shape[2:]
+    n_chunks = states.shape[1]
+    dx = x.new_empty((b, length, n_heads, head_dim))
+    dB = x.new_empty((b, length, groups, n_state))
+    dC = torch.empty_like(dB)
+    parts = dts.new_empty((4, *dts.shape[1:]))
+    through = dts.new_empty((b * n_chunks, n_heads))
+    dD = None if D is None else dts.new_empty((b * n_chunks, *D.shape))
+    warps, stages = CONFIGS["grad", x.element_size()]
+    unit = _unit(x, B, C)
+    _grad_kernel[(n_chunks, b * groups)](
+        x, dy, B, C, D, dts, doc, states, dstates, dx, dB, dC, parts, through, dD,
+        x.stride(0) // unit, B.stride(0) // unit, C.stride(0) // unit, length, dts[0].numel(),
+        n_chunks,
+        UNIT=unit, X_STRIDE_L=x.stride(1), B_STRIDE_L=B.stride(1), C_STRIDE_L=C.stride(1),
+        H=n_heads, G=groups, P=head_dim, N=n_state,
+        BP=_blocks(head_dim), BN=_blocks(n_state), Q=Q,
+        D_RANK=0 if D is None else D.ndim, HAS_DOC=doc is not None, FULL=length % Q == 0,
+        PREC=_precision(x.dtype), STAGES=stages, num_warps=warps,
+    )  # fmt: skip
+    return dx, dB, dC, parts, through, dD
+
+
+def step_size_gradients(
+    parts: Tensor, through: Tensor, dts: Tensor, A: Tensor, ddt: Tensor, softplus: bool
+) -> Tensor:
+    """Writes ddt (B, L, H) and returns (2, H): the gradients of A and of the bias."""
+    b, length, n_heads = ddt.shape
+    n_chunks = through.shape[0] // b
+    sums = dts.new_empty((b * n_chunks, 2, n_heads))
+    block = min(32, _blocks(n_heads))
+    _dt_grad_kernel[(n_chunks, b, triton.cdiv(n_heads, block))](
+        parts, dts, through, A, ddt, sums, ddt.stride(0), length, dts[0].numel(),
+        DDT_STRIDE_L=ddt.stride(1), H=n_heads, BH=block, Q=Q, SOFTPLUS=softplus, num_warps=4,
+    )  # fmt: skip
+    return sums.sum(0)
+
+
+def _forward(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None,
+    dt_bias: Tensor | None, first: Tensor | None, doc: Tensor | None, softplus: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    x, B, C = _rows(x), _rows(B), _rows(C)
+    dts = step_sizes(dt if dt.stride(2) == 1 else dt.contiguous(), A, dt_bias, softplus)
+    states, last = chunk_states(x, B, dts, doc, first, reverse=False)
+    return scan(x, B, C, D, dts, doc, states), last, states, dts
+
+
+def _forward_fake(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None,
+    dt_bias: Tensor | None, first: Tensor | None, doc: Tensor | None, softplus: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    b, length, n_heads, head_dim = x.shape
+    n_chunks = (length + Q - 1) // Q
+    state = (n_heads, head_dim, B.shape[3])
+    return (
+        x.new_empty(x.shape),
+        x.new_empty((b, *state), dtype=torch.float32),
+        x.new_empty((b, n_chunks, *state)),
+        x.new_empty((2, b, n_heads, n_chunks * Q), dtype=torch.float32),
+    )
+
+
+def _backward(
+    dy: Tensor, dlast: Tensor | None, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor,
+    D: Tensor | None, doc: Tensor | None, states: Tensor, dts: Tensor, softplus: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    x, B, C, dy = _rows(x), _rows(B), _rows(C), dy.contiguous()
+    dlast = None if dlast is None else dlast.contiguous()
+    dstates, dfirst = chunk_states(dy, C, dts, doc, dlast, reverse=True)
+    dx, dB, dC, parts, through, dD = gradients(x, dy, B, C, D, dts, doc, states, dstates)
+    ddt = dt.new_empty(dt.shape)
+    dA_dbias = step_size_gradients(parts, through, dts, A, ddt, softplus)
+    return dx, ddt, dB, dC, dA_dbias, A.new_empty(0) if dD is None else dD.sum(0), dfirst
+
+
+def _backward_fake(
+    dy: Tensor, dlast: Tensor | None, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor,
+    D: Tensor | None, doc: Tensor | None, states: Tensor, dts: Tensor, softplus: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    b, _, n_heads, head_dim = x.shape
+    return (
+        x.new_empty(x.shape),
+        dt.new_empty(dt.shape),
+        B.new_empty(B.shape),
+        C.new_empty(C.shape),
+        dts.new_empty((2, n_heads)),
+        A.new_empty(0) if D is None else dts.new_empty(D.shape),
+        dts.new_empty((b, n_heads, head_dim, B.shape[3])),
+    )
+
+
+_forward_op = define_op(
+    "ssd_forward(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? dt_bias, "
+    "Tensor? first, Tensor? doc, bool softplus) -> (Tensor, Tensor, Tensor, Tensor)",
+    _forward,
+    _forward_fake,
+)
+_backward_op = define_op(
+    "ssd_backward(Tensor dy, Tensor? dlast, Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, "
+    "Tensor? D, Tensor? doc, Tensor states, Tensor dts, bool softplus) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _backward,
+    _backward_fake,
+)
+
+
+class _SSD(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None,
+        dt_bias: Tensor | None, first: Tensor | None, doc: Tensor | None, softplus: bool,
+        return_last: bool,
+    ) -> Any:  # fmt: skip
+        y, last, states, dts = _forward_op(x, dt, A, B, C, D, dt_bias, first, doc, softplus)
+        ctx.save_for_backward(x, dt, A, B, C, D, doc, states, dts)
+        ctx.softplus = softplus
+        ctx.bias_dtype = None if dt_bias is None else dt_bias.dtype
+        ctx.first_dtype = None if first is None else first.dtype
+        return (y, last) if return_last else y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        x, dt, A, B, C, D, doc, states, dts = ctx.saved_tensors
+        dlast = grads[1] if len(grads) > 1 else None
+        dx, ddt, dB, dC, sums, dD, dfirst = _backward_op(
+            grads[0], dlast, x, dt, A, B, C, D, doc, states, dts, ctx.softplus
+        )
+        return (
+            dx,
+            ddt,
+            sums[0].to(A.dtype),
+            dB,
+            dC,
+            None if D is None else dD.to(D.dtype),
+            None if ctx.bias_dtype is None else sums[1].to(ctx.bias_dtype),
+            None if ctx.first_dtype is None else dfirst.to(ctx.first_dtype),
+            None,
+            None,
+            None,
+        )
+
+
+def ssd_triton(
+    x_BLHP: Tensor,
+    dt_BLH: Tensor,
+    A_H: Tensor,
+    B_BLGN: Tensor,
+    C_BLGN: Tensor,
+    D_H: Tensor | None = None,
+    *,
+    dt_bias_H: Tensor | None = None,
+    dt_softplus: bool = False,
+    initial_state_BHPN: Tensor | None = None,
+    return_final_state: bool = False,
+    doc_start_BL: Tensor | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`ablate.kernels.ssd` on a GPU; x, B and C share one type, states between chunks keep it."""
+    if initial_state_BHPN is not None:
+        initial_state_BHPN = initial_state_BHPN.contiguous()
+    out: Tensor | tuple[Tensor, Tensor] = _SSD.apply(
+        x_BLHP,
+        dt_BLH,
+        A_H,
+        B_BLGN.to(x_BLHP.dtype),
+        C_BLGN.to(x_BLHP.dtype),
+        D_H,
+        dt_bias_H,
+        initial_state_BHPN,
+        doc_start_BL,
+        dt_softplus,
+        return_final_state,
+    )
+    return out
