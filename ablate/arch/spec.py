@@ -1,0 +1,120 @@
+"""An architecture: a pattern, a width, and the options of the layer kinds that it uses."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from ablate.arch import pattern as patterns
+from ablate.arch.cost import Cost, cost
+from ablate.config import ArchConfig
+from ablate.errors import UserError, did_you_mean
+from ablate.layers.options import build
+from ablate.layers.registry import KINDS, by_name, load_modules
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A language model's shape, resolved and checked.
+
+        Architecture("mS-x8", d_model=768, vocab_size=16384, options={"swa": {"window": 1024}})
+
+    pattern: in the pattern language; the attribute holds it expanded, one letter a layer.
+    vocab_size: rows of the embedding, padding included.
+    options: by layer kind name, plain dicts; kinds that are not named have their defaults. The
+        attribute holds the resolved dataclasses of the kinds that the pattern uses.
+    Raises UserError for anything that does not fit; fields are named as in the config (`arch.…`).
+    """
+
+    pattern: str
+    _: dataclasses.KW_ONLY
+    d_model: int
+    vocab_size: int
+    tie_embeddings: bool = True
+    norm_eps: float = 1e-5
+    init_std: float = 0.02
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        letters = patterns.parse(self.pattern, field="arch.pattern")
+        for name in ("d_model", "vocab_size"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise UserError(f"arch.{name} is {value!r}; it must be a positive whole number")
+        used = {KINDS[letter].name for letter in letters}
+        resolved = {}
+        for name, values in {**dict.fromkeys(used, {}), **self.options}.items():
+            kind = by_name(name)
+            if kind is None:
+                known = [k.name for k in KINDS.values()]
+                raise UserError(f"unknown field 'arch.{name}'{did_you_mean(name, known)}")
+            where = f"arch.{name}"
+            built = build(kind.options, self.d_model, values, where, used=name in used)
+            if name in used:
+                resolved[name] = built
+        order = [KINDS[letter].name for letter in dict.fromkeys(letters)]
+        object.__setattr__(self, "pattern", "".join(letters))
+        object.__setattr__(self, "options", {name: resolved[name] for name in order})
+
+    @classmethod
+    def from_config(cls, arch: ArchConfig, vocab_size: int) -> Architecture:
+        """The architecture of an `arch` section. `vocab_size` comes from the tokenizer, rounded."""
+        load_modules(arch.layers)
+        return cls(
+            patterns.make(arch),
+            d_model=arch.d_model,
+            vocab_size=vocab_size,
+            tie_embeddings=arch.tie_embeddings,
+            norm_eps=arch.norm_eps,
+            init_std=arch.init_std,
+            options=arch.options,
+        )
+
+    @property
+    def letters(self) -> tuple[str, ...]:
+        return tuple(self.pattern)
+
+    @property
+    def n_layers(self) -> int:
+        return len(self.pattern)
+
+    def options_of(self, letter: str) -> Any:
+        """The resolved options of a layer of the pattern."""
+        return self.options[KINDS[letter].name]
+
+    def canonical(self) -> dict[str, Any]:
+        """Plain data that is equal exactly for equal architectures, however they were written."""
+        shape = {
+            name: getattr(self, name)
+            for name in (
+                "pattern",
+                "d_model",
+                "vocab_size",
+                "tie_embeddings",
+                "norm_eps",
+                "init_std",
+            )
+        }
+        options = {}
+        for name in sorted(self.options):
+            values = dataclasses.asdict(self.options[name])
+            del values["d_model"]
+            options[name] = {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+        return {**shape, "options": options}
+
+    def shares(self) -> dict[str, float]:
+        """`pattern.shares` of this pattern."""
+        return patterns.shares(self.letters)
+
+    def cost(self, seq_len: int) -> Cost:
+        """What it costs at a sequence length."""
+        return cost(self, seq_len)
+
+    def num_params(self) -> int:
+        return self.cost(1).params
+
+    def non_embedding_params(self) -> int:
+        """Without embedding and unembedding."""
+        return self.cost(1).non_embedding_params

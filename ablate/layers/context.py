@@ -1,0 +1,26 @@
+"""What every layer of a stack sees besides the residual stream."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+State = dict[str, Tensor]  # the decoding cache of one layer
+
+
+@dataclass
+class Context:
+    """Shared by the layers of one forward pass or one decoding step.
+
+    positions_BL: index of each token within its document, (B, L) or (1, L); L is 1 in a step.
+    doc_start_BL: int32, index within the row of the first token of each token's document (negative
+        for a document that began earlier); None where layers see across documents.
+    x0_BLD: the input embedding; (B, D) in a step.
+    losses: auxiliary losses that layers add to the training loss.
+    """
+
+    positions_BL: Tensor
+    doc_start_BL: Tensor | None = None
+    x0_BLD: Tensor | None = None
+    losses: list[Tensor] = field(default_factory=list)

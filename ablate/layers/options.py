@@ -1,0 +1,66 @@
+"""Types of layer options, and how a plain dict from a config becomes an options dataclass."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, TypeVar
+
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, WrapValidator
+
+from ablate.errors import UserError, did_you_mean
+
+
+def _or_none(value: Any, check: Callable[[Any], Any]) -> Any:
+    return None if value is None else check(value)
+
+
+PositiveInt = Annotated[int, Field(ge=1)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+# Null asks for the default, which `__post_init__` derives from other fields; an int from then on.
+DerivedInt = Annotated[PositiveInt, WrapValidator(_or_none)]
+DERIVED: Any = None
+
+STRICT = ConfigDict(extra="forbid", strict=True)  # `__pydantic_config__` of an options dataclass
+
+T = TypeVar("T")
+
+
+@functools.cache
+def _adapter(options: type) -> TypeAdapter[Any]:
+    return TypeAdapter(options)
+
+
+def build(
+    options: type[T], d_model: int, values: Mapping[str, Any], where: str, *, used: bool = True
+) -> T | None:
+    """The options dataclass of a layer kind from a plain dict.
+
+    A kind that the pattern does not use is checked field by field but need not fit the width: None
+    is returned when it does not.
+    Raises UserError with one sentence that names the field as `where`.field.
+    """
+    if "d_model" in values:
+        raise UserError(
+            f"{where}.d_model is {values['d_model']!r}; the width is set by arch.d_model"
+        )
+    try:
+        # As JSON, because strict validation of Python values takes no dict for a dataclass.
+        text = json.dumps({"d_model": d_model, **values}, default=str)
+        result: T = _adapter(options).validate_json(text)
+        return result
+    except ValidationError as error:
+        first = error.errors()[0]
+        message = first["msg"].removeprefix("Value error, ")
+        if first["type"] == "value_error":
+            if not used:
+                return None
+            raise UserError(f"{where}: {message}") from None
+        name = str(first["loc"][0])  # never empty: the top level is a dict
+        if first["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+            known = [n for n in options.__dataclass_fields__ if n != "d_model"]  # type: ignore[attr-defined]
+            raise UserError(f"unknown field '{where}.{name}'{did_you_mean(name, known)}") from None
+        raise UserError(
+            f"field '{where}.{name}' is {first['input']!r}: {message[0].lower()}{message[1:]}"
+        ) from None

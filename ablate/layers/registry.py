@@ -1,0 +1,129 @@
+"""Letters, layer kinds, and how a user's own package adds one.
+
+A kind is an options dataclass and a module. The options have `d_model` as their first field,
+`__pydantic_config__ = STRICT`, and the cost contract, all for the layer with its own pre-norm:
+
+    num_params()             parameters
+    flops(T)                 forward FLOPs of a sequence of T tokens in training, 2 a multiply-add:
+                             projections and token mixing; attention by its exact pairs, a scan
+                             at its kernel's tile length
+    elementwise_flops(T)     convolution taps and recurrences, which no matrix unit does; norms,
+                             activations and softmax are counted nowhere
+    state_bytes(T, bytes)    decoding cache of one sequence after T tokens, `bytes` an element
+    decode_flops(T)          forward FLOPs of one decoded token, the T-th (it sees T with itself)
+
+The module is built as `Module(options, norm_eps)` and has `forward(x_BLD, ctx, state=None)`, which
+returns the new residual stream and, given a fresh state, fills it; `init_state(batch, max_len,
+device, dtype)`; `step(x_BD, ctx, state)`, which decodes one token and updates the state in place;
+and `roles`, which tells for each of its parameters how it is initialised and whether it decays (the
+roles are in `model/init.py`).
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from ablate.config import ArchConfig
+from ablate.errors import UserError
+from ablate.layers.attention import Attention, AttentionOptions, SlidingAttentionOptions
+from ablate.layers.mamba1 import Mamba1, Mamba1Options
+from ablate.layers.mamba2 import Mamba2, Mamba2Options
+from ablate.layers.mlp import MLP, MLPOptions
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A layer kind.
+
+    letter: its character in patterns. name: its section under `arch.`. mixes: tokens see each
+    other in it. attends: counted as attention in shares.
+    """
+
+    letter: str
+    name: str
+    options: type[Any]
+    module: type[Any]
+    mixes: bool = True
+    attends: bool = False
+
+
+KINDS: dict[str, Kind] = {
+    kind.letter: kind
+    for kind in (
+        Kind("M", "mamba2", Mamba2Options, Mamba2),
+        Kind("m", "mamba1", Mamba1Options, Mamba1),
+        Kind("*", "attention", AttentionOptions, Attention, attends=True),
+        Kind("S", "swa", SlidingAttentionOptions, Attention, attends=True),
+        Kind("-", "mlp", MLPOptions, MLP, mixes=False),
+    )
+}
+
+RESERVED = {
+    "L": "gated linear attention",
+    "R": "RetNet",
+    "G": "gated DeltaNet",
+    "E": "mixture of experts",
+    "Z": "shared attention block",
+}
+
+_loaded: set[str] = set()
+
+
+def register(kind: Kind) -> None:
+    """Make a kind known. `UserError` when its letter or name cannot be used."""
+    letter, name = kind.letter, kind.name
+    if not (len(letter) == 1 and letter.isascii() and letter.isalpha() and letter != "x"):
+        raise UserError(
+            f"layer kind '{name}' has the letter {letter!r}; it must be one ASCII letter, not 'x'"
+        )
+    if letter in RESERVED:
+        raise UserError(
+            f"layer kind '{name}' has the letter '{letter}', reserved for {RESERVED[letter]}"
+        )
+    if letter in KINDS:
+        raise UserError(
+            f"layer kind '{name}' has the letter '{letter}', taken by '{KINDS[letter].name}'"
+        )
+    if not name.isidentifier() or name in ArchConfig.model_fields:
+        raise UserError(f"a layer kind cannot be named {name!r}: its options stand at arch.<name>")
+    if any(other.name == name for other in KINDS.values()):
+        raise UserError(f"there is a layer kind '{name}' already")
+    KINDS[letter] = kind
+
+
+def load_modules(names: Iterable[str]) -> None:
+    """Import the modules of `arch.layers`, each of which calls `register`."""
+    for name in names:
+        if name in _loaded:
+            continue
+        before = set(KINDS)
+        try:
+            importlib.import_module(name)
+        except UserError as error:
+            _forget(name, before)
+            raise UserError(f"arch.layers: module '{name}': {error}") from None
+        except Exception as error:
+            _forget(name, before)
+            raise UserError(
+                f"arch.layers: module '{name}' cannot be imported ({error}); it must be importable "
+                "from where the command runs"
+            ) from error
+        # A module that was imported before has registered its kinds then.
+        if not any(k not in before or KINDS[k].module.__module__ == name for k in KINDS):
+            raise UserError(f"arch.layers: module '{name}' registers no layer kind")
+        _loaded.add(name)
+
+
+def _forget(name: str, before: set[str]) -> None:
+    """Undo a failed import, so that a corrected module can be imported again."""
+    sys.modules.pop(name, None)
+    for letter in set(KINDS) - before:
+        del KINDS[letter]
+
+
+def by_name(name: str) -> Kind | None:
+    return next((kind for kind in KINDS.values() if kind.name == name), None)

@@ -1,0 +1,9 @@
+"""The language model, its initialisation and its generation."""
+
+from __future__ import annotations
+
+from ablate.model.generate import generate
+from ablate.model.init import init_weights, param_groups
+from ablate.model.lm import DecodeState, LanguageModel
+
+__all__ = ["DecodeState", "LanguageModel", "generate", "init_weights", "param_groups"]

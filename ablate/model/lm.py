@@ -1,0 +1,173 @@
+"""The language model: embedding, a stack of residual layers, a final norm, the output projection.
+
+Parameters are float32; under bf16 autocast the projections and scans run in bf16 while the residual
+stream stays float32, as the embedding starts it and autocast promotes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ablate.arch.spec import Architecture
+from ablate.kernels import linear_cross_entropy, rms_norm
+from ablate.layers.context import Context, State
+from ablate.layers.registry import KINDS
+from ablate.model.init import init_weights
+
+
+@dataclass
+class DecodeState:
+    """Caches of a batch of sequences of equal length.
+
+    position_1: number of tokens seen, a tensor so that a captured step can advance it.
+    max_len: tokens that the caches have room for.
+    """
+
+    position_1: Tensor
+    max_len: int
+    layers: list[State]
+
+
+class LanguageModel(nn.Module):
+    """A decoder-only language model of an `Architecture`.
+
+    seed: initialises the weights; None leaves them undefined, to be loaded.
+    """
+
+    roles = {"embedding": "embedding", "final_norm": "ones", "unembedding": "embedding"}
+
+    def __init__(self, arch: Architecture, *, seed: int | None = 0) -> None:
+        super().__init__()
+        self.arch = arch
+        self.embedding = nn.Parameter(torch.empty(arch.vocab_size, arch.d_model))
+        self.layers = nn.ModuleList(
+            KINDS[letter].module(arch.options_of(letter), arch.norm_eps) for letter in arch.letters
+        )
+        self.final_norm = nn.Parameter(torch.empty(arch.d_model))
+        if arch.tie_embeddings:
+            self.unembedding = None
+        else:
+            self.unembedding = nn.Parameter(torch.empty(arch.vocab_size, arch.d_model))
+        if seed is not None:
+            init_weights(self, seed)
+
+    @property
+    def output_weight_VD(self) -> Tensor:
+        return self.embedding if self.unembedding is None else self.unembedding
+
+    def parameter_roles(self) -> dict[str, tuple[nn.Parameter, str, nn.Module]]:
+        """Every parameter by name: itself, its role (`model/init.py`), the module that owns it.
+
+        Raises ValueError when a layer's `roles` do not name one of its parameters.
+        """
+        result = {}
+        for prefix, owner in (
+            ("", self),
+            *((f"layers.{i}.", layer) for i, layer in enumerate(self.layers)),
+        ):
+            for name, parameter in owner.named_parameters(recurse=owner is not self):
+                if name not in owner.roles:
+                    raise ValueError(
+                        f"{type(owner).__name__}.roles does not name the parameter '{name}'; it "
+                        "must, with one of the roles of ablate/model/init.py"
+                    )
+                result[prefix + name] = (parameter, owner.roles[name], owner)
+        return result
+
+    def _hidden(self, tokens_BL: Tensor, doc_start_BL: Tensor | None) -> tuple[Tensor, Context]:
+        index_1L = torch.arange(tokens_BL.shape[1], device=tokens_BL.device)[None]
+        x = F.embedding(tokens_BL, self.embedding)
+        ctx = Context(
+            positions_BL=index_1L if doc_start_BL is None else index_1L - doc_start_BL,
+            doc_start_BL=doc_start_BL,
+            x0_BLD=x,
+        )
+        for layer in self.layers:
+            x = layer(x, ctx)
+        return rms_norm(x, self.final_norm, eps=self.arch.norm_eps), ctx
+
+    def hidden(self, tokens_BL: Tensor, doc_start_BL: Tensor | None = None) -> Tensor:
+        """The stream after the final norm, (B, L, D)."""
+        return self._hidden(tokens_BL, doc_start_BL)[0]
+
+    def logits(self, tokens_BL: Tensor, doc_start_BL: Tensor | None = None) -> Tensor:
+        """All logits, (B, L, V), at least float32. Large: training and scoring use `loss`."""
+        return self._project(self.hidden(tokens_BL, doc_start_BL))
+
+    def _project(self, hidden: Tensor) -> Tensor:
+        logits = F.linear(hidden, self.output_weight_VD)
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+    def loss(
+        self,
+        tokens_BL: Tensor,
+        targets_BL: Tensor,
+        doc_start_BL: Tensor | None = None,
+        *,
+        z_loss: float = 0.0,
+        reduction: str = "mean",
+    ) -> Tensor:
+        """Cross-entropy in nats against targets (-100: not scored), without keeping the logits.
+
+        reduction: "mean" over scored targets, "sum", or "none": (B, L), each target's cross-entropy
+            without z-loss, auxiliary losses and gradients.
+        z_loss: weight of logsumexp(logits)^2, added per target. Auxiliary losses of layers are
+            added to a mean as they are, to a sum times the number of scored targets.
+        """
+        hidden, ctx = self._hidden(tokens_BL, doc_start_BL)
+        loss = linear_cross_entropy(
+            hidden.flatten(0, 1),
+            self.output_weight_VD,
+            targets_BL.flatten(),
+            z_loss=z_loss,
+            reduction=reduction,
+        )
+        if reduction == "none":
+            return loss.view_as(targets_BL)
+        for auxiliary in ctx.losses:
+            scored = (targets_BL != -100).sum() if reduction == "sum" else 1
+            loss = loss + auxiliary * scored
+        return loss
+
+    forward = loss
+
+    # --- decoding -----------------------------------------------------------------------------
+
+    def init_state(self, batch: int, max_len: int, dtype: torch.dtype | None = None) -> DecodeState:
+        """Empty caches for sequences of up to `max_len` tokens, in `dtype` (the weights')."""
+        device = self.embedding.device
+        dtype = dtype or self.embedding.dtype
+        return DecodeState(
+            position_1=torch.zeros(1, dtype=torch.long, device=device),
+            max_len=max_len,
+            layers=[layer.init_state(batch, max_len, device, dtype) for layer in self.layers],
+        )
+
+    def prefill(self, tokens_BL: Tensor, state: DecodeState) -> Tensor:
+        """Fill empty caches with a prompt; returns the logits after its last token, (B, V)."""
+        length = tokens_BL.shape[1]
+        if length > state.max_len:
+            raise ValueError(f"a prompt of {length} tokens does not fit max_len {state.max_len}")
+        x = F.embedding(tokens_BL, self.embedding)
+        positions_1L = torch.arange(length, device=tokens_BL.device)[None]
+        ctx = Context(positions_BL=positions_1L, x0_BLD=x)
+        for layer, cache in zip(self.layers, state.layers, strict=True):
+            x = layer(x, ctx, cache)
+        state.position_1 += length
+        return self._project(rms_norm(x[:, -1], self.final_norm, eps=self.arch.norm_eps))
+
+    def step(self, tokens_B: Tensor, state: DecodeState) -> Tensor:
+        """One more token each; returns the logits after it, (B, V). Updates the caches in place.
+
+        The caller keeps within max_len: nothing is read back from the device to check it.
+        """
+        x = F.embedding(tokens_B, self.embedding)
+        ctx = Context(positions_BL=state.position_1[None], x0_BLD=x)
+        for layer, cache in zip(self.layers, state.layers, strict=True):
+            x = layer.step(x, ctx, cache)
+        state.position_1 += 1
+        return self._project(rms_norm(x, self.final_norm, eps=self.arch.norm_eps))
