@@ -1,0 +1,281 @@
+"""Batches: packed rows in an order that the seed alone decides, and the validation windows.
+
+The stream of a split is cut in windows of seq_len + 1 ids with stride seq_len: a row's inputs are
+the first seq_len ids, its targets the last seq_len. A row starts with a fresh context.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from ablate.config import DataConfig
+from ablate.data import bits
+from ablate.data.recall import IGNORE, check_recall, packed_recall, recall_rows
+from ablate.data.tokens import Split, TokenSet
+from ablate.errors import UserError
+
+MAX_EPOCHS = 4
+"""Up to four epochs cost almost nothing against fresh text (Muennighoff et al. 2023, section 5)."""
+_RECALL_BLOCK_TOKENS = 1 << 17  # recall rows are made so many tokens at a time, which is faster
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows of a step, on the CPU until moved.
+
+    tokens_BL, targets_BL: int64, targets -100 where nothing is scored; doc_start_BL: int32, for
+    each position the index in the row of its document's first token (a document that began in an
+    earlier row begins at 0 here), None when documents are not reset.
+    """
+
+    tokens_BL: torch.Tensor
+    targets_BL: torch.Tensor
+    doc_start_BL: torch.Tensor | None
+
+    def to(self, device: torch.device | str) -> Batch:
+        """On a device; from pinned memory the copy runs beside the GPU's work."""
+        return self._map(lambda t: t.to(device, non_blocking=True))
+
+    def pin_memory(self) -> Batch:
+        return self._map(torch.Tensor.pin_memory)
+
+    def split(self, rows: int) -> list[Batch]:
+        """Micro-batches of at most so many rows."""
+        starts = range(0, len(self.tokens_BL), rows)
+        return [self._map(operator.itemgetter(slice(i, i + rows))) for i in starts]
+
+    def n_targets(self) -> int:
+        """Scored positions."""
+        return int((self.targets_BL != IGNORE).sum())
+
+    def _map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
+        doc_start = None if self.doc_start_BL is None else function(self.doc_start_BL)
+        return Batch(function(self.tokens_BL), function(self.targets_BL), doc_start)
+
+
+def model_vocab(vocab_size: int) -> int:
+    """Rows of a model's embedding: the tokenizer's ids rounded up to a multiple of 64."""
+    return -(-vocab_size // 64) * 64
+
+
+def check_epochs(token_set: TokenSet, data: DataConfig, text_tokens_needed: int) -> float:
+    """Epochs over the text that a budget takes; UserError above four unless data.allow_repeats."""
+    unique = token_set.splits["train"].n_tokens
+    epochs = text_tokens_needed / unique
+    if epochs > MAX_EPOCHS and not data.allow_repeats:
+        raise UserError(
+            f"train.tokens asks for {text_tokens_needed:,} tokens of text but there are "
+            f"{unique:,} unique ones, which is {epochs:.1f} epochs and more than {MAX_EPOCHS}; "
+            "give more text, fewer tokens, or data.allow_repeats=true"
+        )
+    return epochs
+
+
+class TrainStream:
+    """Training batches; `batch(step)` depends on the text, the sizes, the seed and the step alone.
+
+    Epoch e visits every window of the text once, in the e-th shuffle of the seed. Recall rows
+    (`data.mqar.share` of the rows, spread evenly over the batch) are new in every step.
+    """
+
+    def __init__(
+        self, token_set: TokenSet, data: DataConfig, *, batch_size: int, seed: int
+    ) -> None:
+        self.token_set, self.data, self.batch_size, self.seed = token_set, data, batch_size, seed
+        self.seq_len = data.seq_len
+        n_recall = recall_rows(data, batch_size)
+        if n_recall:
+            length = data.mqar.length or data.seq_len
+            check_recall(data.mqar.pairs, length, data.mqar.queries, token_set.vocab_size)
+        self.text_rows = batch_size - n_recall
+        train = token_set.splits["train"]
+        self.n_windows = train.n_tokens // self.seq_len
+        if self.text_rows and not self.n_windows:
+            raise UserError(
+                f"data.seq_len={self.seq_len} is longer than the whole training text of "
+                f"{train.n_tokens} tokens; use shorter rows or more text"
+            )
+        width = train.tokens.itemsize
+        self._windows = np.lib.stride_tricks.as_strided(
+            train.tokens,
+            (self.n_windows, self.seq_len + 1),
+            (self.seq_len * width, width),
+            writeable=False,
+        )
+        is_recall = np.zeros(batch_size, bool)
+        is_recall[np.arange(n_recall) * batch_size // max(n_recall, 1)] = True
+        self._recall_at, self._text_at = np.flatnonzero(is_recall), np.flatnonzero(~is_recall)
+        self._shuffles: dict[int, np.ndarray] = {}
+        self._recall_steps = max(1, _RECALL_BLOCK_TOKENS // max(1, n_recall * self.seq_len))
+        self._recall: tuple[int, np.ndarray, np.ndarray] | None = None
+
+    def text_tokens(self, tokens: int) -> int:
+        """Of so many trained tokens (rows × seq_len), those of text rows, up to whole steps."""
+        steps = math.ceil(tokens / (self.batch_size * self.seq_len))
+        return steps * self.text_rows * self.seq_len
+
+    def epochs(self, tokens: int) -> float:
+        """Epochs over the text after so many trained tokens."""
+        return self.text_tokens(tokens) / self.token_set.splits["train"].n_tokens
+
+    def batch(self, step: int) -> Batch:
+        """The rows of a step, counted from 0."""
+        shape = (self.batch_size, self.seq_len)
+        tokens, targets = np.empty(shape, np.int64), np.empty(shape, np.int64)
+        reset = self.data.reset_documents
+        doc_start = np.zeros(shape, np.int32) if reset else None
+        if self.text_rows:
+            windows = self._order(step)
+            rows = self._windows[windows]
+            # a slice instead of an index array where every row is text: no second copy
+            at = self._text_at if len(self._recall_at) else slice(None)
+            tokens[at], targets[at] = rows[:, :-1], rows[:, 1:]
+            if doc_start is not None:
+                offsets = self.token_set.splits["train"].doc_offsets
+                doc_start[at] = document_starts(offsets, windows * self.seq_len, self.seq_len)
+        if len(self._recall_at):
+            tokens[self._recall_at], targets[self._recall_at] = self._recall_of(step)
+            if doc_start is not None:
+                length = self.data.mqar.length or self.seq_len
+                position = np.arange(self.seq_len, dtype=np.int32)
+                doc_start[self._recall_at] = position // length * length
+        return Batch(
+            torch.from_numpy(tokens),
+            torch.from_numpy(targets),
+            None if doc_start is None else torch.from_numpy(doc_start),
+        )
+
+    def _order(self, step: int) -> np.ndarray:
+        """Windows of the text rows of a step."""
+        index = np.arange(step * self.text_rows, (step + 1) * self.text_rows)
+        epoch, position = np.divmod(index, self.n_windows)
+        first, last = int(epoch[0]), int(epoch[-1])
+        if first == last:
+            return self._shuffle(first)[position]
+        result = np.empty_like(index)
+        for e in range(first, last + 1):
+            result[epoch == e] = self._shuffle(e)[position[epoch == e]]
+        return result
+
+    def _shuffle(self, epoch: int) -> np.ndarray:
+        if epoch not in self._shuffles:
+            self._shuffles = {e: s for e, s in self._shuffles.items() if e == epoch - 1}
+            self._shuffles[epoch] = bits.permutation(self.seed, epoch, self.n_windows)
+        return self._shuffles[epoch]
+
+    def _recall_of(self, step: int) -> tuple[np.ndarray, np.ndarray]:
+        block, within = divmod(step, self._recall_steps)
+        n = len(self._recall_at)
+        if self._recall is None or self._recall[0] != block:
+            size = n * self._recall_steps
+            rows = np.arange(block * size, (block + 1) * size)
+            made = packed_recall(self.seed, rows, self.data, self.token_set.vocab_size)
+            self._recall = (block, *made)
+        part = slice(within * n, (within + 1) * n)
+        return self._recall[1][part], self._recall[2][part]
+
+
+def document_starts(doc_offsets: np.ndarray, starts: np.ndarray, length: int) -> np.ndarray:
+    """doc_start_BL (int32) of rows that begin at these positions of a split's stream."""
+    result = np.zeros((len(starts), length), np.int32)
+    first = np.searchsorted(doc_offsets, starts, side="left")
+    counts = np.searchsorted(doc_offsets, starts + length, side="left") - first
+    row = np.repeat(np.arange(len(starts)), counts)
+    nth = np.arange(len(row)) - np.repeat(np.cumsum(counts) - counts, counts)
+    at = doc_offsets[first[row] + nth] - starts[row]
+    result[row, at] = at
+    return np.maximum.accumulate(result, axis=1, out=result)
+
+
+def eval_batches(
+    split: Split, data: DataConfig, *, batch_size: int, max_tokens: int | None = None
+) -> Iterator[tuple[Batch, torch.Tensor]]:
+    """(batch, doc_index_BL) over the first documents of a split, every token scored once.
+
+    The documents are `split.head(max_tokens)` of them, whatever seq_len and batch_size are. Windows
+    follow each other in the stream; what is left of the last batch has targets of -100.
+    doc_index_BL: int64, the document a target belongs to (its closing end-of-text included), -1
+    where nothing is scored; `split.doc_bytes[i]` are that document's bytes.
+    """
+    length = data.seq_len
+    total = int(split.doc_offsets[split.head(max_tokens)])
+    position = np.arange(batch_size * length).reshape(batch_size, length)
+    for start in range(0, total, batch_size * length):
+        at = start + position
+        inside = at < total
+        at = np.minimum(at, total - 1)
+        tokens = split.tokens[at].astype(np.int64)
+        targets = np.where(inside, split.tokens[at + 1].astype(np.int64), IGNORE)
+        index = np.searchsorted(split.doc_offsets, at, side="right") - 1
+        doc_start = None
+        if data.reset_documents:
+            rows = start + position[:, 0]
+            doc_start = torch.from_numpy(document_starts(split.doc_offsets, rows, length))
+        yield (
+            Batch(torch.from_numpy(tokens), torch.from_numpy(targets), doc_start),
+            torch.from_numpy(np.where(inside, index, -1)),
+        )
+
+
+class Prefetcher:
+    """Batches first … last - 1 of a stream, made ahead by a thread, in pinned memory for a GPU.
+
+    Iterate over it, and close it (or use it in a `with`) when stopping early. What the thread
+    raises is raised by the iteration.
+    """
+
+    def __init__(
+        self, stream: TrainStream, first: int, last: int, *, pin: bool = False, depth: int = 4
+    ) -> None:
+        self._stream, self._range, self._pin = stream, range(first, last), pin
+        self._ready: queue.Queue[Batch | BaseException | None] = queue.Queue(depth)
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._work, name="prefetch", daemon=True)
+        self._thread.start()
+
+    def _work(self) -> None:
+        try:
+            for step in self._range:
+                batch = self._stream.batch(step)
+                if not self._put(batch.pin_memory() if self._pin else batch):
+                    return
+            self._put(None)
+        except BaseException as error:
+            self._put(error)
+
+    def _put(self, item: Batch | BaseException | None) -> bool:
+        while not self._stop.is_set():
+            try:
+                self._ready.put(item, timeout=0.1)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+    def __iter__(self) -> Iterator[Batch]:
+        while not self._stop.is_set():
+            item = self._ready.get()
+            if item is None:
+                return
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+
+    def close(self) -> None:
+        """Stop the thread; what it had made is dropped."""
+        self._stop.set()
+        self._thread.join()
+
+    def __enter__(self) -> Prefetcher:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
