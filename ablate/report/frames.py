@@ -102,6 +102,7 @@ def load_study(path: str | Path) -> pd.DataFrame:
                 **{name: record[name] for name in FIGURES},
                 "fingerprint": record["fingerprint"],
                 "tokenizer": record["tokenizer"],
+                "mqar_share": _number(config_tree.get(tree, "data.mqar.share")),
                 "commit": record["commit"],
                 "hardware": record["hardware"],
                 "orphan": record["key"] in set(study.get("orphans") or [])
@@ -244,8 +245,8 @@ def _read_run(run: RunFolder) -> dict[str, Any]:
         "cause": _text(status.get("cause")),
         **texts,
         **figures,
-        "commit": _text(environment.get("commit")),
-        "hardware": _text(environment.get("hardware")),
+        "commit": _commit(environment),
+        "hardware": _hardware(environment.get("hardware")),
         "config": json.dumps(run.config() or {}, default=str),
         "environment": json.dumps(environment, default=str),
     }
@@ -263,9 +264,25 @@ def _state(run: RunFolder, record: Mapping[str, Any]) -> tuple[str, str | None]:
     return state, cause
 
 
+def _commit(environment: Mapping[str, Any]) -> str:
+    """The short commit, marked where the sources had uncommitted changes."""
+    commit = _text(environment.get("commit"))[:12]
+    return f"{commit}, changed" if commit and environment.get("dirty") else commit
+
+
+def _hardware(hardware: Any) -> str:
+    """The GPU's name, or the CPU's with its cores."""
+    if not isinstance(hardware, Mapping):
+        return _text(hardware)
+    if hardware.get("gpu"):
+        return str(hardware["gpu"])
+    name = str(hardware.get("cpu") or "")
+    return f"{name} ({hardware['cores']} cores)" if hardware.get("cores") else name
+
+
 def _varying(configs: list[dict[str, Any]]) -> list[str]:
     """Scientific fields that differ between runs, the seed apart: the factors nobody wrote down."""
-    hidden = {name for name, _, is_operational in config_tree.fields() if is_operational}
+    hidden = operational_fields()
     flat = [dict(flatten(tree)) for tree in configs]
     names = dict.fromkeys(name for row in flat for name in row)
     return [
@@ -276,6 +293,11 @@ def _varying(configs: list[dict[str, Any]]) -> list[str]:
         and not name.startswith(("study.", "tracker."))
         and len({repr(row.get(name)) for row in flat}) > 1
     ]
+
+
+def operational_fields() -> set[str]:
+    """Dotted names of the config fields that never change what a run computes."""
+    return {name for name, _, is_operational in config_tree.fields() if is_operational}
 
 
 def _scalar(value: Any) -> Any:
