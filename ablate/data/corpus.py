@@ -11,6 +11,7 @@ import contextlib
 import glob
 import hashlib
 import json
+import os
 import sys
 import sysconfig
 import time
@@ -32,7 +33,7 @@ CHUNK_BYTES = 1 << 20
 """Text handed to a tokenising process at a time; also what bounds the memory of a build."""
 
 HASH_MAX = 2**64
-_NOT_STDLIB = {"site-packages", "dist-packages", "__pycache__"}
+_INSTALLED = {"site-packages", "dist-packages", "__pycache__"}
 _MACHINE_FILES = ("_sysconfigdata", "sitecustomize", "usercustomize")
 
 
@@ -106,7 +107,9 @@ def sources(data: DataConfig) -> dict[str, Source]:
 
         text = Source("data.hub", (download(data),))
     given = {file.resolve() for source in found.values() for file in source.files}
-    kept = tuple(file for file in text.files if file.resolve() not in given)
+    kept = text.files
+    if given:
+        kept = tuple(file for file in text.files if file.resolve() not in given)
     if not kept:
         raise UserError(f"{text.name} holds only the validation files, so nothing is left to train")
     found["text"] = Source(text.name, kept, text.lenient)
@@ -116,18 +119,23 @@ def sources(data: DataConfig) -> dict[str, Source]:
 def _stdlib() -> Source:
     """The `.py` files of the running interpreter's standard library."""
     root = Path(sysconfig.get_path("stdlib"))
-    files = [
-        file
-        for file in root.rglob("*.py")
-        if not _NOT_STDLIB.intersection(file.relative_to(root).parts)
-        and not file.name.startswith(_MACHINE_FILES)
-    ]
+    files = [f for f in _walk(root, (".py",)) if not f.name.startswith(_MACHINE_FILES)]
     if not files:
         raise UserError(
             f"data.source is 'stdlib' but {root} holds no .py files; "
             "give text with data=files data.path=…"
         )
-    return Source("stdlib", tuple(sorted(files, key=lambda f: f.relative_to(root).parts)), True)
+    return Source("stdlib", tuple(files), lenient=True)
+
+
+def _walk(root: Path, suffixes: tuple[str, ...]) -> list[Path]:
+    """Files below a folder in the order of their path's parts; none hidden, none installed."""
+    found: list[tuple[str, ...]] = []
+    for folder, inner, names in os.walk(root):
+        inner[:] = [name for name in inner if name not in _INSTALLED and name[0] != "."]
+        parts = Path(folder).relative_to(root).parts
+        found += [(*parts, name) for name in names if name.endswith(suffixes) and name[0] != "."]
+    return [root.joinpath(*parts) for parts in sorted(found)]
 
 
 def _files(paths: str | list[str], name: str) -> tuple[Path, ...]:
@@ -136,16 +144,9 @@ def _files(paths: str | list[str], name: str) -> tuple[Path, ...]:
     for text in [paths] if isinstance(paths, str) else paths:
         path = Path(text).expanduser()
         if path.is_dir():
-            inside = [
-                file
-                for file in path.rglob("*")
-                if file.name.endswith(SUFFIXES)
-                and not any(part.startswith(".") for part in file.relative_to(path).parts)
-                and file.is_file()
-            ]
+            inside = _walk(path, SUFFIXES)
             if not inside:
                 raise UserError(f"{name}: the folder {text!r} holds no {' '.join(SUFFIXES)} files")
-            inside.sort(key=lambda f: f.relative_to(path).parts)
         elif path.is_file():
             inside = [path]
         else:
