@@ -159,9 +159,9 @@ class RunFolder:
             return True
         return False
 
-    def create(self, config: Mapping[str, Any]) -> None:
-        """Write the resolved config; a folder that has one keeps it."""
-        if self.config() is None:
+    def create(self, config: Mapping[str, Any], *, replace: bool = False) -> None:
+        """Write the resolved config; a folder that has one keeps it unless told to `replace` it."""
+        if replace or self.config() is None:
             text = yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True)
             atomic_write(self.path / "config.yaml", text)
 
