@@ -25,22 +25,30 @@ def _mix(x: np.ndarray) -> np.ndarray:
     return x
 
 
-def bits(seed: int, stream: int, rows: np.ndarray, columns: int, first: int = 0) -> np.ndarray:
-    """uint64 (len(rows), columns): columns first, first+1, … of the given rows of a stream."""
+def bits(seed: int, stream: int, rows: np.ndarray, columns: int) -> np.ndarray:
+    """uint64 (len(rows), columns): the first columns of the given rows of a stream."""
     key = _mix(np.array([seed], np.uint64) * np.uint64(8) + np.uint64(stream))
     base = _mix(rows.astype(np.uint64) * _GOLDEN + _mix(key * _GOLDEN))
-    counter = np.arange(first + 1, first + 1 + columns, dtype=np.uint64) * _GOLDEN
+    counter = np.arange(1, columns + 1, dtype=np.uint64) * _GOLDEN
     return _mix(base[:, None] + counter)
 
 
+def words(seed: int, stream: int, rows: np.ndarray, columns: int) -> np.ndarray:
+    """uint32 (len(rows), columns), two out of each number of `bits`."""
+    return bits(seed, stream, rows, -(-columns // 2)).view(np.uint32)[:, :columns]
+
+
 def below(x: np.ndarray, n: int | np.ndarray) -> np.ndarray:
-    """int64 in [0, n) from random bits; n < 2**31 (bias below n / 2**32)."""
-    return (((x >> np.uint64(32)) * np.asarray(n, np.uint64)) >> np.uint64(32)).astype(np.int64)
+    """int64 in [0, n) from uint32 words; n < 2**31 (bias below n / 2**32)."""
+    wide = x.astype(np.uint64)
+    wide *= np.asarray(n, np.uint64)
+    wide >>= np.uint64(32)
+    return wide.view(np.int64)
 
 
 def unit(x: np.ndarray) -> np.ndarray:
-    """float64 in (0, 1) from random bits."""
-    return ((x >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
+    """float64 in (0, 1) from uint32 words."""
+    return (x + 0.5) * 2.0**-32
 
 
 def permutation(seed: int, index: int, n: int) -> np.ndarray:

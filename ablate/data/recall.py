@@ -81,14 +81,13 @@ def recall_tokens(
     half, n = n_ids // 2, len(rows)
     slots = (length - 2 * pairs) // 2
     stream = bits.RECALL_HELD_OUT if held_out else bits.RECALL_TRAIN
-    sizes = [pairs, pairs, pairs, pairs, slots, length]
-    drawn = bits.bits(seed, stream, rows, sum(sizes))
-    key_bits, value_bits, place_bits, order_bits, slot_bits, filler_bits = np.split(
+    sizes = [2 * pairs, 2 * pairs, pairs, asked, slots, length]
+    drawn = bits.words(seed, stream, rows, sum(sizes))
+    key_bits, value_bits, pair_bits, order_bits, slot_bits, filler_bits = np.split(
         drawn, np.cumsum(sizes)[:-1], axis=1
     )
     each = np.arange(n)[:, None]
     keys_NK = _distinct(key_bits, half)
-    keys_NK = keys_NK[each, np.argsort(place_bits, axis=1)]
     values_NK = _distinct(value_bits, half) + half
 
     tokens = bits.below(filler_bits, n_ids)
@@ -101,16 +100,12 @@ def recall_tokens(
     # Exponential races: the first `asked` to finish are a draw without replacement by these rates.
     rate = np.arange(1, slots + 1) ** (POWER - 1)
     race = -np.log(bits.unit(slot_bits)) / rate
-    chosen = np.argpartition(race, asked - 1, axis=1)[:, :asked] if asked < slots else None
-    if chosen is None:
-        chosen = np.broadcast_to(np.arange(slots), (n, slots))
-    chosen = np.sort(chosen, axis=1)
+    chosen = np.argpartition(race, asked - 1, axis=1)[:, :asked]
+    chosen.sort(axis=1)
     # Every pair is asked once before any is asked again, and any slot may ask any pair.
-    order = np.argsort(order_bits, axis=1)
-    which = order[:, np.arange(asked) % pairs]
-    if asked != pairs:
-        again = bits.bits(seed, stream, rows, asked, first=sum(sizes))
-        which = which[each, np.argsort(again, axis=1)]
+    which = np.argsort(pair_bits, axis=1)[:, np.arange(asked) % pairs]
+    if asked > pairs:
+        which = which[each, np.argsort(order_bits, axis=1)]
     at = 2 * pairs + 2 * chosen
     tokens += FIRST_ID
     keys_NK += FIRST_ID
@@ -123,18 +118,18 @@ def recall_tokens(
     return tokens, targets
 
 
-def _distinct(drawn: np.ndarray, n: int) -> np.ndarray:
-    """int64 like drawn: distinct numbers below n in each row; a uniform set, not in uniform order.
+def _distinct(words: np.ndarray, n: int) -> np.ndarray:
+    """int64 (rows, K): K distinct numbers below n in random order, from (rows, 2K) words.
 
-    Floyd's sampling (Bentley and Floyd 1987).
+    Floyd's sampling (Bentley and Floyd 1987) finds the set, an argsort shuffles it.
     """
-    count = drawn.shape[1]
+    count = words.shape[1] // 2
     tops = np.arange(n - count, n)
-    result = bits.below(drawn, tops + 1)
+    result = bits.below(words[:, :count], tops + 1)
     for i in range(1, count):
         seen = (result[:, :i] == result[:, i : i + 1]).any(axis=1)
         result[seen, i] = tops[i]
-    return result
+    return np.take_along_axis(result, np.argsort(words[:, count:], axis=1), axis=1)
 
 
 def packed_recall(

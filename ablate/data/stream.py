@@ -24,7 +24,7 @@ from ablate.errors import UserError
 
 MAX_EPOCHS = 4
 """Up to four epochs cost almost nothing against fresh text (Muennighoff et al. 2023, section 5)."""
-_RECALL_BLOCK_TOKENS = 1 << 17  # recall rows are made so many tokens at a time, which is faster
+_RECALL_BLOCK_TOKENS = 1 << 15  # recall rows are made so many tokens at a time, which is faster
 
 
 @dataclass(frozen=True)
