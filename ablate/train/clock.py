@@ -1,0 +1,68 @@
+"""Where the seconds of a run go."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+PHASES = (
+    "start_up",
+    "data",
+    "build",
+    "first_step",
+    "train",
+    "validation",
+    "checkpoint",
+)
+
+
+def process_age() -> float:
+    """Seconds since this process started, 0 where the system does not say."""
+    try:
+        fields = Path("/proc/self/stat").read_text().rsplit(")", 1)[1].split()
+        booted = float(Path("/proc/uptime").read_text().split()[0])
+        return booted - float(fields[19]) / os.sysconf("SC_CLK_TCK")
+    except (OSError, ValueError, IndexError):
+        return 0.0
+
+
+class Clock:
+    """Seconds by phase, over all processes that worked on a run.
+
+    Only the ends of a phase wait for the device, never a step within it.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.seconds = dict.fromkeys(PHASES, 0.0)
+        self.phase = ""
+        self._since = 0.0
+
+    @contextlib.contextmanager
+    def of(self, phase: str) -> Iterator[None]:
+        """Count what is inside as `phase`; an outer phase stands still meanwhile."""
+        outer = self.phase
+        self._stop()
+        self.phase, self._since = phase, time.perf_counter()
+        try:
+            yield
+        finally:
+            self._stop()
+            self.phase, self._since = outer, time.perf_counter()
+
+    def now(self, phase: str) -> float:
+        """Seconds in `phase` up to this moment, without waiting for the device."""
+        running = time.perf_counter() - self._since if self.phase == phase else 0.0
+        return self.seconds[phase] + running
+
+    def _stop(self) -> None:
+        if not self.phase:
+            return
+        if self.device.type == "cuda" and torch.cuda.is_initialized():
+            torch.cuda.synchronize(self.device)
+        self.seconds[self.phase] += time.perf_counter() - self._since

@@ -1,0 +1,632 @@
+"""The one training loop.
+
+    train(cfg)              result as a dict, nothing kept
+    train(cfg, folder)      the same in a run folder: resumes there, and ends with its result.json
+
+Notable: the order of data is a function of (seed, step), so that resuming is nothing but weights,
+moments and a step; every figure that a step makes stays on the device until a line is logged; one
+validation, checkpoint or log line never changes what the next step computes.
+"""
+
+from __future__ import annotations
+
+import resource
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ablate.arch.spec import Architecture
+from ablate.config import Config, load, science
+from ablate.data import Batch, Prefetcher, TrainStream, check_epochs, model_vocab, prepare
+from ablate.errors import UserError
+from ablate.model import LanguageModel, param_groups
+from ablate.run import RunFolder, StaleWriter
+from ablate.train import checkpoint
+from ablate.train.budget import Budget
+from ablate.train.clock import Clock, process_age
+from ablate.train.environment import device_of, environment, numerics, uses_bf16
+from ablate.train.optim import group_table, load_state_tensors, make_adamw, state_tensors
+from ablate.train.peak import peak_flops
+from ablate.train.schedule import lr_scale
+from ablate.train.step import Stepper
+from ablate.train.stop import Interrupts, Pruned, TrialFailed, cause_of
+from ablate.train.tracker import Tracker
+from ablate.train.validation import RecallScore, TextScore, Validator
+
+VALIDATIONS = 5  # over the budget, unless train.eval_every says otherwise
+MAX_SKIPPED = 20  # steps in a row that are not finite, after which the run has diverged
+REPORT_SECONDS = 0.3  # at most so often on_progress is called between log steps
+CHECKPOINT_SHARE = 0.05  # of the time at most goes into checkpoints
+_LOADED = process_age()  # what this process took to start and to import torch; counted once
+
+Progress = Callable[[dict[str, Any]], None]
+ShouldPrune = Callable[[int, float], bool]
+
+
+def train(
+    cfg: Config | Mapping[str, Any],
+    folder: RunFolder | None = None,
+    *,
+    on_progress: Progress | None = None,
+    should_prune: ShouldPrune | None = None,
+) -> dict[str, Any]:
+    """Train, validate, and return the content of result.json.
+
+    cfg: a Config, or a plain dict that makes one.
+    folder: taken under its lock; a run that was begun there goes on from its newest undamaged
+        checkpoint, and a finished one returns its result at once. None: a temporary folder.
+    on_progress: called with {phase, step, steps, tokens, loss, lr, tokens_per_second, mfu,
+        seconds_left} a few times a second and at log steps; figures not known yet are None.
+    should_prune: called with (step, loss on validation A) after each validation; True ends the run.
+
+    However it ends, status.json says so. Raises UserError for a config that cannot be run (before
+    any compute), Pruned, TrialFailed with the cause (out of memory, disk full, diverged, a bug),
+    KeyboardInterrupt after SIGINT or SIGTERM and a checkpoint, StaleWriter when another process
+    took the run over, filelock.Timeout when a live process holds the folder.
+    """
+    if not isinstance(cfg, Config):
+        cfg = load(cfg)
+    if folder is None:
+        with tempfile.TemporaryDirectory(prefix="ablate-") as path:
+            temporary = RunFolder(Path(path) / "run")
+            return train(cfg, temporary, on_progress=on_progress, should_prune=should_prune)
+    with folder.lock():
+        result = folder.result()
+        if result is not None:
+            if folder.status().get("state") != "done":  # killed just after its last write
+                _finish(cfg, folder, folder.begin())
+            return result
+        _create(cfg, folder)
+        generation = folder.begin()
+        run = None
+        try:
+            device = device_of(cfg.train)
+            with Interrupts() as interrupts, numerics(cfg.train, device):
+                run = _Run(cfg, folder, generation, device, interrupts, on_progress, should_prune)
+                result = run.run()
+                _finish(cfg, folder, generation)
+            return result
+        except StaleWriter:
+            raise
+        except Pruned:
+            checkpoint.finish(folder.checkpoint, cfg.train.keep, cfg.train.checkpoint_steps)
+            _end(folder, "pruned", generation, None, run)
+            raise
+        except KeyboardInterrupt:
+            _end(folder, "interrupted", generation, None, run)
+            raise
+        except UserError as error:
+            _end(folder, "failed", generation, str(error), run)
+            raise
+        except Exception as error:
+            cause = cause_of(error)
+            _end(folder, "failed", generation, cause, run)
+            if isinstance(error, TrialFailed):
+                raise
+            raise TrialFailed(cause) from error
+        finally:
+            if run is not None:
+                run.tracker.finish(folder.result())
+
+
+def _create(cfg: Config, folder: RunFolder) -> None:
+    """Write config.yaml; UserError when the folder belongs to another config."""
+    folder.create(cfg.model_dump(mode="json"))
+    there = folder.config()
+    if there is not None and science(load(there)) != science(cfg):
+        raise UserError(f"run folder {folder.path} belongs to another config, see its config.yaml")
+
+
+def _finish(cfg: Config, folder: RunFolder, generation: int) -> None:
+    """What follows the result; done again by the next call if this one is cut short."""
+    checkpoint.finish(folder.checkpoint, cfg.train.keep, cfg.train.checkpoint_steps)
+    folder.end("done", generation)
+
+
+def _end(
+    folder: RunFolder, state: Any, generation: int, cause: str | None, run: _Run | None
+) -> None:
+    figures = {} if run is None else run.figures()
+    try:
+        folder.end(state, generation, cause, **figures)
+    except OSError:  # a full disk must not hide the cause that is on its way
+        return
+
+
+def _differences(one: Mapping[str, Any], other: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Dotted fields in which a branch's config differs from its trunk's and must not."""
+    names: list[str] = []
+    for name in sorted(one.keys() | other.keys()):
+        dotted = prefix + name
+        a, b = one.get(name), other.get(name)
+        if dotted in _BRANCH_MAY_DIFFER or a == b:
+            continue
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            names += _differences(a, b, f"{dotted}.")
+        else:
+            names.append(dotted)
+    return names
+
+
+_BRANCH_MAY_DIFFER = {"evaluate"} | {
+    f"train.{name}"
+    for name in (
+        *("tokens", "flops", "seconds", "schedule", "warmup", "decay", "min_lr_ratio"),
+        *("branch_from", "branch_at"),
+    )
+}
+
+
+def _take_loading_time() -> float:
+    """Seconds this process took to load, for the first run that asks."""
+    global _LOADED
+    taken, _LOADED = _LOADED, 0.0
+    return taken
+
+
+class _Run:
+    """One process's work on one run."""
+
+    def __init__(
+        self,
+        cfg: Config,
+        folder: RunFolder,
+        generation: int,
+        device: torch.device,
+        interrupts: Interrupts,
+        on_progress: Progress | None,
+        should_prune: ShouldPrune | None,
+    ) -> None:
+        self.cfg, self.folder, self.generation, self.device = cfg, folder, generation, device
+        self.interrupts = interrupts
+        self.on_progress = on_progress or (lambda progress: None)
+        self.should_prune = should_prune or (lambda step, loss: False)
+        self.clock = Clock(device)
+        self.clock.seconds["start_up"] += _take_loading_time()
+        self.tracker = Tracker(cfg, folder)
+        self.bf16 = uses_bf16(cfg.train, device)
+        self.step = 0  # steps taken, skipped ones included
+        self.first_step = 0  # where this process began
+        self.progress = 0.0  # share of the budget behind
+        self.timed_tokens = 0  # trained in seconds["train"], over all processes
+        self.logged_tokens, self.logged_seconds = 0, 0.0  # of those, at the last line
+        self.validated_step, self.validated_progress = 0, 0.0
+        self.last_validation_seconds = 0.0
+        self.last_checkpoint, self.checkpoint_time, self.checkpoint_cost = 0, 0.0, 0.0
+        self.peak_memory = 0
+        self.warmup = cfg.train.warmup
+        self.branch: dict[str, Any] | None = None
+        self.lr_scale = 0.0  # of the last step
+        self.latest: dict[str, Any] = {}  # newest figures, for on_progress
+        self._reported = 0.0
+
+    # --- the order of things -------------------------------------------------------------------
+
+    def run(self) -> dict[str, Any]:
+        with self.clock.of("start_up"):
+            self.report("start_up", force=True)
+            peak, peak_source = peak_flops(self.device.type, self.bf16, self.cfg.train.threads)
+            self.peak = peak
+            surroundings = environment(self.cfg.train, self.device)
+            surroundings["hardware"] |= {"peak_flops": peak, "peak_source": peak_source}
+        with self.clock.of("data"):
+            self.report("data", force=True)
+            self.token_set = prepare(self.cfg.data)
+            self.stream = TrainStream(
+                self.token_set,
+                self.cfg.data,
+                batch_size=self.cfg.train.batch_size,
+                seed=self.cfg.seed,
+            )
+        with self.clock.of("build"):
+            self.report("build", force=True)
+            self.build()
+            self.restore()
+            self.describe(surroundings)
+        self.interrupts.deferred = True
+        self.loop()
+        result = self.final()
+        self.interrupts.deferred = False
+        return result
+
+    def build(self) -> None:
+        cfg = self.cfg
+        vocab_size = cfg.arch.vocab_size or model_vocab(self.token_set.vocab_size)
+        self.arch = Architecture.from_config(cfg.arch, vocab_size=vocab_size)
+        self.cost = self.arch.cost(cfg.data.seq_len)
+        self.flops_per_token = float(self.cost.train_flops)
+        self.step_tokens = cfg.train.batch_size * cfg.data.seq_len
+        self.budget = Budget.of(cfg.train, self.step_tokens, self.flops_per_token)
+        if self.budget.steps is not None:
+            self.check_epochs(self.budget.steps)
+        torch.manual_seed(cfg.seed)  # nothing of ours draws from it; a user's layer may
+        self.model = LanguageModel(self.arch, seed=cfg.seed).to(self.device)
+        groups = param_groups(self.model, cfg.train.weight_decay)
+        self.group_rows = group_table(self.model, groups)
+        self.optimizer = make_adamw(groups, cfg.train)
+        self.stepper = Stepper(self.model, self.optimizer, cfg.train, self.bf16)
+        self.validator = Validator(
+            cfg, self.token_set, self.model, self.stepper.autocast, self.between_batches
+        )
+        self.decay_start = self.budget.decay_start(cfg.train.decay, None)
+
+    def check_epochs(self, steps: int) -> None:
+        tokens = self.stream.text_tokens(steps * self.step_tokens)
+        check_epochs(self.token_set, self.cfg.data, tokens)
+
+    def loop(self) -> None:
+        if self.validation_due():  # an interrupt had cut it short
+            self.validate()
+        self.checkpoint_time = time.perf_counter()
+        with self.batches() as batches:
+            while self.progress < 1:
+                self.interrupts.check()
+                # The first step compiles and warms up, so a budget in seconds does not pay for it.
+                first = self.step == self.first_step
+                with self.clock.of("first_step" if first else "train"):
+                    self.train_steps(batches, 1 if first else sys.maxsize)
+                if self.progress < 1 and not self.interrupts.pending and self.validation_due():
+                    self.validate()
+                if self.interrupts.pending or self.checkpoint_due():
+                    self.save()
+
+    def train_steps(self, batches: Iterator[Batch], most: int) -> None:
+        """Up to `most` steps, until something other than a step is to be done."""
+        train = self.cfg.train
+        for _ in range(most):
+            self.lr_scale = lr_scale(
+                train.schedule,
+                self.budget.progress(self.step + 0.5, self.clock.now("train")),
+                warmup=self.warmup,
+                decay_start=self.decay_start,
+                min_ratio=train.min_lr_ratio,
+            )
+            batch = next(batches)
+            parts = batch.to(self.device).split(train.micro_batch or train.batch_size)
+            self.stepper(parts, batch.n_targets(), self.lr_scale * train.lr)
+            self.step += 1
+            if self.step > self.first_step + 1:
+                self.timed_tokens += self.step_tokens
+            self.progress = self.budget.progress(self.step, self.clock.now("train"))
+            if self.step % train.log_every == 0 or self.progress >= 1:
+                self.log_line()
+            self.report("train")
+            if (
+                self.progress >= 1
+                or self.interrupts.pending
+                or self.validation_due()
+                or self.checkpoint_due()
+            ):
+                return
+
+    def final(self) -> dict[str, Any]:
+        at_stake = time.perf_counter() - self.checkpoint_time
+        worth_it = at_stake > 0.1 * self.cfg.train.checkpoint_seconds
+        if self.step > self.last_checkpoint and (worth_it or self.cfg.train.keep != "none"):
+            self.save()
+        val_a = self.validate()
+        with self.clock.of("validation"):
+            val_b = self.validator.text("val_b")
+            recall = self.validator.recall(final=True)
+        self.folder.check(self.generation)
+        for name, score in (("val_a", val_a), ("val_b", val_b), ("mqar", recall)):
+            if score is not None:
+                self.folder.write_evaluation(name, {**score.summary(), **score.items()})
+        result = self.result(val_a, val_b, recall)
+        self.folder.write_result(result, self.generation)
+        return result
+
+    # --- beginning and going on ----------------------------------------------------------------
+
+    def restore(self) -> None:
+        """Go on from this folder's newest checkpoint, or from a trunk's, or from nothing."""
+        train = self.cfg.train
+        found = checkpoint.load_newest(self.folder.checkpoint)
+        branch = None if train.branch_from is None else self.trunk(Path(train.branch_from))
+        if branch is not None:
+            # The whole of what follows the trunk is decay; its warm-up is the trunk's.
+            self.warmup = 0.0
+            self.decay_start = self.budget.decay_start(train.decay, branch.step)
+            self.branch = {"from": Path(train.branch_from or "").name, "at": branch.step}
+        source = found or branch
+        if source is not None:
+            self.load(source)
+        if found is not None:
+            for phase, seconds in found.state["seconds"].items():
+                self.clock.seconds[phase] += seconds
+            for name in ("timed_tokens", "validated_step", "validated_progress", "latest"):
+                setattr(self, name, found.state[name])
+            self.peak_memory = found.state["peak_memory"]
+        elif branch is not None:
+            self.validated_step = branch.step
+            self.validated_progress = self.budget.progress(branch.step, 0.0)
+        self.first_step = self.last_checkpoint = self.step
+        self.progress = self.budget.progress(self.step, self.clock.seconds["train"])
+        self.logged_tokens, self.logged_seconds = self.timed_tokens, self.clock.seconds["train"]
+        self.folder.rewind_metrics(self.step)
+
+    def load(self, source: checkpoint.Checkpoint) -> None:
+        if source.state["data"] != self.token_set.fingerprint:
+            raise UserError(
+                f"checkpoint {source.path} was trained on other text (fingerprint "
+                f"{source.state['data']}, now {self.token_set.fingerprint}); "
+                "remove the run folder to begin again"
+            )
+        with torch.no_grad():
+            for name, tensor in self.model_tensors().items():
+                tensor.copy_(source.model[name])
+        load_state_tensors(self.model, self.optimizer, source.optimizer)
+        self.stepper.running.copy_(source.optimizer["run/running"])
+        torch.set_rng_state(source.optimizer["run/rng_cpu"])
+        if self.device.type == "cuda" and "run/rng_cuda" in source.optimizer:
+            torch.cuda.set_rng_state(source.optimizer["run/rng_cuda"], self.device)
+        self.step = source.step
+
+    def trunk(self, path: Path) -> checkpoint.Checkpoint:
+        """The checkpoint that a branch begins from; UserError when it does not fit this run."""
+        train = self.cfg.train
+        trunk = RunFolder(path)
+        tree = trunk.config()
+        if tree is None:
+            raise UserError(f"train.branch_from: there is no run folder at '{path}'")
+        there = checkpoint.steps(trunk.checkpoint)
+        step = train.branch_at if train.branch_at is not None else max(there, default=0)
+        if step not in there:
+            kept = ", ".join(map(str, there)) or "none"
+            raise UserError(f"train.branch_at is {step}, but the trunk's kept steps are {kept}")
+        different = _differences(science(load(tree)), science(self.cfg))
+        if different:
+            raise UserError(
+                f"train.branch_from: the trunk has another {different[0]}, "
+                "but a branch may differ in its budget, its decay and its evaluation only"
+            )
+        try:
+            found = checkpoint.load(trunk.checkpoint, step)
+        except ValueError as error:
+            raise UserError(f"train.branch_from: {error}") from None
+        if found.state["lr_scale"] != 1.0:
+            raise UserError(
+                f"train.branch_at is {step}, where the trunk's learning rate is at "
+                f"{found.state['lr_scale']:.2f} of its peak; branch between warm-up and decay"
+            )
+        if self.budget.steps is not None and self.budget.steps <= step:
+            raise UserError(
+                f"the budget of {self.budget.steps} steps, which counts the trunk's part, must be "
+                f"more than the {step} steps of train.branch_at"
+            )
+        return found
+
+    def describe(self, surroundings: dict[str, Any]) -> None:
+        """Write environment.json; a resumed run remembers the commits that worked on it."""
+        commits = list(self.folder.environment().get("commits", []))
+        if surroundings["commit"] not in commits:
+            commits.append(surroundings["commit"])
+        meta = self.token_set.meta
+        data = {"fingerprint": self.token_set.fingerprint, "splits": meta.get("splits")}
+        groups = {"parameter_groups": self.group_rows}
+        self.folder.write_environment({**surroundings, "commits": commits, "data": data, **groups})
+
+    @contextmanager
+    def batches(self) -> Iterator[Iterator[Batch]]:
+        if self.device.type == "cpu":  # a thread would take the core that trains
+            yield (self.stream.batch(step) for step in range(self.step, sys.maxsize))
+            return
+        last = self.budget.steps or sys.maxsize
+        with Prefetcher(self.stream, self.step, last, pin=True) as prefetcher:
+            yield iter(prefetcher)
+
+    # --- between steps -------------------------------------------------------------------------
+
+    def validation_due(self) -> bool:
+        every = self.cfg.train.eval_every
+        if every is not None:
+            return self.step // every > self.validated_step // every
+        marks = int(self.progress * VALIDATIONS + 1e-9)
+        return marks > int(self.validated_progress * VALIDATIONS + 1e-9)
+
+    def validate(self) -> TextScore:
+        """Score validation A, log it, and let the caller prune."""
+        started = time.perf_counter()
+        with self.clock.of("validation"):
+            self.report("validation", force=True)
+            score = self.validator.text("val_a")
+            recall = self.validator.recall(final=False)
+        loss = score.summary()["loss"]
+        if not loss - loss == 0:
+            raise TrialFailed(f"diverged: the loss on validation A is {loss} at step {self.step}")
+        row = {"step": self.step, "tokens": self.tokens, "val_a_loss": loss}
+        if recall is not None:
+            row["mqar_accuracy"] = recall.summary()["accuracy"]
+        self.latest |= {name: row[name] for name in row if name not in ("step", "tokens")}
+        self.validated_step, self.validated_progress = self.step, self.progress
+        self.last_validation_seconds = time.perf_counter() - started
+        self.folder.check(self.generation)
+        logged = (r for r in self.folder.metrics() if r.get("step") == self.step)
+        if not any("val_a_loss" in r for r in logged):  # a killed process may have been here
+            self.folder.append_metrics(row)
+            self.tracker.log(row)
+        if self.should_prune(self.step, loss) and self.progress < 1:
+            raise Pruned(f"pruned at step {self.step} with a loss of {loss:.4f} on validation A")
+        return score
+
+    def log_line(self) -> None:
+        reading = self.stepper.read()
+        if reading.worst_streak >= MAX_SKIPPED:
+            raise TrialFailed(
+                f"diverged: {reading.worst_streak} steps in a row had a loss or gradient that is "
+                f"not finite, up to step {self.step}"
+            )
+        seconds = self.clock.now("train")
+        tokens = self.timed_tokens - self.logged_tokens
+        speed = tokens / (seconds - self.logged_seconds) if tokens else None
+        self.logged_tokens, self.logged_seconds = self.timed_tokens, seconds
+        row = {
+            "step": self.step,
+            "tokens": self.tokens,
+            "loss": reading.loss,
+            "lr": self.lr_scale * self.cfg.train.lr,
+            "grad_norm": reading.grad_norm,
+            "tokens_per_second": speed,
+            "mfu": speed and speed * self.flops_per_token / self.peak,
+            "seconds": self.trained_seconds(),
+            "skipped": reading.skipped,
+        }
+        self.latest |= row
+        self.folder.append_metrics(row)
+        self.tracker.log(row)
+        if self.budget.steps is None:
+            self.check_epochs(self.step)
+        self._reported = 0.0
+
+    def checkpoint_due(self) -> bool:
+        if self.step == self.last_checkpoint:
+            return False
+        if self.step in self.cfg.train.checkpoint_steps:
+            return True
+        pause = max(self.cfg.train.checkpoint_seconds, self.checkpoint_cost / CHECKPOINT_SHARE)
+        return time.perf_counter() - self.checkpoint_time > pause
+
+    def save(self) -> None:
+        started = time.perf_counter()
+        with self.clock.of("checkpoint"):
+            self.report("checkpoint", force=True)
+            self.folder.check(self.generation)
+            self.track_memory()
+            moments = state_tensors(self.model, self.optimizer)
+            moments |= {"run/running": self.stepper.running, "run/rng_cpu": torch.get_rng_state()}
+            if self.device.type == "cuda":
+                moments["run/rng_cuda"] = torch.cuda.get_rng_state(self.device)
+            state = {
+                "data": self.token_set.fingerprint,
+                "seconds": self.clock.seconds,
+                "lr_scale": self.lr_scale,
+                "timed_tokens": self.timed_tokens,
+                "validated_step": self.validated_step,
+                "validated_progress": self.validated_progress,
+                "peak_memory": self.peak_memory,
+                "latest": self.latest,
+            }
+            root = self.folder.checkpoint
+            checkpoint.save(root, self.step, self.model_tensors(), moments, state)
+            checkpoint.tidy(root, self.cfg.train.checkpoint_steps)
+        self.last_checkpoint, self.checkpoint_time = self.step, time.perf_counter()
+        self.checkpoint_cost = self.checkpoint_time - started
+
+    def model_tensors(self) -> dict[str, torch.Tensor]:
+        """Parameters (a tied one once) and persistent buffers, by name."""
+        kept = self.model.state_dict(keep_vars=True)
+        buffers = {n: b for n, b in self.model.named_buffers() if n in kept}
+        return dict(self.model.named_parameters()) | buffers
+
+    def between_batches(self) -> None:
+        """Called by the validator: an interrupt leaves a validation, and comes back to it."""
+        if self.interrupts.pending:
+            if self.step > self.last_checkpoint:
+                self.save()
+            self.interrupts.check()
+
+    # --- figures -------------------------------------------------------------------------------
+
+    @property
+    def tokens(self) -> int:
+        return self.step * self.step_tokens
+
+    def trained_seconds(self) -> float:
+        """Seconds in steps, over all processes, the first step of each included."""
+        return self.clock.now("train") + self.clock.now("first_step")
+
+    def report(self, phase: str, *, force: bool = False) -> None:
+        now = time.perf_counter()
+        if not force and now - self._reported < REPORT_SECONDS:
+            return
+        self._reported = now
+        figures = ("loss", "lr", "tokens_per_second", "mfu", "val_a_loss")
+        row: dict[str, Any] = {name: self.latest.get(name) for name in figures}
+        row |= {"phase": phase, "step": self.step, "steps": None, "tokens": 0, "seconds_left": None}
+        if hasattr(self, "budget"):
+            steps = self.budget.total_steps(self.step, self.clock.now("train"))
+            row |= {"steps": steps, "tokens": self.tokens, "seconds_left": self.seconds_left(steps)}
+        self.on_progress(row)
+
+    def seconds_left(self, steps: int) -> float | None:
+        """Of training and of the validations to come; None before there is anything to go by."""
+        seconds = self.clock.now("train")
+        if not self.timed_tokens or seconds <= 0:
+            return None
+        training = (steps - self.step) * seconds * self.step_tokens / self.timed_tokens
+        every = self.cfg.train.eval_every or max(1, steps // VALIDATIONS)
+        validations = (steps - self.step) / every + 2
+        return training + validations * self.last_validation_seconds
+
+    def figures(self) -> dict[str, Any]:
+        """The last figures, for the status of a run that ended without a result."""
+        return {"step": self.step, **{k: v for k, v in self.latest.items() if k != "step"}}
+
+    def track_memory(self) -> None:
+        if self.device.type == "cuda":
+            peak = torch.cuda.max_memory_allocated(self.device)
+        else:
+            unit = 1 if sys.platform == "darwin" else 1024
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+        self.peak_memory = max(self.peak_memory, peak)
+
+    def result(
+        self, val_a: TextScore, val_b: TextScore, recall: RecallScore | None
+    ) -> dict[str, Any]:
+        """The content of result.json."""
+        self.track_memory()
+        timed = self.clock.seconds["train"]
+        speed = self.timed_tokens / timed if self.timed_tokens and timed else None
+        train = {
+            "steps": self.step,
+            "tokens": self.tokens,
+            "text_tokens": self.stream.text_tokens(self.tokens),
+            "flops": self.tokens * self.flops_per_token,
+            "seconds": self.trained_seconds(),
+            "tokens_per_second": speed,
+            "mfu": speed and speed * self.flops_per_token / self.peak,
+            "loss": self.latest.get("loss"),
+            "skipped_steps": self.latest.get("skipped", 0),
+            "peak_memory_bytes": self.peak_memory,
+            "micro_batch": self.cfg.train.micro_batch or self.cfg.train.batch_size,
+            "lr": self.cfg.train.lr,
+            "branch": self.branch,
+        }
+        result: dict[str, Any] = {
+            "architecture": self.architecture(),
+            "train": train,
+            "val_a": val_a.summary(),
+            "val_b": val_b.summary(),
+            "data": {
+                "fingerprint": self.token_set.fingerprint,
+                "unique_tokens": self.token_set.splits["train"].n_tokens,
+                "epochs": self.stream.epochs(self.tokens),
+                "tokenizer": self.token_set.tokenizer.name,
+                "vocab_size": self.token_set.vocab_size,
+            },
+            "seconds": dict(self.clock.seconds),
+        }
+        if recall is not None:
+            result["mqar"] = recall.summary()
+        return result
+
+    def architecture(self) -> dict[str, Any]:
+        arch, cost = self.arch, self.cost
+        return {
+            "pattern": arch.pattern,
+            "n_layers": arch.n_layers,
+            "d_model": arch.d_model,
+            "vocab_size": arch.vocab_size,
+            "params": cost.params,
+            "non_embedding_params": cost.non_embedding_params,
+            "forward_flops_per_token": cost.forward_flops,
+            "train_flops_per_token": cost.train_flops,
+            "state_bytes": cost.state_bytes,
+            **arch.shares(),
+        }

@@ -1,0 +1,79 @@
+"""Peak FLOP/s of the hardware, which MFU is a share of.
+
+For GPUs the data sheet's dense rate (no sparsity) with fp32 accumulation; for anything else the
+best of a few matrix products on this machine.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+
+import torch
+
+# Name in torch.cuda.get_device_name -> (bf16 tensor cores, fp32 without tensor cores), TFLOP/s.
+# The first entry that occurs in the name counts. Sources: NVIDIA's data sheets.
+_GPUS: tuple[tuple[str, float, float], ...] = (
+    ("GB200", 2450, 80),
+    ("B200", 2250, 75),
+    ("GH200", 989.4, 66.9),
+    ("H200", 989.4, 66.9),
+    ("H100 PCIe", 756, 51.2),
+    ("H100 NVL", 835, 60),
+    ("H100", 989.4, 66.9),
+    ("H20", 148, 44),
+    ("A100", 312, 19.5),
+    ("A800", 312, 19.5),
+    ("A40", 149.7, 37.4),
+    ("A30", 165, 10.3),
+    ("A10G", 70, 31.5),
+    ("A10", 125, 31.2),
+    ("L40S", 362, 91.6),
+    ("L40", 181, 90.5),
+    ("L4", 121, 30.3),
+    ("RTX 6000 Ada", 364, 91.1),
+    ("RTX A6000", 154.8, 38.7),
+    ("RTX 5090", 209.5, 104.8),
+    ("RTX 4090", 165.2, 82.6),
+    ("RTX 4080", 97.5, 48.7),
+    ("RTX 3090", 71, 35.6),
+)
+
+
+@functools.cache
+def peak_flops(device: str, bf16: bool, threads: int = 1) -> tuple[float, str]:
+    """(FLOP/s, "data sheet" or "measured") of `device`, "cpu" or "cuda", for one trial.
+
+    Measured once in a process, in about 50 ms on a CPU; `threads` is part of the cache's key.
+    """
+    if device == "cuda":
+        name = torch.cuda.get_device_name()
+        for part, tensor, plain in _GPUS:
+            if part in name:
+                return (tensor if bf16 else plain) * 1e12, "data sheet"
+    return _measure(device, bf16), "measured"
+
+
+def _measure(device: str, bf16: bool) -> float:
+    n = 8192 if device == "cuda" else 512
+    # The CPU's yardstick is fp32 whatever the run uses: few have bf16 units.
+    dtype = torch.bfloat16 if device == "cuda" and bf16 else torch.float32
+    a = torch.ones(n, n, device=device, dtype=dtype)
+    out = torch.empty_like(a)
+    best = float("inf")
+    deadline = time.perf_counter() + (0.5 if device == "cuda" else 0.05)
+    for _ in range(20):
+        _wait(device)
+        start = time.perf_counter()
+        torch.mm(a, a, out=out)
+        _wait(device)
+        now = time.perf_counter()
+        best = min(best, now - start)
+        if now > deadline:
+            break
+    return 2 * n**3 / best
+
+
+def _wait(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()

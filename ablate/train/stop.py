@@ -1,0 +1,65 @@
+"""How a run ends before its budget does."""
+
+from __future__ import annotations
+
+import errno
+import signal
+import threading
+from types import FrameType
+from typing import Any
+
+import torch
+
+
+class Pruned(RuntimeError):
+    """The caller's `should_prune` said so; the run folder's state is "pruned"."""
+
+
+class TrialFailed(RuntimeError):
+    """The run cannot go on; the message is the cause, as in status.json."""
+
+
+def cause_of(error: BaseException) -> str:
+    """One line that says what went wrong, for status.json."""
+    text = " ".join(str(error).split())
+    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in text:
+        return f"out of memory, try a smaller train.micro_batch: {text or 'no more was said'}"
+    if (isinstance(error, OSError) and error.errno == errno.ENOSPC) or "os error 28" in text:
+        return f"disk full: {text}"
+    if isinstance(error, TrialFailed):
+        return text
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+class Interrupts:
+    """SIGINT and SIGTERM become KeyboardInterrupt, at a safe point while `deferred` is set.
+
+    The first signal waits for `check`, a second one does not. Outside the main thread signals
+    cannot be caught, and nothing happens here.
+    """
+
+    def __init__(self) -> None:
+        self.deferred = False
+        self.pending = False
+        self._old: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> Interrupts:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._old[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        for number, handler in self._old.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.deferred and not self.pending:
+            self.pending = True
+            return
+        raise KeyboardInterrupt
+
+    def check(self) -> None:
+        """Raise KeyboardInterrupt if a signal came."""
+        if self.pending:
+            raise KeyboardInterrupt
