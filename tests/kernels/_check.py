@@ -6,7 +6,7 @@ import torch
 
 
 def error(out: torch.Tensor, ref: torch.Tensor) -> float:
-    """Norm of the difference over the norm of the reference; infinite when anything is not finite."""
+    """Norm of the difference over the reference's norm; infinite when anything is not finite."""
     out, ref = out.double().cpu(), ref.double().cpu()
     if not bool(torch.isfinite(out).all()):
         return float("inf")
@@ -26,7 +26,7 @@ def leaves(tensors: dict, dtype: torch.dtype | None = None, device: str | None =
 
 
 def run(fn, tensors: dict, seed: int = 0, **options) -> tuple[list, dict]:
-    """Outputs of fn(**tensors) and the gradients of every leaf for fixed random output gradients."""
+    """Outputs of fn(**tensors) and every leaf's gradient for fixed random output gradients."""
     out = fn(**tensors, **options)
     outs = out if isinstance(out, tuple) else (out,)
     generator = torch.Generator().manual_seed(seed)

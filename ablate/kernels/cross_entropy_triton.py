@@ -1,0 +1,275 @@
+"""`linear_cross_entropy` on a GPU: few large chunks of rows, cuBLAS for the three products, and one
+Triton kernel that turns a chunk's logits into their gradient in place.
+
+The gradient is that of the sum over tokens; the mean's division happens on the way back, so that
+half-precision gradients keep their size. The weight gradient accumulates in float32. Nothing
+reads a value back to the host.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from ablate.kernels.dispatch import define_op
+
+# Logits of one chunk. Large chunks cost fewer passes over the float32 weight gradient and fill the
+# multiprocessors in the products (16,384 rows at V=50,304 make 2.9 even waves of d_x tiles).
+CHUNK_BYTES = 1_700_000_000
+EVALUATION_BYTES = 1_000_000_000
+
+
+@dataclass(frozen=True)
+class Config:
+    """Columns read at a time by one program, and its warps."""
+
+    block: int
+    warps: int
+
+
+CONFIG = Config(block=8192, warps=16)
+
+
+@triton.jit
+def logits_kernel(
+    logits_ptr, target_ptr, loss_ptr, vocabulary, row_stride, z_loss, ignore_index,
+    GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One row: its loss, and its logits replaced by d(loss)/d(logits)."""
+    row = tl.program_id(0).to(tl.int64)
+    logits_ptr += row * row_stride * 8
+    padded = tl.cdiv(vocabulary, 8) * 8  # rows are padded, so that loads stay 16 bytes wide
+    target = tl.load(target_ptr + row)
+    keep = (target != ignore_index) & (target >= 0) & (target < vocabulary)
+    column = tl.arange(0, BLOCK)
+    if keep:
+        highest = tl.full([BLOCK // 8], float("-inf"), tl.float32)
+        total = tl.zeros([BLOCK // 8], tl.float32)
+        strip = tl.arange(0, BLOCK // 8)[:, None] * 8 + tl.arange(0, 8)[None, :]
+        for start in range(0, vocabulary, BLOCK):
+            index = start + strip
+            x = tl.load(logits_ptr + index, mask=index < padded, eviction_policy="evict_last")
+            x = tl.where(index < vocabulary, x.to(tl.float32), float("-inf"))
+            # eight neighbours sit in one thread: one rescaling for eight exponentials
+            new = tl.maximum(highest, tl.max(x, 1))
+            safe = tl.where(new == float("-inf"), 0.0, new)
+            total = total * tl.exp(highest - safe) + tl.sum(tl.exp(x - safe[:, None]), 1)
+            highest = new
+        top = tl.max(highest, 0)
+        lse = top + tl.log(tl.sum(total * tl.exp(highest - top), 0))
+        picked = tl.load(logits_ptr + target).to(tl.float32)
+        tl.store(loss_ptr + row, lse - picked + z_loss * lse * lse)
+        if GRADIENT:
+            tl.debug_barrier()  # every thread has read the picked logit before it is overwritten
+            slope = 1.0 + 2.0 * z_loss * lse
+            for start in range(0, vocabulary, BLOCK):
+                index = start + column
+                x = tl.load(logits_ptr + index, mask=index < padded, other=0.0).to(tl.float32)
+                g = tl.exp(x - lse) * slope - tl.where(index == target, 1.0, 0.0)
+                tl.store(logits_ptr + index, g.to(logits_ptr.dtype.element_ty), mask=index < padded)
+    else:
+        tl.store(loss_ptr + row, 0.0)
+        if GRADIENT:
+            zero = tl.zeros([BLOCK], logits_ptr.dtype.element_ty)
+            for start in range(0, vocabulary, BLOCK):
+                index = start + column
+                tl.store(logits_ptr + index, zero, mask=index < padded)
+
+
+def chunk_rows(rows: int, vocabulary: int, item_bytes: int, limit: int) -> int:
+    """Equal chunks of a multiple of 128 rows whose logits stay within `limit` bytes."""
+    most = max(128, limit // (vocabulary * item_bytes) // 128 * 128)
+    chunks = triton.cdiv(rows, most)
+    return max(1, min(rows, triton.cdiv(triton.cdiv(rows, chunks), 128) * 128))
+
+
+def _logits_buffer(rows: int, vocabulary: int, like: torch.Tensor, dtype: torch.dtype) -> Any:
+    """(rows, V) whose rows begin on 16-byte borders also for odd vocabularies."""
+    padded = triton.cdiv(vocabulary, 8) * 8
+    return torch.empty(rows, padded, dtype=dtype, device=like.device)[:, :vocabulary]
+
+
+def _launch(
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    loss: torch.Tensor,
+    z_loss: float,
+    ignore_index: int,
+    gradient: bool,
+    config: Config | None = None,
+) -> None:
+    config = config or CONFIG
+    rows, vocabulary = logits.shape
+    block = min(config.block, max(64, triton.next_power_of_2(vocabulary)))
+    logits_kernel[(rows,)](
+        logits, target, loss, vocabulary, logits.stride(0) // 8, z_loss, ignore_index,
+        GRADIENT=gradient, BLOCK=block, num_warps=config.warps if block >= 2048 else 4,
+    )  # fmt: skip
+
+
+def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor, first: bool) -> None:
+    """total (float32) = [total +] a @ b."""
+    if a.is_cuda and a.dtype != torch.float32:
+        if first:
+            torch.mm(a, b, out_dtype=torch.float32, out=total)
+        else:
+            torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+    elif first:
+        torch.mm(a.float(), b.float(), out=total)
+    else:
+        total.addmm_(a.float(), b.float())
+
+
+def _forward(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    target: torch.Tensor,
+    z_loss: float,
+    ignore_index: int,
+    need_x: bool,
+    need_weight: bool,
+    limit: int | None = None,
+    config: Config | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Losses (M,) float32, and the gradients of their sum: d_x (M, D), d_weight (V, D) float32."""
+    rows, width = x.shape
+    vocabulary = weight.shape[0]
+    weight = weight.to(x.dtype)
+    gradient = need_x or need_weight
+    loss = torch.empty(rows, dtype=torch.float32, device=x.device)
+    d_x = torch.empty((rows, width) if need_x else 0, dtype=x.dtype, device=x.device)
+    d_weight = torch.empty(
+        (vocabulary, width) if need_weight else 0, dtype=torch.float32, device=x.device
+    )
+    step = chunk_rows(rows, vocabulary, x.element_size(), limit or CHUNK_BYTES)
+    buffer = _logits_buffer(step, vocabulary, x, x.dtype)
+    for start in range(0, rows, step):
+        end = min(rows, start + step)
+        logits = buffer[: end - start]
+        torch.mm(x[start:end], weight.t(), out=logits)
+        _launch(logits, target[start:end], loss[start:end], z_loss, ignore_index, gradient, config)
+        if need_x:
+            torch.mm(logits, weight, out=d_x[start:end])
+        if need_weight:
+            _add_product(d_weight, logits.t(), x[start:end], first=start == 0)
+    return loss, d_x, d_weight
+
+
+def _fake_forward(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    target: torch.Tensor,
+    z_loss: float,
+    ignore_index: int,
+    need_x: bool,
+    need_weight: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return (
+        x.new_empty(x.shape[0], dtype=torch.float32),
+        x.new_empty(x.shape if need_x else (0,)),
+        x.new_empty(weight.shape if need_weight else (0,), dtype=torch.float32),
+    )
+
+
+def _token_losses(
+    x: torch.Tensor, weight: torch.Tensor, target: torch.Tensor, ignore_index: int
+) -> torch.Tensor:
+    """Losses (M,) from float32 logits, in chunks; for evaluation."""
+    rows, vocabulary = x.shape[0], weight.shape[0]
+    weight = weight.to(x.dtype)
+    loss = torch.empty(rows, dtype=torch.float32, device=x.device)
+    step = chunk_rows(rows, vocabulary, 4, EVALUATION_BYTES)
+    buffer = _logits_buffer(step, vocabulary, x, torch.float32)
+    for start in range(0, rows, step):
+        end = min(rows, start + step)
+        logits = buffer[: end - start]
+        _add_product(logits, x[start:end], weight.t(), first=True)
+        _launch(logits, target[start:end], loss[start:end], 0.0, ignore_index, False)
+    return loss
+
+
+def _fake_token_losses(
+    x: torch.Tensor, weight: torch.Tensor, target: torch.Tensor, ignore_index: int
+) -> torch.Tensor:
+    return x.new_empty(x.shape[0], dtype=torch.float32)
+
+
+_forward_op = define_op(
+    "linear_cross_entropy(Tensor x, Tensor weight, Tensor target, float z_loss, int ignore_index,"
+    " bool need_x, bool need_weight) -> (Tensor, Tensor, Tensor)",
+    _forward,
+    _fake_forward,
+)
+_token_losses_op = define_op(
+    "linear_cross_entropy_tokens(Tensor x, Tensor weight, Tensor target, int ignore_index)"
+    " -> Tensor",
+    _token_losses,
+    _fake_token_losses,
+)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        target: torch.Tensor,
+        z_loss: float,
+        ignore_index: int,
+        mean: bool,
+    ) -> torch.Tensor:
+        need_x, need_weight = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
+        loss, d_x, d_weight = _forward_op(
+            x, weight, target, z_loss, ignore_index, need_x, need_weight
+        )
+        total: torch.Tensor = loss.sum()
+        share = None
+        if mean:
+            share = (target != ignore_index).sum().clamp(min=1).to(torch.float32).reciprocal()
+            total = total * share
+        ctx.save_for_backward(d_x, d_weight, share)
+        ctx.need = (need_x, need_weight)
+        ctx.weight_dtype = weight.dtype
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        d_x, d_weight, share = ctx.saved_tensors
+        scale = grads[0] if share is None else grads[0] * share
+        need_x, need_weight = ctx.need
+        out_x = d_x * scale if need_x else None  # a 0-dim scale keeps d_x's dtype
+        out_weight = None
+        if need_weight:
+            out_weight = (d_weight * scale).to(ctx.weight_dtype)
+        return out_x, out_weight, None, None, None, None
+
+
+def linear_cross_entropy_triton(
+    x_MD: torch.Tensor,
+    weight_VD: torch.Tensor,
+    target_M: torch.Tensor,
+    z_loss: float,
+    ignore_index: int,
+    mean: bool,
+) -> torch.Tensor:
+    """See `ablate.kernels.linear_cross_entropy`."""
+    total: torch.Tensor = _LinearCrossEntropy.apply(
+        x_MD, weight_VD, target_M.contiguous(), z_loss, ignore_index, mean
+    )
+    return total
+
+
+def token_losses_triton(
+    x_MD: torch.Tensor, weight_VD: torch.Tensor, target_M: torch.Tensor, ignore_index: int
+) -> torch.Tensor:
+    """Cross-entropy of each token, without gradients."""
+    with torch.no_grad():
+        losses: torch.Tensor = _token_losses_op(
+            x_MD.detach(), weight_VD.detach(), target_M.contiguous(), ignore_index
+        )
+    return losses

@@ -1,0 +1,507 @@
+"""Triton kernels of `rms_norm` (with the residual addition) and `gated_rms_norm`.
+
+Forward: one tile of rows a program. Backward: a fixed number of programs walk over the rows, hold
+their share of the weight gradient in registers and write it for a second, ordered sum. Nothing but
+the inputs is kept for the backward pass: the row's scale is cheaper to compute than to read.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from ablate.kernels.dispatch import INTERPRET, define_op
+from ablate.kernels.sum_rows_triton import sum_rows
+
+
+@dataclass(frozen=True)
+class Config:
+    """Rows of one tile, warps, programs a multiprocessor (backward) and load pipeline depth."""
+
+    rows: int
+    warps: int
+    programs: int = 1
+    stages: int = 1
+
+
+def forward_config(block: int) -> Config:
+    """Static choice by the (padded) width of a row."""
+    if block <= 256:
+        return Config(rows=8, warps=4)
+    if block <= 1024:
+        return Config(rows=2, warps=4)
+    return Config(rows=1, warps=4 if block <= 4096 else 8 if block <= 8192 else 16)
+
+
+def backward_config(block: int) -> Config:
+    """Static choice by the (padded) width of a row."""
+    if block <= 256:
+        return Config(rows=8, warps=4, programs=4)
+    if block <= 1024:
+        return Config(rows=2, warps=4, programs=4)
+    warps = 4 if block <= 2048 else 8 if block <= 8192 else 16
+    return Config(rows=1, warps=warps, programs=4 if block <= 2048 else 2)
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    if INTERPRET or device.type != "cuda":
+        return 2
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@triton.jit
+def _silu_and_slope(z):
+    gate = 1.0 / (1.0 + tl.exp(-z))
+    return z * gate, gate + z * gate * (1.0 - gate)
+
+
+@triton.jit
+def gated_forward_kernel(
+    x_ptr, z_ptr, w_ptr, y_ptr, rows, x_row, z_row, eps, width: tl.constexpr,
+    X_ALIGN: tl.constexpr, Z_ALIGN: tl.constexpr, HAS_WEIGHT: tl.constexpr,
+    GATE_AFTER: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, BLOCK)
+    inside = column < GROUP
+    column += tl.program_id(1) * GROUP
+    mask = (row < rows)[:, None] & inside[None, :]
+    x_offset = (row * x_row * X_ALIGN)[:, None] + column[None, :]
+    z_offset = (row * z_row * Z_ALIGN)[:, None] + column[None, :]
+    x = tl.load(x_ptr + x_offset, mask=mask, other=0.0).to(tl.float32)
+    z = tl.load(z_ptr + z_offset, mask=mask, other=0.0).to(tl.float32)
+    gate = z / (1.0 + tl.exp(-z))
+    y = x
+    if not GATE_AFTER:
+        y = x * gate
+    scale = tl.rsqrt(tl.sum(y * y, 1) / GROUP + eps)
+    y = y * scale[:, None]
+    if HAS_WEIGHT:
+        w = tl.load(w_ptr + column, mask=inside, other=0.0).to(tl.float32)
+        y = y * w[None, :]
+    if GATE_AFTER:
+        y = y * gate
+    out = y_ptr + (row * width)[:, None] + column[None, :]
+    tl.store(out, y.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def gated_backward_kernel(
+    x_ptr, z_ptr, w_ptr, dy_ptr, dx_ptr, dz_ptr, partial_ptr, rows, x_row, z_row, dy_row, eps,
+    width: tl.constexpr, X_ALIGN: tl.constexpr, Z_ALIGN: tl.constexpr, DY_ALIGN: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr, GATE_AFTER: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr,
+    ROWS: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    column = tl.arange(0, BLOCK)
+    inside = column < GROUP
+    column += tl.program_id(1) * GROUP
+    w = tl.full([BLOCK], 1.0, tl.float32)
+    if HAS_WEIGHT:
+        w = tl.load(w_ptr + column, mask=inside, other=0.0).to(tl.float32)
+    dw = tl.zeros([BLOCK], tl.float32)
+    stride = tl.num_programs(0) * ROWS
+    for start in tl.range(tl.program_id(0) * ROWS, rows, stride, num_stages=STAGES):
+        row = (start + tl.arange(0, ROWS)).to(tl.int64)
+        mask = (row < rows)[:, None] & inside[None, :]
+        x_offset = (row * x_row * X_ALIGN)[:, None] + column[None, :]
+        z_offset = (row * z_row * Z_ALIGN)[:, None] + column[None, :]
+        dy_offset = (row * dy_row * DY_ALIGN)[:, None] + column[None, :]
+        x = tl.load(x_ptr + x_offset, mask=mask, other=0.0)
+        z = tl.load(z_ptr + z_offset, mask=mask, other=0.0)
+        dy = tl.load(dy_ptr + dy_offset, mask=mask, other=0.0)
+        x = x.to(tl.float32)
+        dy = dy.to(tl.float32)
+        silu, slope = _silu_and_slope(z.to(tl.float32))
+        if GATE_AFTER:
+            scale = tl.rsqrt(tl.sum(x * x, 1) / GROUP + eps)
+            unit = x * scale[:, None]
+            dw += tl.sum(dy * silu * unit, 0)
+            dn = dy * silu * w[None, :]
+            dot = tl.sum(dn * unit, 1) / GROUP
+            dx = scale[:, None] * (dn - unit * dot[:, None])
+            dz = dy * unit * w[None, :] * slope
+        else:
+            u = x * silu
+            scale = tl.rsqrt(tl.sum(u * u, 1) / GROUP + eps)
+            unit = u * scale[:, None]
+            dw += tl.sum(dy * unit, 0)
+            dn = dy * w[None, :]
+            dot = tl.sum(dn * unit, 1) / GROUP
+            du = scale[:, None] * (dn - unit * dot[:, None])
+            dx = du * silu
+            dz = du * x * slope
+        out = (row * width)[:, None] + column[None, :]
+        tl.store(dx_ptr + out, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+        tl.store(dz_ptr + out, dz.to(dz_ptr.dtype.element_ty), mask=mask)
+    if HAS_WEIGHT:
+        tl.store(partial_ptr + tl.program_id(0) * width + column, dw, mask=inside)
+
+
+@triton.jit
+def forward_kernel(
+    x_ptr, residual_ptr, w_ptr, y_ptr, total_ptr, rows, x_row, residual_row, eps,
+    X_ALIGN: tl.constexpr, R_ALIGN: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr, width: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, BLOCK)
+    inside = column < width
+    mask = (row < rows)[:, None] & inside[None, :]
+    out = (row * width)[:, None] + column[None, :]
+    x_offset = (row * x_row * X_ALIGN)[:, None] + column[None, :]
+    x = tl.load(x_ptr + x_offset, mask=mask, other=0.0).to(tl.float32)
+    if HAS_RESIDUAL:
+        r_offset = (row * residual_row * R_ALIGN)[:, None] + column[None, :]
+        x += tl.load(residual_ptr + r_offset, mask=mask, other=0.0).to(tl.float32)
+        total = x.to(total_ptr.dtype.element_ty)
+        tl.store(total_ptr + out, total, mask=mask)
+        x = total.to(tl.float32)  # the norm of what is stored, as the backward pass will see it
+    scale = tl.rsqrt(tl.sum(x * x, 1) / width + eps)
+    y = x * scale[:, None]
+    if HAS_WEIGHT:
+        w = tl.load(w_ptr + column, mask=inside, other=0.0).to(tl.float32)
+        y = y * w[None, :]
+    tl.store(y_ptr + out, y.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def backward_kernel(
+    total_ptr, w_ptr, dy_ptr, dtotal_ptr, dx_ptr, dresidual_ptr, partial_ptr,
+    rows, total_row, dy_row, dtotal_row, eps,
+    T_ALIGN: tl.constexpr, DY_ALIGN: tl.constexpr, DT_ALIGN: tl.constexpr,
+    HAS_DTOTAL: tl.constexpr, TWO_OUTPUTS: tl.constexpr, HAS_WEIGHT: tl.constexpr,
+    width: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    column = tl.arange(0, BLOCK)
+    inside = column < width
+    w = tl.full([BLOCK], 1.0, tl.float32)
+    if HAS_WEIGHT:
+        w = tl.load(w_ptr + column, mask=inside, other=0.0).to(tl.float32)
+    dw = tl.zeros([BLOCK], tl.float32)
+    stride = tl.num_programs(0) * ROWS
+    for start in tl.range(tl.program_id(0) * ROWS, rows, stride, num_stages=STAGES):
+        row = (start + tl.arange(0, ROWS)).to(tl.int64)
+        mask = (row < rows)[:, None] & inside[None, :]
+        t_offset = (row * total_row * T_ALIGN)[:, None] + column[None, :]
+        dy_offset = (row * dy_row * DY_ALIGN)[:, None] + column[None, :]
+        x = tl.load(total_ptr + t_offset, mask=mask, other=0.0)
+        dy = tl.load(dy_ptr + dy_offset, mask=mask, other=0.0)
+        x = x.to(tl.float32)
+        dy = dy.to(tl.float32)
+        scale = tl.rsqrt(tl.sum(x * x, 1) / width + eps)
+        unit = x * scale[:, None]
+        dw += tl.sum(dy * unit, 0)
+        dn = dy * w[None, :]
+        dot = tl.sum(dn * unit, 1) / width
+        dx = scale[:, None] * (dn - unit * dot[:, None])
+        if HAS_DTOTAL:
+            dt_offset = (row * dtotal_row * DT_ALIGN)[:, None] + column[None, :]
+            dx += tl.load(dtotal_ptr + dt_offset, mask=mask, other=0.0).to(tl.float32)
+        out = (row * width)[:, None] + column[None, :]
+        tl.store(dx_ptr + out, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+        if TWO_OUTPUTS:
+            tl.store(dresidual_ptr + out, dx.to(dresidual_ptr.dtype.element_ty), mask=mask)
+    if HAS_WEIGHT:
+        tl.store(partial_ptr + tl.program_id(0) * width + column, dw, mask=inside)
+
+
+def _rows(t: torch.Tensor) -> torch.Tensor:
+    """(rows, width) with unit stride along the width; a view wherever one exists."""
+    t = t.reshape(-1, t.shape[-1])
+    return t if t.stride(-1) == 1 else t.contiguous()
+
+
+def _stride(t: torch.Tensor) -> tuple[int, int]:
+    """Row stride divided by its alignment, and the alignment (a power of two up to 16)."""
+    align = math.gcd(t.stride(0), 16)
+    return t.stride(0) // align, align
+
+
+def _programs(rows: int, config: Config, device: torch.device) -> int:
+    return min(triton.cdiv(rows, config.rows), config.programs * _multiprocessors(device))
+
+
+def _gated_forward(
+    x: torch.Tensor,
+    z: torch.Tensor,
+    weight: torch.Tensor | None,
+    eps: float,
+    group: int,
+    gate_after: bool,
+    config: Config | None = None,
+) -> torch.Tensor:
+    rows, width = x.shape
+    block = triton.next_power_of_2(group)
+    config = config or forward_config(block)
+    y = torch.empty(rows, width, dtype=x.dtype, device=x.device)
+    (x_row, x_align), (z_row, z_align) = _stride(x), _stride(z)
+    gated_forward_kernel[(triton.cdiv(rows, config.rows), width // group)](
+        x, z, x if weight is None else weight, y, rows, x_row, z_row, eps, width,
+        X_ALIGN=x_align, Z_ALIGN=z_align, HAS_WEIGHT=weight is not None, GATE_AFTER=gate_after,
+        GROUP=group, BLOCK=block, ROWS=config.rows, num_warps=config.warps,
+    )  # fmt: skip
+    return y
+
+
+def _gated_backward(
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    z: torch.Tensor,
+    weight: torch.Tensor | None,
+    eps: float,
+    group: int,
+    gate_after: bool,
+    config: Config | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """dx, dz and the weight's gradient (empty without a weight)."""
+    rows, width = x.shape
+    block = triton.next_power_of_2(group)
+    config = config or backward_config(block)
+    dx = torch.empty(rows, width, dtype=x.dtype, device=x.device)
+    dz = torch.empty(rows, width, dtype=z.dtype, device=x.device)
+    programs = _programs(rows, config, x.device)
+    partial = torch.empty(
+        programs if weight is not None else 0, width, dtype=torch.float32, device=x.device
+    )
+    (x_row, x_align), (z_row, z_align), (dy_row, dy_align) = _stride(x), _stride(z), _stride(dy)
+    gated_backward_kernel[(programs, width // group)](
+        x, z, x if weight is None else weight, dy, dx, dz, partial, rows, x_row, z_row, dy_row,
+        eps, width, X_ALIGN=x_align, Z_ALIGN=z_align, DY_ALIGN=dy_align,
+        HAS_WEIGHT=weight is not None, GATE_AFTER=gate_after, GROUP=group, BLOCK=block,
+        ROWS=config.rows, STAGES=config.stages, num_warps=config.warps,
+    )  # fmt: skip
+    return dx, dz, x.new_empty(0) if weight is None else sum_rows(partial, weight.dtype)
+
+
+def _norm_forward(
+    x: torch.Tensor,
+    residual: torch.Tensor | None,
+    weight: torch.Tensor | None,
+    eps: float,
+    config: Config | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """y and x + residual (empty without a residual)."""
+    rows, width = x.shape
+    block = triton.next_power_of_2(width)
+    config = config or forward_config(block)
+    y = torch.empty(rows, width, dtype=x.dtype, device=x.device)
+    total = _empty_total(x, residual)
+    (x_row, x_align), (r_row, r_align) = _stride(x), _stride(x if residual is None else residual)
+    forward_kernel[(triton.cdiv(rows, config.rows),)](
+        x, x if residual is None else residual, x if weight is None else weight, y, total,
+        rows, x_row, r_row, eps, X_ALIGN=x_align, R_ALIGN=r_align,
+        HAS_RESIDUAL=residual is not None, HAS_WEIGHT=weight is not None, width=width,
+        BLOCK=block, ROWS=config.rows, num_warps=config.warps,
+    )  # fmt: skip
+    return y, total
+
+
+def _empty_total(x: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
+    if residual is None:
+        return x.new_empty(0)
+    return x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, residual.dtype))
+
+
+def _norm_backward(
+    dy: torch.Tensor,
+    d_total: torch.Tensor | None,
+    total: torch.Tensor,
+    weight: torch.Tensor | None,
+    eps: float,
+    dtype: torch.dtype,
+    residual_dtype: torch.dtype | None,
+    config: Config | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradient in x's dtype, in the residual's dtype (empty when that is the same or there is no
+    residual), and the weight's gradient (empty without a weight)."""
+    rows, width = total.shape
+    block = triton.next_power_of_2(width)
+    config = config or backward_config(block)
+    two = residual_dtype is not None and residual_dtype != dtype
+    dx = torch.empty(rows, width, dtype=dtype, device=total.device)
+    d_residual = torch.empty(
+        (rows, width) if two else 0, dtype=residual_dtype or dtype, device=total.device
+    )
+    programs = _programs(rows, config, total.device)
+    partial = torch.empty(
+        programs if weight is not None else 0, width, dtype=torch.float32, device=total.device
+    )
+    other = dy if d_total is None else d_total
+    (t_row, t_align), (dy_row, dy_align), (dt_row, dt_align) = map(_stride, (total, dy, other))
+    backward_kernel[(programs,)](
+        total, total if weight is None else weight, dy, other, dx, d_residual, partial, rows,
+        t_row, dy_row, dt_row, eps, T_ALIGN=t_align, DY_ALIGN=dy_align, DT_ALIGN=dt_align,
+        HAS_DTOTAL=d_total is not None, TWO_OUTPUTS=two, HAS_WEIGHT=weight is not None,
+        width=width, BLOCK=block, ROWS=config.rows, STAGES=config.stages, num_warps=config.warps,
+    )  # fmt: skip
+    d_weight = total.new_empty(0) if weight is None else sum_rows(partial, weight.dtype)
+    return dx, d_residual, d_weight
+
+
+def _fake_gated_forward(
+    x: torch.Tensor,
+    z: torch.Tensor,
+    weight: torch.Tensor | None,
+    eps: float,
+    group: int,
+    gate_after: bool,
+) -> torch.Tensor:
+    return x.new_empty(x.shape)
+
+
+def _fake_gated_backward(
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    z: torch.Tensor,
+    weight: torch.Tensor | None,
+    eps: float,
+    group: int,
+    gate_after: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    d_weight = x.new_empty(0) if weight is None else weight.new_empty(weight.shape)
+    return x.new_empty(x.shape), z.new_empty(z.shape), d_weight
+
+
+def _fake_norm_forward(
+    x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor | None, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return x.new_empty(x.shape), _empty_total(x, residual)
+
+
+def _fake_norm_backward(
+    dy: torch.Tensor,
+    d_total: torch.Tensor | None,
+    total: torch.Tensor,
+    weight: torch.Tensor | None,
+    eps: float,
+    dtype: torch.dtype,
+    residual_dtype: torch.dtype | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    two = residual_dtype is not None and residual_dtype != dtype
+    d_residual = total.new_empty(total.shape if two else (0,), dtype=residual_dtype or dtype)
+    d_weight = total.new_empty(0) if weight is None else weight.new_empty(weight.shape)
+    return total.new_empty(total.shape, dtype=dtype), d_residual, d_weight
+
+
+_gated_forward_op = define_op(
+    "gated_rms_norm_forward(Tensor x, Tensor z, Tensor? weight, float eps, int group,"
+    " bool gate_after) -> Tensor",
+    _gated_forward,
+    _fake_gated_forward,
+)
+_gated_backward_op = define_op(
+    "gated_rms_norm_backward(Tensor dy, Tensor x, Tensor z, Tensor? weight, float eps, int group,"
+    " bool gate_after) -> (Tensor, Tensor, Tensor)",
+    _gated_backward,
+    _fake_gated_backward,
+)
+_norm_forward_op = define_op(
+    "rms_norm_forward(Tensor x, Tensor? residual, Tensor? weight, float eps) -> (Tensor, Tensor)",
+    _norm_forward,
+    _fake_norm_forward,
+)
+_norm_backward_op = define_op(
+    "rms_norm_backward(Tensor dy, Tensor? d_total, Tensor total, Tensor? weight, float eps,"
+    " ScalarType dtype, ScalarType? residual_dtype) -> (Tensor, Tensor, Tensor)",
+    _norm_backward,
+    _fake_norm_backward,
+)
+
+
+class _GatedRmsNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        z: torch.Tensor,
+        weight: torch.Tensor | None,
+        eps: float,
+        group: int,
+        gate_after: bool,
+    ) -> torch.Tensor:
+        ctx.save_for_backward(x, z, weight)
+        ctx.options = (eps, group, gate_after)
+        y: torch.Tensor = _gated_forward_op(x, z, weight, eps, group, gate_after)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        x, z, weight = ctx.saved_tensors
+        dx, dz, d_weight = _gated_backward_op(_rows(grads[0]), x, z, weight, *ctx.options)
+        return dx, dz, None if weight is None else d_weight, None, None, None
+
+
+class _RmsNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor | None, eps: float) -> torch.Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.eps = eps
+        y: torch.Tensor = _norm_forward_op(x, None, weight, eps)[0]
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        x, weight = ctx.saved_tensors
+        dx, _, d_weight = _norm_backward_op(
+            _rows(grads[0]), None, x, weight, ctx.eps, x.dtype, None
+        )
+        return dx, None if weight is None else d_weight, None
+
+
+class _AddRmsNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        residual: torch.Tensor,
+        weight: torch.Tensor | None,
+        eps: float,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        y, total = _norm_forward_op(x, residual, weight, eps)
+        ctx.save_for_backward(total, weight)
+        ctx.options = (eps, x.dtype, residual.dtype)
+        return y, total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        total, weight = ctx.saved_tensors
+        dy, d_total = grads
+        dx, d_residual, d_weight = _norm_backward_op(
+            _rows(dy), _rows(d_total), total, weight, *ctx.options
+        )
+        if ctx.options[1] == ctx.options[2]:
+            d_residual = dx
+        return dx, d_residual, None if weight is None else d_weight, None
+
+
+def gated_rms_norm_triton(
+    x: torch.Tensor,
+    z: torch.Tensor,
+    weight: torch.Tensor | None,
+    eps: float,
+    group: int,
+    gate_after: bool,
+) -> torch.Tensor:
+    """See `ablate.kernels.gated_rms_norm`."""
+    weight = None if weight is None else weight.contiguous()
+    y: torch.Tensor = _GatedRmsNorm.apply(_rows(x), _rows(z), weight, eps, group, gate_after)
+    return y.view(x.shape)
+
+
+def rms_norm_triton(
+    x: torch.Tensor, weight: torch.Tensor | None, eps: float, residual: torch.Tensor | None
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """See `ablate.kernels.rms_norm`."""
+    weight = None if weight is None else weight.contiguous()
+    if residual is None:
+        y: torch.Tensor = _RmsNorm.apply(_rows(x), weight, eps)
+        return y.view(x.shape)
+    y, total = _AddRmsNorm.apply(_rows(x), _rows(residual), weight, eps)
+    return y.view(x.shape), total.view(x.shape)
