@@ -85,7 +85,9 @@ class ArchConfig(Section):
     )
     tie_embeddings: bool = Field(True, description="the output projection is the embedding")
     norm_eps: float = Field(1e-5, gt=0, lt=1, description="epsilon of every RMSNorm")
-    init_std: float = Field(0.02, gt=0, lt=1, description="standard deviation of initial weights")
+    init_std: float | None = Field(
+        None, gt=0, lt=1, description="of initial weights; null: sqrt(2 / (5 d_model))"
+    )
     layers: list[str] = Field([], description="modules that register further layer kinds")
     published: dict[str, float] = Field({}, description="published figures, shown by `cost`")
 

@@ -23,6 +23,8 @@ class Architecture:
 
     pattern: in the pattern language; the attribute holds it expanded, one letter a layer.
     vocab_size: rows of the embedding, padding included.
+    init_std: of matrices and embeddings; None: sqrt(2 / (5 d_model)) (Nguyen and Salazar 2019,
+        arXiv 1910.05895), 0.02 at width 1000, and large enough for narrow models to learn recall.
     options: by layer kind name, plain dicts; kinds that are not named have their defaults. The
         attribute holds the resolved dataclasses of the kinds that the pattern uses.
     Raises UserError for anything that does not fit; fields are named as in the config (`arch.…`).
@@ -34,7 +36,7 @@ class Architecture:
     vocab_size: int
     tie_embeddings: bool = True
     norm_eps: float = 1e-5
-    init_std: float = 0.02
+    init_std: float | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -45,7 +47,7 @@ class Architecture:
                 raise UserError(f"arch.{name} is {value!r}; it must be a positive whole number")
         used = {KINDS[letter].name for letter in letters}
         resolved = {}
-        for name, values in {**dict.fromkeys(used, {}), **self.options}.items():
+        for name, values in {**{name: {} for name in used}, **self.options}.items():
             kind = by_name(name)
             if kind is None:
                 known = [k.name for k in KINDS.values()]
@@ -56,6 +58,8 @@ class Architecture:
                 resolved[name] = built
         order = [KINDS[letter].name for letter in dict.fromkeys(letters)]
         object.__setattr__(self, "pattern", "".join(letters))
+        if self.init_std is None:
+            object.__setattr__(self, "init_std", (0.4 / self.d_model) ** 0.5)
         object.__setattr__(self, "options", {name: resolved[name] for name in order})
 
     @classmethod

@@ -11,7 +11,7 @@ Mamba-2 layer.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -23,10 +23,9 @@ from ablate.kernels import (
     attention_step,
     causal_conv1d,
     causal_conv1d_step,
-    rms_norm,
     rotary,
 )
-from ablate.layers.context import Context, State
+from ablate.layers.context import Context, State, pre_norm
 from ablate.layers.options import DERIVED, STRICT, DerivedInt, PositiveFloat, PositiveInt
 
 
@@ -132,7 +131,7 @@ class SlidingAttentionOptions(AttentionOptions):
 class Attention(nn.Module):
     """x + out_proj(attention(rotary(conv(qkv_proj(norm(x))))))."""
 
-    roles = {
+    roles: ClassVar[dict[str, str]] = {
         "norm": "ones",
         "qkv_proj": "matrix",
         "qkv_bias": "zeros",
@@ -166,7 +165,7 @@ class Attention(nn.Module):
 
     def forward(self, x_BLD: Tensor, ctx: Context, state: State | None = None) -> Tensor:
         o = self.options
-        u = rms_norm(x_BLD, self.norm, eps=self.eps)
+        u = pre_norm(x_BLD, self.norm, self.eps)
         qkv = F.linear(u, self.qkv_proj, self.qkv_bias)
         if self.conv_weight is not None:
             qkv, conv = causal_conv1d(
@@ -203,7 +202,7 @@ class Attention(nn.Module):
         return state
 
     def step(self, x_BD: Tensor, ctx: Context, state: State) -> Tensor:
-        qkv = F.linear(rms_norm(x_BD, self.norm, eps=self.eps), self.qkv_proj, self.qkv_bias)
+        qkv = F.linear(pre_norm(x_BD, self.norm, self.eps), self.qkv_proj, self.qkv_bias)
         if self.conv_weight is not None:
             qkv, conv = causal_conv1d_step(
                 qkv, self.conv_weight, self.conv_bias, activation=None, state_BKD=state["conv"]

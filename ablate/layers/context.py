@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import cast
 
 from torch import Tensor
+
+from ablate.kernels import rms_norm
 
 State = dict[str, Tensor]  # the decoding cache of one layer
 
@@ -24,3 +27,8 @@ class Context:
     doc_start_BL: Tensor | None = None
     x0_BLD: Tensor | None = None
     losses: list[Tensor] = field(default_factory=list)
+
+
+def pre_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    """RMSNorm over the last dimension."""
+    return cast(Tensor, rms_norm(x, weight_D, eps=eps))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -11,11 +12,10 @@ from torch import Tensor, nn
 from ablate.kernels import (
     causal_conv1d,
     causal_conv1d_step,
-    rms_norm,
     selective_scan,
     selective_scan_step,
 )
-from ablate.layers.context import Context, State
+from ablate.layers.context import Context, State, pre_norm
 from ablate.layers.options import DERIVED, STRICT, DerivedInt, PositiveFloat, PositiveInt
 
 
@@ -82,7 +82,7 @@ class Mamba1Options:
 class Mamba1(nn.Module):
     """x + out_proj(scan(conv(in_proj(norm(x)))) * silu(z)); in_proj holds x, z; x_proj dt, B, C."""
 
-    roles = {
+    roles: ClassVar[dict[str, str]] = {
         "norm": "ones",
         "in_proj": "matrix",
         "conv_weight": "conv",
@@ -117,20 +117,16 @@ class Mamba1(nn.Module):
         return F.linear(dt, self.dt_proj), B, C
 
     def forward(self, x_BLD: Tensor, ctx: Context, state: State | None = None) -> Tensor:
-        u, z = F.linear(rms_norm(x_BLD, self.norm, eps=self.eps), self.in_proj).chunk(2, dim=-1)
-        keep = state is not None
-        u = causal_conv1d(
+        u, z = F.linear(pre_norm(x_BLD, self.norm, self.eps), self.in_proj).chunk(2, dim=-1)
+        u, conv = causal_conv1d(
             u,
             self.conv_weight,
             self.conv_bias,
-            return_final_state=keep,
+            return_final_state=True,
             doc_start_BL=ctx.doc_start_BL,
         )
-        if state is not None:
-            u, conv = u
-            state["conv"].copy_(conv)
         dt, B, C = self._maps(u)
-        y = selective_scan(
+        y, ssm = selective_scan(
             u,
             dt,
             -self.A_log.float().exp(),
@@ -140,11 +136,11 @@ class Mamba1(nn.Module):
             z_BLD=z,
             delta_bias_D=self.dt_bias,
             delta_softplus=True,
-            return_final_state=keep,
+            return_final_state=True,
             doc_start_BL=ctx.doc_start_BL,
         )
         if state is not None:
-            y, ssm = y
+            state["conv"].copy_(conv)
             state["ssm"].copy_(ssm)
         return x_BLD + F.linear(y, self.out_proj)
 
@@ -159,7 +155,7 @@ class Mamba1(nn.Module):
         }
 
     def step(self, x_BD: Tensor, ctx: Context, state: State) -> Tensor:
-        u, z = F.linear(rms_norm(x_BD, self.norm, eps=self.eps), self.in_proj).chunk(2, dim=-1)
+        u, z = F.linear(pre_norm(x_BD, self.norm, self.eps), self.in_proj).chunk(2, dim=-1)
         u, conv = causal_conv1d_step(u, self.conv_weight, self.conv_bias, state_BKD=state["conv"])
         dt, B, C = self._maps(u)
         y, ssm = selective_scan_step(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -13,12 +14,11 @@ from ablate.kernels import (
     causal_conv1d_step,
     gated_rms_norm,
     mamba2_core,
-    rms_norm,
     ssd,
     ssd_step,
 )
 from ablate.kernels.ssd import CHUNK
-from ablate.layers.context import Context, State
+from ablate.layers.context import Context, State, pre_norm
 from ablate.layers.options import DERIVED, STRICT, DerivedInt, PositiveFloat, PositiveInt
 
 
@@ -117,7 +117,7 @@ class Mamba2Options:
 class Mamba2(nn.Module):
     """x + out_proj(core(in_proj(norm(x)))); the projection holds z, x, B, C, dt in this order."""
 
-    roles = {
+    roles: ClassVar[dict[str, str]] = {
         "norm": "ones",
         "in_proj": "matrix",
         "conv_weight": "conv",
@@ -146,7 +146,7 @@ class Mamba2(nn.Module):
 
     def forward(self, x_BLD: Tensor, ctx: Context, state: State | None = None) -> Tensor:
         o = self.options
-        u = rms_norm(x_BLD, self.norm, eps=self.eps)
+        u = pre_norm(x_BLD, self.norm, self.eps)
         zxbcdt = F.linear(u, self.in_proj)
         if state is None:
             y = mamba2_core(
@@ -216,7 +216,7 @@ class Mamba2(nn.Module):
 
     def step(self, x_BD: Tensor, ctx: Context, state: State) -> Tensor:
         o = self.options
-        zxbcdt = F.linear(rms_norm(x_BD, self.norm, eps=self.eps), self.in_proj)
+        zxbcdt = F.linear(pre_norm(x_BD, self.norm, self.eps), self.in_proj)
         z, xbc, dt = zxbcdt.split((o.d_inner, o.conv_width, o.n_heads), dim=-1)
         xbc, conv = causal_conv1d_step(
             xbc, self.conv_weight, self.conv_bias, state_BKD=state["conv"]

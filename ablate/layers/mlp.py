@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ablate.kernels import rms_norm
-from ablate.layers.context import Context, State
+from ablate.layers.context import Context, State, pre_norm
 from ablate.layers.options import DERIVED, STRICT, DerivedInt, PositiveInt
 
 
@@ -57,7 +56,7 @@ class MLPOptions:
 class MLP(nn.Module):
     """x + out_proj(act(in_proj(norm(x)))); in_proj of SwiGLU holds the gate, then the value."""
 
-    roles = {
+    roles: ClassVar[dict[str, str]] = {
         "norm": "ones",
         "in_proj": "matrix",
         "in_bias": "zeros",
@@ -76,7 +75,7 @@ class MLP(nn.Module):
         self.out_bias = nn.Parameter(torch.empty(o.d_model)) if o.bias else None
 
     def forward(self, x_BLD: Tensor, ctx: Context, state: State | None = None) -> Tensor:
-        h = F.linear(rms_norm(x_BLD, self.norm, eps=self.eps), self.in_proj, self.in_bias)
+        h = F.linear(pre_norm(x_BLD, self.norm, self.eps), self.in_proj, self.in_bias)
         if self.options.kind == "swiglu":
             gate, value = h.chunk(2, dim=-1)
             h = F.silu(gate) * value

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Callable, Mapping
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeVar, cast
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, WrapValidator
 
@@ -28,7 +28,7 @@ T = TypeVar("T")
 
 
 @functools.cache
-def _adapter(options: type) -> TypeAdapter[Any]:
+def _adapter(options: Any) -> TypeAdapter[Any]:
     return TypeAdapter(options)
 
 
@@ -48,8 +48,7 @@ def build(
     try:
         # As JSON, because strict validation of Python values takes no dict for a dataclass.
         text = json.dumps({"d_model": d_model, **values}, default=str)
-        result: T = _adapter(options).validate_json(text)
-        return result
+        return cast(T, _adapter(cast(Any, options)).validate_json(text))
     except ValidationError as error:
         first = error.errors()[0]
         message = first["msg"].removeprefix("Value error, ")

@@ -7,14 +7,15 @@ stream stays float32, as the embedding starts it and autocast promotes.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ablate.arch.spec import Architecture
-from ablate.kernels import linear_cross_entropy, rms_norm
-from ablate.layers.context import Context, State
+from ablate.kernels import linear_cross_entropy
+from ablate.layers.context import Context, State, pre_norm
 from ablate.layers.registry import KINDS
 from ablate.model.init import init_weights
 
@@ -38,13 +39,17 @@ class LanguageModel(nn.Module):
     seed: initialises the weights; None leaves them undefined, to be loaded.
     """
 
-    roles = {"embedding": "embedding", "final_norm": "ones", "unembedding": "embedding"}
+    roles: ClassVar[dict[str, str]] = {
+        "embedding": "embedding",
+        "final_norm": "ones",
+        "unembedding": "embedding",
+    }
 
     def __init__(self, arch: Architecture, *, seed: int | None = 0) -> None:
         super().__init__()
         self.arch = arch
         self.embedding = nn.Parameter(torch.empty(arch.vocab_size, arch.d_model))
-        self.layers = nn.ModuleList(
+        self.layers: Any = nn.ModuleList(
             KINDS[letter].module(arch.options_of(letter), arch.norm_eps) for letter in arch.letters
         )
         self.final_norm = nn.Parameter(torch.empty(arch.d_model))
@@ -65,10 +70,9 @@ class LanguageModel(nn.Module):
         Raises ValueError when a layer's `roles` do not name one of its parameters.
         """
         result = {}
-        for prefix, owner in (
-            ("", self),
-            *((f"layers.{i}.", layer) for i, layer in enumerate(self.layers)),
-        ):
+        owners: list[tuple[str, Any]] = [("", self)]
+        owners += [(f"layers.{i}.", layer) for i, layer in enumerate(self.layers)]
+        for prefix, owner in owners:
             for name, parameter in owner.named_parameters(recurse=owner is not self):
                 if name not in owner.roles:
                     raise ValueError(
@@ -88,7 +92,7 @@ class LanguageModel(nn.Module):
         )
         for layer in self.layers:
             x = layer(x, ctx)
-        return rms_norm(x, self.final_norm, eps=self.arch.norm_eps), ctx
+        return self._final(x), ctx
 
     def hidden(self, tokens_BL: Tensor, doc_start_BL: Tensor | None = None) -> Tensor:
         """The stream after the final norm, (B, L, D)."""
@@ -97,6 +101,9 @@ class LanguageModel(nn.Module):
     def logits(self, tokens_BL: Tensor, doc_start_BL: Tensor | None = None) -> Tensor:
         """All logits, (B, L, V), at least float32. Large: training and scoring use `loss`."""
         return self._project(self.hidden(tokens_BL, doc_start_BL))
+
+    def _final(self, x: Tensor) -> Tensor:
+        return pre_norm(x, self.final_norm, self.arch.norm_eps)
 
     def _project(self, hidden: Tensor) -> Tensor:
         logits = F.linear(hidden, self.output_weight_VD)
@@ -158,7 +165,7 @@ class LanguageModel(nn.Module):
         for layer, cache in zip(self.layers, state.layers, strict=True):
             x = layer(x, ctx, cache)
         state.position_1 += length
-        return self._project(rms_norm(x[:, -1], self.final_norm, eps=self.arch.norm_eps))
+        return self._project(self._final(x[:, -1]))
 
     def step(self, tokens_B: Tensor, state: DecodeState) -> Tensor:
         """One more token each; returns the logits after it, (B, V). Updates the caches in place.
@@ -170,4 +177,4 @@ class LanguageModel(nn.Module):
         for layer, cache in zip(self.layers, state.layers, strict=True):
             x = layer.step(x, ctx, cache)
         state.position_1 += 1
-        return self._project(rms_norm(x, self.final_norm, eps=self.arch.norm_eps))
+        return self._project(self._final(x))
