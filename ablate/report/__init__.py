@@ -1,11 +1,11 @@
 """Run folders in, frames, statistics, verdicts and one page out. Imports no torch.
 
-    frames.py     run folders as pandas frames
-    stats.py      arms, seeds and curves: intervals, tests, what could have been seen
-    confounds.py  what differs between arms besides the factors
-    verdicts.py   the sentences that the statistics allow
-    plots.py      figures in one style
-    page.py       the page, its tables and files
+frames.py     run folders as pandas frames
+stats.py      arms, seeds and curves: intervals, tests, what could have been seen
+confounds.py  what differs between arms besides the factors
+verdicts.py   the sentences that the statistics allow
+plots.py      figures in one style
+page.py       the page, its tables and files
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from typing import Any
 
 import pandas as pd
 
-from ablate.report.frames import operational_fields
+from ablate.report.frames import operational_fields, usable
 
 # Set by the study for every run, by the seed, or of no influence on what is computed.
 _IGNORED_CONFIG = ("study.", "tracker.", "arch.published", "arch.name")
@@ -54,11 +54,11 @@ class Confound:
 
 
 def confounds(frame: pd.DataFrame, details: pd.DataFrame) -> list[Confound]:
-    """All confounds among the finished runs that are no orphans, the ones between arms first.
+    """All confounds among the usable runs, the ones between arms first.
 
     frame: `load_study`; details: `load_details` of the same folder.
     """
-    runs = frame[(frame["state"] == "done") & ~frame["orphan"]]
+    runs = usable(frame)
     factors = set(frame.attrs.get("study", {}).get("factors") or [])
     if runs["arm"].nunique() < 2:
         return []
@@ -177,14 +177,18 @@ def _list(values: pd.Series) -> str:
 
 def _names(index: pd.Index) -> str:
     names = [str(name) for name in index]
-    return ", ".join(names) if len(names) <= 4 else f"{', '.join(names[:3])} and {len(names) - 3} more"
+    return (
+        ", ".join(names) if len(names) <= 4 else f"{', '.join(names[:3])} and {len(names) - 3} more"
+    )
 
 
 def si(value: float, unit: str = "") -> str:
     """1234567 -> '1.23M'; with unit 'B', bytes in powers of 1024."""
     if value is None or not math.isfinite(value):
         return "–"
-    step, prefixes = (1024.0, ["", "Ki", "Mi", "Gi", "Ti", "Pi"]) if unit == "B" else (1000.0, list(" kMGTPE"))
+    step, prefixes = (
+        (1024.0, ["", "Ki", "Mi", "Gi", "Ti", "Pi"]) if unit == "B" else (1000.0, list(" kMGTPE"))
+    )
     power = 0
     while abs(value) >= step and power < len(prefixes) - 1:
         value, power = value / step, power + 1

@@ -69,7 +69,7 @@ TEXTS = {
 def load_study(path: str | Path) -> pd.DataFrame:
     """One row a run folder at or below `path`; runs of every state, and orphans, are there.
 
-    Columns: key, arm, one per factor (dotted name), seed, state, cause, pattern, the figures of
+    Columns: key, arm, one per factor (dotted name), seed, state, cause ('' when all went well), pattern, the figures of
     `FIGURES`, commit, hardware, orphan. Shares are fractions, losses nats a token, sizes bytes,
     times seconds. `frame.attrs["study"]` is the content of study.json, `attrs["path"]` the folder.
     A run that nothing holds and that never ended has the state 'interrupted'.
@@ -177,6 +177,11 @@ def missing_cells(frame: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=None if rows else ["key", "arm", "seed"])
 
 
+def usable(frame: pd.DataFrame) -> pd.DataFrame:
+    """The runs that count: finished with a finite validation loss, and asked for by the study."""
+    return frame[(frame["state"] == "done") & (frame["cause"] == "") & ~frame["orphan"]]
+
+
 def arm_label(factors: Mapping[str, Any]) -> str:
     """'attention_share=0.08, placement=even': what an arm is called when nobody named it."""
     return ", ".join(f"{k.rpartition('.')[2]}={_scalar(v)}" for k, v in factors.items()) or "all"
@@ -252,15 +257,15 @@ def _read_run(run: RunFolder) -> dict[str, Any]:
     }
 
 
-def _state(run: RunFolder, record: Mapping[str, Any]) -> tuple[str, str | None]:
+def _state(run: RunFolder, record: Mapping[str, Any]) -> tuple[str, str]:
     """State and cause, where a run that claims to be running but is held by nobody has stopped."""
-    state, cause = record["state"], record["cause"] or None
+    state, cause = record["state"], record["cause"]
     if state == "running" and not run.is_held():
         return "interrupted", "stopped before its end (killed, or the machine went down)"
     if state == "done":
         if not math.isfinite(record["val_b_loss"]) and not math.isfinite(record["val_a_loss"]):
             return state, "finished without a finite validation loss"
-        return state, None
+        return state, ""
     return state, cause
 
 

@@ -174,7 +174,9 @@ class ArmFit:
     ) -> Equivalence:
         """Two one-sided tests that arm and reference differ by less than `margin`."""
         i, j = self.index(arm), self.index(reference)
-        return equivalence(float(self.means[i] - self.means[j]), self._se(i, j), self.df, margin, alpha)
+        return equivalence(
+            float(self.means[i] - self.means[j]), self._se(i, j), self.df, margin, alpha
+        )
 
     def seed_correlation(self, level: float = 0.95) -> Estimate:
         """Share of a run's variance (arm apart) that its seed carries to every arm.

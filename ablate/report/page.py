@@ -1,0 +1,600 @@
+"""The report: one self-contained HTML page, its tables and figures as files.
+
+    <study>/report/
+        index.html                         the page; nothing is loaded from outside
+        outcomes.png .svg                  loss and recall over the arms
+        learning_curves.png .svg
+        table.csv .parquet .md             one row an arm: means and 95% intervals
+        differences.csv .parquet .md       every arm minus the reference
+        runs.csv .parquet                  one row a run, as `load_study` gives it
+
+What is uncertain, missing, failed or confounded stands on the page; nothing is dropped in silence.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import math
+import shlex
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from rich.table import Table
+
+from ablate.report.confounds import Confound, confounds, si
+from ablate.report.frames import load_details, load_metrics, load_study, missing_cells
+from ablate.report.plots import Plot, plot_curves, plot_outcomes
+from ablate.report.verdicts import (
+    BITS,
+    LOSS,
+    LOSS_A,
+    PERPLEXITY,
+    RECALL,
+    Analysis,
+    Comparison,
+    Verdict,
+    analyse,
+    judge,
+    verdicts,
+)
+from ablate.run import atomic_write
+
+__all__ = ["summary", "verdicts", "write_report"]
+
+_SHOWN = (RECALL, LOSS, BITS, PERPLEXITY)
+
+
+def write_report(
+    path: str | Path,
+    *,
+    reference: str | None = None,
+    say: Callable[[str], object] = print,
+) -> Path:
+    """Write `<path>/report/` from the run folders at `path`; returns the page's path.
+
+    Works on an unfinished study and says what is missing. `reference`: the arm that the others are
+    compared with (default: the lowest on a numeric axis, else the first). `say` gets one line where
+    Parquet files cannot be written. Raises UserError where no run folder is.
+    """
+    path = Path(path)
+    frame = load_study(path)
+    analysis = analyse(frame, reference=reference)
+    folder = path / "report"
+    folder.mkdir(parents=True, exist_ok=True)
+
+    arms, differences = arm_table(analysis), difference_table(analysis)
+    tables = {"table": arms, "differences": differences, "runs": frame}
+    _write_tables(tables, folder, say)
+    plots = [plot_outcomes(analysis, folder), plot_curves(analysis, load_metrics(path), folder)]
+    details = load_details(path)
+    found = confounds(frame, details)
+    text = _page(analysis, [p for p in plots if p], found, details, path)
+    page = folder / "index.html"
+    atomic_write(page, text)
+    return page
+
+
+def summary(frame: pd.DataFrame) -> Table:
+    """The arms as a table for a terminal: runs, recall, loss, bits a byte, parameters."""
+    analysis = analyse(frame)
+    metrics = [analysis.comparisons[m.column] for m in _shown(analysis)]
+    title = analysis.study.get("question") or analysis.study.get("name") or None
+    table = Table(title=title, title_justify="left", caption=_interval_note(metrics))
+    table.caption_justify = "left"
+    plain = analysis.axis.numeric and (analysis.arms["series"] == "").all()
+    name = str(analysis.axis.field).rpartition(".")[2] if plain else "arm"
+    table.add_column(name, overflow="fold", justify="right" if plain else "left")
+    table.add_column("runs", justify="right")
+    for comparison in metrics:
+        table.add_column(_heading(comparison), justify="right")
+    table.add_column("parameters", justify="right")
+    for arm, row in analysis.arms.iterrows():
+        cells = [_mean(c, str(arm)) for c in metrics]
+        table.add_row(
+            analysis.short(str(arm)), str(int(row["n"])), *cells, si(row["non_embedding_params"])
+        )
+    return table
+
+
+# --- tables as frames ----------------------------------------------------------------------------
+
+
+def arm_table(analysis: Analysis) -> pd.DataFrame:
+    """One row an arm: where it stands, its architecture and cost, and each metric's mean with the
+    95% interval (`<metric>`, `<metric>_low`, `<metric>_high`, `<metric>_n`)."""
+    table = analysis.arms.drop(columns=["series"]).rename(columns={"n": "runs"})
+    for column, comparison in analysis.comparisons.items():
+        fit = comparison.fit
+        means = {a: fit.mean(a) for a in fit.arms}
+        table[column] = pd.Series({a: m.value for a, m in means.items()})
+        table[f"{column}_low"] = pd.Series({a: m.low for a, m in means.items()})
+        table[f"{column}_high"] = pd.Series({a: m.high for a, m in means.items()})
+        table[f"{column}_n"] = pd.Series(dict(zip(fit.arms, fit.counts, strict=True)))
+    return table.reset_index()
+
+
+def difference_table(analysis: Analysis) -> pd.DataFrame:
+    """Each arm minus the reference for recall and loss: unadjusted and Dunnett intervals, p-values."""
+    parts = []
+    for metric in _shown(analysis):
+        comparison = analysis.comparisons[metric.column]
+        if metric in (RECALL, LOSS, LOSS_A) and len(comparison.table):
+            part = comparison.table.copy()
+            part.insert(0, "metric", metric.column)
+            part["among_best"] = part["arm"].isin(comparison.best)
+            parts.append(part)
+    columns = ["metric", "arm", "reference", "difference"]
+    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=columns)
+
+
+def _write_tables(
+    tables: dict[str, pd.DataFrame], folder: Path, say: Callable[[str], object]
+) -> None:
+    parquet = True
+    for name, table in tables.items():
+        atomic_write(folder / f"{name}.csv", table.to_csv(index=False))
+        if name != "runs":
+            atomic_write(folder / f"{name}.md", _markdown(table))
+        if parquet:
+            try:
+                _plain(table).to_parquet(folder / f"{name}.parquet", index=False)
+            except ImportError:
+                parquet = False
+                say("pyarrow is not installed: the tables are written as CSV only, not as Parquet")
+
+
+def _plain(table: pd.DataFrame) -> pd.DataFrame:
+    """Columns of one type each, as Parquet wants them: a factor of numbers and words becomes text."""
+    table = table.copy()
+    table.attrs = {}
+    for column in table.columns:
+        if table[column].dtype == object:
+            known = table[column].dropna()
+            if known.map(type).nunique() > 1:
+                table[column] = table[column].map(lambda v: v if v is None else str(v))
+    return table
+
+
+def _markdown(table: pd.DataFrame) -> str:
+    def show(value: Any) -> str:
+        if isinstance(value, float):
+            return "" if math.isnan(value) else f"{value:.6g}"
+        return str(value).replace("|", "\\|")
+
+    lines = ["| " + " | ".join(map(str, table.columns)) + " |", "|---" * len(table.columns) + "|"]
+    for row in table.itertuples(index=False):
+        lines.append("| " + " | ".join(show(v) for v in row) + " |")
+    return "\n".join(lines) + "\n"
+
+
+# --- the page ------------------------------------------------------------------------------------
+
+
+def _page(
+    analysis: Analysis,
+    plots: Sequence[Plot],
+    found: Sequence[Confound],
+    details: pd.DataFrame,
+    path: Path,
+) -> str:
+    study = analysis.study
+    name = str(study.get("name") or path.name)
+    question = str(study.get("question") or f"Runs of {name}")
+    by_name = {plot.name: plot for plot in plots}
+    sections = [
+        _verdict_section(judge(analysis)),
+        _figure(by_name.get("outcomes")),
+        _section("Results", _results(analysis) + _differences(analysis)),
+        _section("Learning curves", _figure(by_name.get("learning_curves"))),
+        _section("Confounds", _confounds(found, analysis)),
+        _section("Failures and gaps", _failures(analysis)),
+        _section("Cost", _cost(analysis)),
+        _section("Noise", _noise(analysis)),
+        _section("Environment", _environment(details)),
+        _section("To reproduce", _reproduce(study, name, path)),
+    ]
+    kicker = f"Study <b>{_e(name)}</b>"
+    if study.get("finding"):
+        kicker += f" · tests the finding <b>{_e(str(study['finding']))}</b>"
+    return (
+        "<!doctype html>\n"
+        f'<html lang="en"><head><meta charset="utf-8"><title>{_e(question)}</title>\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<style>{_CSS}</style></head>\n<body><main>\n"
+        f'<header><p class="kicker">{kicker}</p><h1>{_e(question)}</h1></header>\n'
+        + "\n".join(s for s in sections if s)
+        + "\n</main></body></html>\n"
+    )
+
+
+def _verdict_section(lines: Sequence[Verdict]) -> str:
+    if not lines:
+        lines = [Verdict("state", "No run has finished yet: there is nothing to say.")]
+    items = "".join(f'<li class="{v.kind}">{_e(v.text)}</li>' for v in lines)
+    return f'<section aria-label="Verdicts"><ul class="verdicts">{items}</ul></section>'
+
+
+def _figure(plot: Plot | None) -> str:
+    if plot is None:
+        return ""
+    data = base64.b64encode(plot.svg.read_bytes()).decode()
+    return (
+        f'<figure><img src="data:image/svg+xml;base64,{data}" alt="{_e(plot.alt)}">'
+        f"<figcaption>{_e(plot.caption)}</figcaption></figure>"
+    )
+
+
+def _results(analysis: Analysis) -> str:
+    metrics = [analysis.comparisons[m.column] for m in _shown(analysis)]
+    if not metrics:
+        return "<p>No finished run has a figure to show.</p>"
+    shares = analysis.arms[["attention_of_layers", "mlp_of_layers"]].max()
+    header = ["Arm", "Runs", *(_heading(c) for c in metrics)]
+    header += ["Attention, of layers", "of mixers"] if shares["attention_of_layers"] > 0 else []
+    header += ["MLP, of layers"] if shares["mlp_of_layers"] > 0 else []
+    header += ["Pattern"]
+    rows = []
+    for arm, row in analysis.arms.iterrows():
+        cells = [_e(str(arm)), str(int(row["n"])), *(_best_mark(c, str(arm)) for c in metrics)]
+        if shares["attention_of_layers"] > 0:
+            cells += [_share(row["attention_of_layers"]), _share(row["attention_of_mixers"])]
+        if shares["mlp_of_layers"] > 0:
+            cells.append(_share(row["mlp_of_layers"]))
+        rows.append([*cells, f"<code>{_e(_breakable(str(row['pattern'])))}</code>"])
+    note = f"<p class='note'>{_e(_interval_note(metrics))}</p>"
+    return _table(header, rows, text_columns={0, len(header) - 1}) + note
+
+
+def _differences(analysis: Analysis) -> str:
+    parts = []
+    for metric in _shown(analysis):
+        if metric not in (RECALL, LOSS, LOSS_A):
+            continue
+        comparison = analysis.comparisons[metric.column]
+        if not comparison.has_interval or not len(comparison.table):
+            continue
+        scale, unit = (100.0, "points") if metric.percent else (1.0, "nats")
+        rows = []
+        for row in comparison.table.to_dict("records"):
+            half = (row["dunnett_high"] - row["dunnett_low"]) / 2
+            digits = 1 if metric.percent else metric.digits(half)
+
+            def signed(value: float, digits: int = digits, scale: float = scale) -> str:
+                return f"{scale * value:+.{digits}f}".replace("-", "−")
+
+            told = "different" if row["dunnett_p"] < 0.05 else "not\u00a0distinguishable"
+            rows.append(
+                [
+                    _e(row["arm"]),
+                    signed(row["difference"]),
+                    f"{signed(row['low'])} to {signed(row['high'])}",
+                    f"{signed(row['dunnett_low'])} to {signed(row['dunnett_high'])}",
+                    _p(row["dunnett_p"]),
+                    _p(row["holm_p"]),
+                    told,
+                ]
+            )
+        header = [
+            f"{metric.name}, {unit}",
+            "Difference",
+            "95% interval",
+            "95% for all together (Dunnett)",
+            "p (Dunnett)",
+            "p (Holm)",
+            "Verdict",
+        ]
+        parts.append(
+            f"<h3>{metric.name}: difference from {_e(comparison.reference)}</h3>"
+            + _table(header, rows, text_columns={0, 6})
+        )
+    if not parts:
+        return ""
+    return "".join(parts) + (
+        "<p class='note'>Differences are taken within seeds (paired) where arms share seeds, with one noise "
+        "variance pooled over all arms.</p>"
+    )
+
+
+def _confounds(found: Sequence[Confound], analysis: Analysis) -> str:
+    if len(analysis.arms) < 2:
+        return "<p>Fewer than two arms have finished runs: nothing to compare yet.</p>"
+    if not found:
+        return (
+            "<p>None found: configs, data, budgets, commit and hardware are the same in every arm, "
+            "but for the factors.</p>"
+        )
+    items = "".join(
+        f'<li class="{"red" if c.between_arms else "mild"}">{_e(c.text)}.</li>' for c in found
+    )
+    return (
+        "<p>Besides the factors, this is not the same everywhere; a difference between arms may come "
+        f'from what is red.</p><ul class="confounds">{items}</ul>'
+    )
+
+
+def _failures(analysis: Analysis) -> str:
+    frame = analysis.frame
+    parts = []
+    own = frame[~frame["orphan"]]
+    bad = own[(own["state"] != "done") | (own["cause"] != "")]
+    if len(bad):
+        rows = [
+            [
+                _e(r["arm"]),
+                str(r["seed"]),
+                _e(_state(r)),
+                _e(str(r["cause"] or "–")),
+                _key(r["key"]),
+            ]
+            for r in bad.to_dict("records")
+        ]
+        parts.append(
+            "<h3>Runs without a usable result</h3>"
+            + _table(["Arm", "Seed", "State", "Cause", "Run"], rows, text_columns={0, 2, 3, 4})
+        )
+    skipped = own[own["skipped_steps"] > 0]
+    if len(skipped):
+        rows = [
+            [_e(r["arm"]), str(r["seed"]), str(int(r["skipped_steps"])), _key(r["key"])]
+            for r in skipped.to_dict("records")
+        ]
+        parts.append(
+            "<h3>Runs that skipped steps (a gradient was not finite)</h3>"
+            + _table(["Arm", "Seed", "Steps", "Run"], rows, text_columns={0, 3})
+        )
+    missing = missing_cells(frame)
+    if len(missing):
+        rows = [
+            [_e(str(r["arm"])), str(r["seed"]), _key(r["key"])] for r in missing.to_dict("records")
+        ]
+        parts.append(
+            "<h3>Planned, not started</h3>"
+            + _table(["Arm", "Seed", "Run"], rows, text_columns={0, 2})
+        )
+    orphans = frame[frame["orphan"]]
+    if len(orphans):
+        rows = [
+            [_e(r["arm"]), str(r["seed"]), _e(r["state"]), _loss(r), _key(r["key"])]
+            for r in orphans.to_dict("records")
+        ]
+        parts.append(
+            "<h3>Orphans: runs that the study no longer asks for, left out above</h3>"
+            + _table(["Arm", "Seed", "State", "Loss", "Run"], rows, text_columns={0, 2, 4})
+        )
+    return "".join(parts) or "<p>None: every planned run finished with finite figures.</p>"
+
+
+def _cost(analysis: Analysis) -> str:
+    header = [
+        *("Arm", "Parameters beside the embedding", "All parameters", "Training FLOPs a token"),
+        *("Training FLOPs", "State", "Tokens", "Seconds", "Tokens/s", "MFU"),
+    ]
+    rows = [
+        [
+            _e(str(arm)),
+            si(r["non_embedding_params"]),
+            si(r["params"]),
+            si(r["train_flops_per_token"]),
+            si(r["train_flops"]),
+            si(r["state_bytes"], "B"),
+            si(r["tokens"]),
+            si(r["seconds"]),
+            si(r["tokens_per_second"]),
+            "–" if not math.isfinite(r["mfu"]) else f"{100 * r['mfu']:.1f}%",
+        ]
+        for arm, r in analysis.arms.iterrows()
+    ]
+    if not rows:
+        return ""
+    total = analysis.frame["seconds"].sum()
+    flops = analysis.frame["train_flops"].sum()
+    note = (
+        f"<p class='note'>Means over seeds. State: bytes that a decoder keeps for one sequence of "
+        f"the training length. All finished runs together: {_duration(total)} of training, "
+        f"{si(flops)} FLOPs.</p>"
+    )
+    return _table(header, rows, text_columns={0}) + note
+
+
+def _noise(analysis: Analysis) -> str:
+    header = ["Metric", "Seed noise (SD)", "After pairing (SD)", "Seed correlation",
+              "Detectable, 2 arms", "Detectable, all arms"]  # fmt: skip
+    rows = []
+    for metric in _shown(analysis):
+        comparison = analysis.comparisons[metric.column]
+        fit = comparison.fit
+        if metric not in (RECALL, LOSS, LOSS_A) or not comparison.has_interval or len(fit.arms) < 2:
+            continue
+        correlation = fit.seed_correlation()
+        told = "–"
+        if math.isfinite(correlation.value):
+            told = f"{correlation.value:.2f} ({correlation.low:.2f} to {correlation.high:.2f})"
+        one = fit.minimum_detectable()
+        all_arms = fit.minimum_detectable(comparisons=len(fit.arms) - 1)
+        rows.append(
+            [
+                metric.name,
+                metric.show_size(fit.total_sigma(), fit.total_sigma()),
+                metric.show_size(fit.sigma, fit.sigma),
+                told.replace("-", "−"),
+                metric.show_size(one, one),
+                metric.show_size(all_arms, all_arms),
+            ]
+        )
+    if not rows:
+        return ""
+    note = (
+        "<p class='note'>Detectable: the true difference that this design finds with 80% power at "
+        "5%, for one planned comparison and for all arms against the reference (Bonferroni). Seed "
+        "correlation: the share of a run's variance that its seed carries into every arm.</p>"
+    )
+    return _table(header, rows, text_columns={0}) + note
+
+
+def _environment(details: pd.DataFrame) -> str:
+    rows = []
+    for column in details.columns:
+        if column.startswith("environment."):
+            values = details[column].dropna()
+            shown = list(dict.fromkeys(str(v) for v in values))
+            if shown:
+                name = column.removeprefix("environment.")
+                rows.append([_e(name), _e("; ".join(shown[:6]) + (" …" if len(shown) > 6 else ""))])
+    if not rows:
+        return "<p>No run recorded its environment.</p>"
+    table = _table(["Recorded", "Value"], rows, text_columns={0, 1})
+    return f"<details><summary>{len(rows)} recorded values</summary>{table}</details>"
+
+
+def _reproduce(study: dict[str, Any], name: str, path: Path) -> str:
+    command = study.get("command")
+    if isinstance(command, list):
+        command = shlex.join(map(str, command))
+    lines = [str(command or f"python -m ablate +sweep={name}"), f"python -m ablate report {path}"]
+    return f"<pre>{_e(chr(10).join(lines))}</pre>"
+
+
+# --- small parts ---------------------------------------------------------------------------------
+
+
+def _shown(analysis: Analysis) -> list[Any]:
+    shown = [m for m in _SHOWN if m.column in analysis.comparisons]
+    if LOSS not in shown and LOSS_A.column in analysis.comparisons:
+        shown.append(LOSS_A)
+    return shown
+
+
+def _heading(comparison: Comparison) -> str:
+    metric = comparison.metric
+    if metric is RECALL:
+        return "Recall (MQAR)"
+    return f"{metric.name} (nats)" if metric in (LOSS, LOSS_A) else metric.name
+
+
+def _interval_note(metrics: Sequence[Comparison]) -> str:
+    if any(c.has_interval for c in metrics):
+        return (
+            "± is half of a 95% t interval of the arm's mean over seeds like these; variance pooled "
+            "over arms."
+        )
+    return "One seed an arm: no interval can be given." if metrics else "No finished run yet."
+
+
+def _mean(comparison: Comparison, arm: str) -> str:
+    fit = comparison.fit
+    return comparison.metric.show_mean(fit.mean(arm)) if arm in fit.arms else "–"
+
+
+def _best_mark(comparison: Comparison, arm: str) -> str:
+    text = _e(_mean(comparison, arm))
+    told = comparison.has_interval and len(comparison.best) < len(comparison.fit.arms)
+    return f"<b>{text}</b>" if told and arm in comparison.best else text
+
+
+def _section(title: str, body: str) -> str:
+    return f"<section><h2>{_e(title)}</h2>{body}</section>" if body else ""
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]], text_columns: set[int]) -> str:
+    """A table in a box that scrolls sideways on a phone. Cells are HTML already."""
+    kind = ["text" if i in text_columns else "number" for i in range(len(header))]
+    head = "".join(
+        f'<th scope="col" class="{k}">{_e(h)}</th>' for k, h in zip(kind, header, strict=True)
+    )
+    body = "".join(
+        "<tr>"
+        + "".join(f'<td class="{k}">{c}</td>' for k, c in zip(kind, row, strict=True))
+        + "</tr>"
+        for row in rows
+    )
+    return (
+        '<div class="scroll" tabindex="0" role="region" aria-label="table">'
+        f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+    )
+
+
+def _state(row: dict[str, Any]) -> str:
+    return "done, not finite" if row["state"] == "done" else str(row["state"])
+
+
+def _loss(row: dict[str, Any]) -> str:
+    return LOSS.show(row["val_b_loss"])
+
+
+def _key(key: str) -> str:
+    return f"<code>{_e(key)}</code>"
+
+
+def _share(value: float) -> str:
+    return "–" if not math.isfinite(value) else f"{100 * value:.1f}%"
+
+
+def _p(p: float) -> str:
+    if not math.isfinite(p):
+        return "–"
+    return f"{p:.3f}" if p >= 0.001 else "&lt; 0.001"
+
+
+def _breakable(pattern: str) -> str:
+    """A long pattern in groups of eight, so that a narrow column can break it."""
+    return "\u200b".join(pattern[i : i + 8] for i in range(0, len(pattern), 8))
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} seconds"
+    return f"{seconds / 60:.0f} minutes" if seconds < 7200 else f"{seconds / 3600:.1f} hours"
+
+
+def _e(text: str) -> str:
+    return html.escape(text, quote=True)
+
+
+_CSS = """
+:root{--ink:#1a1a1a;--soft:#5c5c5c;--line:#d8d8d8;--ground:#fff;--card:#f6f7f9;--red:#b3261e;
+--redground:#fdecea;--blue:#0060a0;--amber:#8a5a00;color-scheme:light dark}
+@media (prefers-color-scheme:dark){:root{--ink:#e8e8e8;--soft:#a8a8a8;--line:#3c3f44;
+--ground:#16181b;--card:#1f2226;--red:#ff8a80;--redground:#3a1d1b;--blue:#7cc0f5;--amber:#f0c060}}
+*{box-sizing:border-box}
+body{margin:0;background:var(--ground);color:var(--ink);
+font:16px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue",Arial,sans-serif}
+main{max-width:60rem;margin:0 auto;padding:1.25rem 1rem 3rem}
+h1{font-size:1.6rem;line-height:1.25;margin:.1rem 0 1rem}
+h2{font-size:1.15rem;margin:2.2rem 0 .6rem;padding-bottom:.25rem;border-bottom:1px solid var(--line)}
+h3{font-size:.95rem;margin:1.2rem 0 .4rem}
+.kicker,.note,figcaption{color:var(--soft);font-size:.85rem}
+.kicker{margin:0}
+.note{margin:.4rem 0}
+ul.verdicts,ul.confounds{list-style:none;margin:0;padding:0}
+.verdicts li{border-left:4px solid var(--line);background:var(--card);margin:.5rem 0;
+padding:.55rem .8rem;border-radius:0 4px 4px 0}
+.verdicts .result{border-color:var(--blue)}
+.verdicts .state,.verdicts .limit{border-color:var(--amber)}
+.verdicts .limit,.verdicts .null{font-size:.94rem}
+.confounds li{margin:.35rem 0;padding:.4rem .7rem;border-left:4px solid var(--line)}
+.confounds .red{color:var(--red);background:var(--redground);border-color:var(--red)}
+figure{margin:1.2rem 0}
+figure img{display:block;width:100%;max-width:38rem;height:auto;margin:0 auto;background:#fff;
+border-radius:4px;padding:.4rem}
+figcaption{max-width:38rem;margin:.4rem auto 0}
+.scroll{overflow-x:auto;margin:.5rem 0}
+table{border-collapse:collapse;font-size:.85rem;font-variant-numeric:tabular-nums;min-width:100%}
+th,td{padding:.3rem .6rem;border-bottom:1px solid var(--line);vertical-align:top}
+th{font-weight:600;border-bottom:2px solid var(--ink);vertical-align:bottom;line-height:1.25}
+.number{text-align:right;white-space:nowrap}
+th.number{white-space:normal}
+.text{text-align:left}
+code,pre{font:.85em/1.4 ui-monospace,"DejaVu Sans Mono",Menlo,Consolas,monospace}
+td code{white-space:pre-wrap}
+td:first-child,th:first-child{position:sticky;left:0;background:var(--ground)}
+pre{background:var(--card);padding:.7rem .9rem;border-radius:4px;overflow-x:auto}
+summary{cursor:pointer}
+@media (max-width:480px){main{padding:1rem .75rem 2rem}h1{font-size:1.3rem}th,td{padding:.25rem .4rem}}
+@media print{:root{--ink:#000;--soft:#444;--line:#bbb;--ground:#fff;--card:#fff;--red:#a00;
+--redground:#fff;--blue:#0060a0;--amber:#8a5a00}body{font-size:10.5pt}main{max-width:none;padding:0}
+section{break-inside:auto}figure,tr,li{break-inside:avoid}h2,h3{break-after:avoid}
+.scroll{overflow:visible}table{font-size:8pt}details>*{display:block}figure img{max-width:13cm}}
+""".replace("\n", "")

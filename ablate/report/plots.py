@@ -1,0 +1,306 @@
+"""Figures in one style, made to be read in a paper: PNG and SVG of each.
+
+Colours are Okabe and Ito's, safe for colour-blind readers; ordered arms take a sequential map and
+differ in lightness, so a grey print still tells them apart. Nothing here touches pyplot's state.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, NullLocator, PercentFormatter
+from matplotlib.transforms import ScaledTranslation
+
+from ablate.report.confounds import si
+from ablate.report.verdicts import LOSS, LOSS_A, PRIMARY, Analysis, Comparison, Metric
+
+STYLE = {
+    "font.family": "DejaVu Sans",
+    "font.size": 9,
+    "axes.labelsize": 9,
+    "axes.titlesize": 9,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.linewidth": 0.8,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#e4e4e4",
+    "grid.linewidth": 0.6,
+    "xtick.labelsize": 8,
+    "ytick.labelsize": 8,
+    "legend.fontsize": 8,
+    "legend.frameon": False,
+    "lines.linewidth": 1.4,
+    "errorbar.capsize": 2.5,
+    "savefig.dpi": 200,
+    "svg.hashsalt": "ablate",  # the same figures give the same file
+    "svg.fonttype": "path",
+}
+BLUE, ORANGE, GREEN, VERMILLION = "#0072B2", "#E69F00", "#009E73", "#D55E00"
+CYCLE = (BLUE, VERMILLION, GREEN, "#CC79A7", ORANGE, "#56B4E9", "#000000")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+COLUMN = 5.2  # inches: one and a half columns of a paper, a phone's width on a screen
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A figure on disk, with what it shows in words."""
+
+    name: str
+    svg: Path
+    png: Path
+    alt: str
+    caption: str
+
+
+def plot_outcomes(analysis: Analysis, folder: Path) -> Plot | None:
+    """Loss and recall over the arms: means with 95% intervals, single seeds as faint dots."""
+    metrics = [m for m in (LOSS, *[p for p in PRIMARY if p is not LOSS]) if _has(analysis, m)]
+    if LOSS not in metrics and _has(analysis, LOSS_A):
+        metrics.insert(0, LOSS_A)
+    if not metrics:
+        return None
+    lay = _Layout(analysis)
+    with mpl.rc_context(STYLE):
+        figure = Figure(
+            figsize=(COLUMN, 2.35 * len(metrics) + 0.35 + lay.extra), layout="constrained"
+        )
+        axes = figure.subplots(len(metrics), 1, sharex=True, squeeze=False)[:, 0]
+        for ax, metric in zip(axes, metrics, strict=True):
+            _outcome(ax, analysis, analysis.comparisons[metric.column], lay)
+        lay.finish(axes[-1])
+        if lay.names != [""]:
+            axes[0].legend(loc="best")
+        alt = _outcome_alt(analysis, metrics)
+        first = analysis.comparisons[metrics[0].column]
+        caption = (
+            "Means over seeds with 95% intervals for new seeds; faint dots are single runs. "
+            "Seeds are paired, so arms can be told apart although these intervals overlap: "
+            "the table of differences decides."
+            if first.has_interval
+            else "One seed an arm: single runs, without intervals."
+        )
+        if first.curves:
+            caption += (
+                f" Dashed: {first.curves[0].formula}; dotted: {first.curves[1].formula}. Shaded: "
+                "shares that the curves cannot tell from the best."
+            )
+        return _save(figure, folder, "outcomes", alt, caption)
+
+
+class _Layout:
+    """Where each arm stands on the horizontal axis, and how the axis is labelled."""
+
+    def __init__(self, analysis: Analysis) -> None:
+        self.axis, arms = analysis.axis, analysis.arms
+        self.names = list(dict.fromkeys(arms["series"]))
+        numeric = self.axis.numeric
+        places = (
+            arms["x"] if numeric else pd.Series(range(len(arms)), index=arms.index, dtype=float)
+        )
+        self.x: dict[str, float] = {str(a): float(v) for a, v in places.items()}
+        self.series: dict[str, str] = {str(a): str(v) for a, v in arms["series"].items()}
+        values = sorted(set(self.x.values()))
+        gap = float(np.diff(values).min()) if len(values) > 1 else 1.0
+        self.log = numeric and self.axis.log and values[0] > 0
+        self.gap = 0.0 if self.log else gap
+        self.labels = [str(a) for a in arms.index]
+        longest = max((len(label) for label in self.labels), default=0)
+        self.tilted = not numeric and longest * len(self.labels) > 55
+        self.extra = 0.05 * min(longest, 30) if self.tilted else 0.0
+
+    def at(self, arm: str) -> float:
+        """Series stand side by side, a little apart, so that error bars do not hide each other."""
+        k, n = self.names.index(self.series[arm]), len(self.names)
+        return self.x[arm] + (k - (n - 1) / 2) * 0.08 * self.gap
+
+    def finish(self, ax: Axes) -> None:
+        ax.set_xlabel(self.axis.label if self.axis.label != "arm" else "")
+        if not self.axis.numeric:
+            ax.set_xticks(range(len(self.labels)))
+            turn = {"rotation": 35, "ha": "right", "rotation_mode": "anchor"} if self.tilted else {}
+            ax.set_xticklabels([_cut(label, 30) for label in self.labels], **turn)
+            ax.set_xlim(-0.5, len(self.labels) - 0.5)
+        elif self.axis.share:
+            ax.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+        elif self.log:
+            ax.set_xscale("log", base=10 if self.axis.field == "train.lr" else 2)
+            ticks = sorted(set(self.x.values()))
+            ax.set_xticks(ticks, [f"{t:.4g}" if t < 1e4 else si(t) for t in ticks])
+            ax.xaxis.set_minor_locator(NullLocator())
+
+
+def _outcome(ax: Axes, analysis: Analysis, comparison: Comparison, lay: _Layout) -> None:
+    metric, fit = comparison.metric, comparison.fit
+    runs = analysis.runs
+    for k, name in enumerate(lay.names):
+        arms = [a for a in fit.arms if lay.series[a] == name]
+        if not arms:
+            continue
+        colour, marker = CYCLE[k % len(CYCLE)], MARKERS[k % len(MARKERS)]
+        for arm in arms:
+            single = runs.loc[runs["arm"] == arm, metric.column].dropna()
+            beside = ax.transData + ScaledTranslation(5 / 72, 0, ax.figure.dpi_scale_trans)
+            ax.scatter(
+                *([lay.at(arm)] * len(single), single),
+                **{"s": 11, "color": colour, "alpha": 0.4, "linewidths": 0, "zorder": 2},
+                transform=beside,
+            )
+        x = [lay.at(arm) for arm in arms]
+        means = [fit.mean(arm) for arm in arms]
+        y = [m.value for m in means]
+        if analysis.axis.numeric and not comparison.curves:
+            ax.plot(x, y, color=colour, alpha=0.55, linewidth=1.1, zorder=1)
+        bars = None
+        if comparison.has_interval:
+            low = [m.value - max(m.low, 0.0 if metric.percent else -math.inf) for m in means]
+            high = [min(m.high, 1.0 if metric.percent else math.inf) - m.value for m in means]
+            bars = np.maximum(np.array([low, high]), 0.0)
+        ax.errorbar(
+            x,
+            y,
+            yerr=bars,
+            fmt=marker,
+            markersize=4.5,
+            color=colour,
+            elinewidth=1.1,
+            zorder=3,
+            label=name or None,
+        )
+    for curve, dash in zip(comparison.curves, ("--", ":"), strict=False):
+        s = np.linspace(min(lay.x.values()), max(lay.x.values()), 300)
+        ax.plot(s, curve(s), dash, color="#555555", linewidth=1.0, zorder=1)
+    if comparison.curves and fit.omnibus() < 0.05:
+        ax.axvspan(*comparison.flat(), color=BLUE, alpha=0.08, linewidth=0, zorder=0)
+    ax.set_ylabel("validation loss (nats a token)" if metric is LOSS else metric.name)
+    if metric.percent:
+        ax.set_ylabel("MQAR accuracy")
+        ax.set_ylim(-0.04, 1.04)
+        ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+
+
+def _outcome_alt(analysis: Analysis, metrics: list[Metric]) -> str:
+    parts = []
+    for metric in metrics:
+        comparison = analysis.comparisons[metric.column]
+        told = [
+            f"{analysis.short(a)}: {metric.show_mean(comparison.fit.mean(a))}"
+            for a in comparison.fit.arms
+        ]
+        parts.append(f"{metric.name} by {analysis.axis.label}: {', '.join(told)}.")
+    return " ".join(parts)
+
+
+def plot_curves(analysis: Analysis, metrics: pd.DataFrame, folder: Path) -> Plot | None:
+    """Learning curves: validation A and recall where logged, else the training loss; the mean over
+    seeds of each arm, single runs faint."""
+    lines = metrics[metrics["key"].isin(set(analysis.runs["key"]))]
+    if lines.empty or "tokens" not in lines:
+        return None
+    panels = [
+        (column, label)
+        for column, label in (
+            ("val_a_loss", "validation A loss (nats)"),
+            ("loss", "training loss (nats)"),
+            ("mqar_accuracy", "MQAR accuracy"),
+        )
+        if column in lines and lines[column].notna().any()
+    ]
+    if panels and panels[0][0] == "val_a_loss":
+        panels = [p for p in panels if p[0] != "loss"]
+    if not panels:
+        return None
+    arms = [str(a) for a in analysis.arms.index]
+    colours = _colours(analysis, arms)
+    with mpl.rc_context(STYLE):
+        rows = math.ceil(len(arms) / 4)
+        figure = Figure(
+            figsize=(COLUMN, 2.3 * len(panels) + 0.35 + 0.2 * rows), layout="constrained"
+        )
+        axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
+        for ax, (column, label) in zip(axes, panels, strict=True):
+            for arm in arms:
+                own = lines[(lines["arm"] == arm) & lines[column].notna()]
+                if own.empty:
+                    continue
+                _learning(ax, own, column, colours[arm], analysis.short(arm))
+            ax.set_ylabel(label)
+            if column == "mqar_accuracy":
+                ax.set_ylim(-0.04, 1.04)
+                ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+            else:
+                _trim(ax, lines[column].dropna())
+        axes[-1].set_xlabel("training tokens")
+        axes[-1].xaxis.set_major_formatter(FuncFormatter(lambda v, _: si(v)))
+        handles, labels = axes[0].get_legend_handles_labels()
+        if len(arms) > 1:
+            title = analysis.axis.label if analysis.axis.label != "arm" else None
+            columns = 2 if max(map(len, labels)) > 12 else 4
+            figure.legend(
+                handles,
+                labels,
+                title=title,
+                loc="outside lower center",
+                ncols=min(columns, len(arms)),
+            )
+        names = " and ".join(label for _, label in panels)
+        alt = f"Learning curves of {len(arms)} arms: {names} over training tokens."
+        caption = "Mean over seeds of each arm; faint lines are single runs."
+        return _save(figure, folder, "learning_curves", alt, caption)
+
+
+def _learning(ax: Axes, own: pd.DataFrame, column: str, colour: str, label: str) -> None:
+    sparse = own.groupby("key").size().max() <= 30
+    for _, run in own.groupby("key"):
+        y = run[column] if sparse else run[column].ewm(span=len(run) / 40).mean()
+        ax.plot(run["tokens"], y, color=colour, alpha=0.25, linewidth=0.7)
+    mean = own.groupby("tokens")[column].mean()
+    if not sparse:
+        mean = mean.ewm(span=len(mean) / 40).mean()
+    ax.plot(
+        mean.index, mean, color=colour, label=label, marker="o" if sparse else None, markersize=2.5
+    )
+
+
+def _trim(ax: Axes, values: pd.Series) -> None:
+    """The first steps are far above the rest: let the axis begin where arms can differ."""
+    top = float(values.quantile(0.9))
+    low = float(values.min())
+    if float(values.max()) - low > 4 * (float(values.median()) - low) > 0:
+        ax.set_ylim(low - 0.05 * (top - low), top + 0.05 * (top - low))
+
+
+def _colours(analysis: Analysis, arms: list[str]) -> dict[str, str]:
+    if analysis.axis.numeric or len(arms) > len(CYCLE):
+        points = np.linspace(0.0, 0.88, len(arms))
+        return {
+            a: mpl.colors.to_hex(mpl.colormaps["viridis"](p))
+            for a, p in zip(arms, points, strict=True)
+        }
+    return {a: CYCLE[i] for i, a in enumerate(arms)}
+
+
+def _has(analysis: Analysis, metric: Metric) -> bool:
+    return metric.column in analysis.comparisons
+
+
+def _cut(text: str, length: int) -> str:
+    return text if len(text) <= length else text[: length - 1] + "…"
+
+
+def _save(figure: Figure, folder: Path, name: str, alt: str, caption: str) -> Plot:
+    FigureCanvasAgg(figure)
+    png, svg = folder / f"{name}.png", folder / f"{name}.svg"
+    figure.savefig(png, metadata={"Software": None})
+    figure.savefig(svg, metadata={"Date": None, "Creator": None})
+    return Plot(name, svg, png, alt, caption)

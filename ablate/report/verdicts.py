@@ -1,0 +1,506 @@
+"""From runs to sentences: which arms differ, in what, and what cannot be said.
+
+`analyse` fits the statistics of each metric, `verdicts` puts them in plain sentences, the most
+important first. Every number in a sentence comes from `stats.py`; where the design allows no
+interval, none is given and the sentence says so.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+
+from ablate.report.confounds import si
+from ablate.report.frames import arm_label, missing_cells, usable
+from ablate.report.stats import ArmFit, Curve, Estimate, fit_arms, fit_curve
+
+
+@dataclass(frozen=True)
+class Metric:
+    column: str
+    name: str
+    unit: str
+    lower_is_better: bool = True
+    percent: bool = False
+
+    def show(self, value: float, half_width: float = math.nan) -> str:
+        """A value with as many digits as its interval is wide."""
+        if not math.isfinite(value):
+            return "–"
+        if self.percent:
+            wide = not half_width < 0.01  # NaN: wide
+            return f"{100 * value:.{0 if wide else 1}f}%"
+        return f"{value:.{self.digits(half_width)}f}"
+
+    def digits(self, half_width: float) -> int:
+        if not math.isfinite(half_width) or half_width <= 0:
+            return 3
+        return int(np.clip(1 - math.floor(math.log10(half_width)), 1, 5))
+
+    def show_mean(self, mean: Estimate) -> str:
+        """'88% ± 5' or '2.301 ± 0.012'; without an interval the value alone."""
+        value = self.show(mean.value, mean.half_width)
+        if not math.isfinite(mean.half_width):
+            return value
+        half = mean.half_width * (100 if self.percent else 1)
+        decimals = (0 if half >= 1 else 1) if self.percent else self.digits(mean.half_width)
+        return f"{value} ± {half:.{decimals}f}"
+
+    def show_size(self, difference: float, half_width: float = math.nan) -> str:
+        """The size of a difference: '79 points' or '0.012 nats'."""
+        if self.percent:
+            points = 100 * abs(difference)
+            return f"{points:.{0 if points >= 10 else 1}f} points"
+        return f"{abs(difference):.{self.digits(half_width)}f} {self.unit.split(' ')[0]}".strip()
+
+    def show_range(self, low: float, high: float) -> str:
+        if self.percent:
+            return f"{100 * low:.0f} to {100 * high:.0f}"
+        digits = self.digits((high - low) / 2)
+        return f"{low:.{digits}f} to {high:.{digits}f}"
+
+
+LOSS = Metric("val_b_loss", "Loss", "nats a token")
+BITS = Metric("val_b_bits_per_byte", "Bits per byte", "bits a byte")
+PERPLEXITY = Metric("val_b_perplexity", "Perplexity", "")
+RECALL = Metric("mqar_accuracy", "Recall", "MQAR accuracy", lower_is_better=False, percent=True)
+LOSS_A = Metric("val_a_loss", "Loss (validation A)", "nats a token")
+PRIMARY = (RECALL, LOSS)
+
+_SHARES = {  # the share that came out, instead of the one asked for
+    "arch.attention_share": ("attention_of_layers", "attention"),
+    "arch.mlp_share": ("mlp_of_layers", "MLP"),
+}
+_AXES = {
+    "data.seq_len": "sequence length (tokens)",
+    "train.lr": "peak learning rate",
+    "train.tokens": "training tokens",
+    "train.batch_size": "batch size (rows)",
+    "arch.n_layers": "layers",
+    "arch.d_model": "width",
+    "arch.mamba2.d_state": "Mamba-2 state size",
+    "arch.mamba1.d_state": "Mamba-1 state size",
+    "arch.attention.n_kv_heads": "key/value heads",
+    "arch.swa.window": "window (tokens)",
+}
+
+
+@dataclass(frozen=True)
+class Axis:
+    """What the arms are laid out along."""
+
+    field: str | None  # the dotted factor; None: no factor
+    label: str
+    numeric: bool  # False: one place an arm, in order
+    share: bool = False
+    kind: str = ""  # of a share: 'attention', 'MLP'
+
+    @property
+    def log(self) -> bool:
+        return self.field in {"train.lr", "train.tokens", "data.seq_len"} or (
+            self.field is not None and self.field.endswith(("d_state", "window", "batch_size"))
+        )
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One metric over the arms that have it."""
+
+    metric: Metric
+    fit: ArmFit
+    reference: str
+    table: pd.DataFrame  # `ArmFit.against(reference)`
+    best: list[str]  # not distinguishable from the best
+    curves: list[Curve] = field(default_factory=list)
+
+    @property
+    def has_interval(self) -> bool:
+        return self.fit.df > 0 and self.fit.sigma > 0
+
+    def flat(self) -> tuple[float, float]:
+        """Shares not distinguishable from the best, over both forms of the curve."""
+        low = min(min(c.flat[0], c.optimum.low) for c in self.curves)
+        return low, max(max(c.flat[1], c.optimum.high) for c in self.curves)
+
+    def different(self, alpha: float = 0.05) -> pd.DataFrame:
+        """Arms that differ from the reference, Dunnett-adjusted."""
+        return self.table[self.table["dunnett_p"] < alpha]
+
+
+@dataclass(frozen=True)
+class Analysis:
+    frame: pd.DataFrame  # every run
+    runs: pd.DataFrame  # the usable ones
+    arms: pd.DataFrame  # index arm, in order; x, series, n and figures of the architecture
+    axis: Axis
+    comparisons: dict[str, Comparison]  # by metric column
+
+    @property
+    def study(self) -> dict[str, Any]:
+        return dict(self.frame.attrs.get("study", {}))
+
+    def describe(self, arm: str) -> str:
+        """'without attention', 'with one attention layer of 6 (17%)', 'at window 512', 'in samba'."""
+        row = self.arms.loc[arm]
+        if row["series"] or not self.axis.numeric:
+            return f"in {arm}"
+        if not self.axis.share:
+            return f"at {self.axis.label} {row['x']:.6g}"
+        kind, layers = self.axis.kind, int(row["n_layers"])
+        count = round(row["x"] * layers)
+        if count == 0:
+            return f"without {kind}"
+        number = "one" if count == 1 else str(count)
+        return f"with {number} {kind} layer{'s' * (count > 1)} of {layers} ({_percent(row['x'])})"
+
+    def short(self, arm: str) -> str:
+        """'17%', '512' or the arm's name."""
+        row = self.arms.loc[arm]
+        if row["series"] or not self.axis.numeric:
+            return arm
+        return _percent(row["x"]) if self.axis.share else f"{row['x']:.6g}"
+
+
+def analyse(frame: pd.DataFrame, *, reference: str | None = None) -> Analysis:
+    """The statistics of every metric over the finished runs of `load_study`'s frame.
+
+    reference: the arm that the others are compared with; None: the lowest on a numeric axis, else
+    the first of the study.
+    """
+    runs = usable(frame)
+    study = frame.attrs.get("study", {})
+    planned = [str(c.get("arm")) for c in (study.get("cells") or {}).values()]
+    known = set(runs["arm"])
+    order = [arm for arm in dict.fromkeys([*planned, *runs["arm"]]) if arm in known]
+    axis, x = _axis(runs, study)
+    arms = _arms(runs, order, axis, x, list(study.get("factors") or []))
+    comparisons = {}
+    for metric in (RECALL, LOSS, BITS, PERPLEXITY, LOSS_A):
+        comparison = _compare(runs, arms, axis, metric, reference)
+        if comparison is not None:
+            comparisons[metric.column] = comparison
+    return Analysis(frame, runs, arms, axis, comparisons)
+
+
+def _axis(runs: pd.DataFrame, study: dict[str, Any]) -> tuple[Axis, pd.Series]:
+    factors = list(study.get("factors") or [])
+    name = study.get("x") or (factors[0] if factors else None)
+    places = pd.Series(math.nan, index=runs.index)
+    if name is None or name not in runs:
+        return Axis(name, "arm", False), places
+    if name in _SHARES:
+        column, kind = _SHARES[name]
+        share = pd.to_numeric(runs[column], errors="coerce")
+        if share.notna().all() and share.nunique() > 1:
+            return Axis(name, f"share of layers that are {kind}", True, True, kind), share
+    values = runs[name]
+    is_number = values.map(lambda v: isinstance(v, int | float) and not isinstance(v, bool))
+    numbers = pd.to_numeric(values.where(is_number), errors="coerce")
+    numeric = bool(numbers.notna().all()) and numbers.nunique() > 1
+    label = _AXES.get(name, name)
+    if not numeric:
+        return Axis(name, "arm" if len(factors) > 1 else label, False), places
+    return Axis(name, label, True), numbers.astype(float)
+
+
+def _arms(
+    runs: pd.DataFrame, order: Sequence[str], axis: Axis, x: pd.Series, factors: list[str]
+) -> pd.DataFrame:
+    """One row an arm: x, series (the other factors that vary), runs, and its architecture's figures."""
+    others = [f for f in factors if f != axis.field and f in runs and runs[f].nunique() > 1]
+    rows = []
+    for arm in order:
+        own = runs[runs["arm"] == arm]
+        series = arm_label({f: own[f].iloc[0] for f in others}) if axis.numeric and others else ""
+        row = {"arm": arm, "x": float(x[own.index].mean()), "series": series, "n": len(own)}
+        row["pattern"] = own["pattern"].iloc[0]
+        for column in (
+            *("n_layers", "attention_of_layers", "attention_of_mixers", "mlp_of_layers"),
+            *("params", "non_embedding_params", "train_flops_per_token", "state_bytes"),
+            *("train_flops", "tokens", "seconds", "tokens_per_second", "mfu"),
+        ):
+            row[column] = float(own[column].mean())
+        rows.append(row)
+    table = pd.DataFrame(rows, columns=list(rows[0]) if rows else ["arm", "x", "series", "n"])
+    table = table.set_index("arm")
+    if axis.numeric:
+        series_order = {s: i for i, s in enumerate(dict.fromkeys(table["series"]))}
+        table = table.assign(_s=table["series"].map(series_order))
+        table = table.sort_values(["_s", "x"], kind="stable").drop(columns="_s")
+    return table
+
+
+def _compare(
+    runs: pd.DataFrame, arms: pd.DataFrame, axis: Axis, metric: Metric, reference: str | None
+) -> Comparison | None:
+    rows = runs[np.isfinite(runs[metric.column].astype(float))]
+    present = [arm for arm in arms.index if (rows["arm"] == arm).any()]
+    if not present:
+        return None
+    rows = pd.concat([rows[rows["arm"] == arm] for arm in present])
+    fit = fit_arms(rows["arm"].tolist(), rows["seed"].tolist(), rows[metric.column])
+    first = reference if reference in present else present[0]
+    curves = []
+    single = arms["series"].nunique() == 1
+    if axis.share and single and metric is LOSS and arms["x"][present].nunique() >= 5:
+        places = {arm: float(arms["x"][arm]) for arm in present}
+        curves = [fit_curve(fit, places, form=form) for form in ("exponential", "hyperbolic")]
+    best = fit.not_worse_than_best(metric.lower_is_better) if fit.sigma > 0 else list(fit.arms)
+    return Comparison(metric, fit, str(first), fit.against(str(first)), best, curves)
+
+
+# --- sentences -----------------------------------------------------------------------------------
+
+Kind = Literal["state", "result", "null", "limit"]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One sentence: about the study's state, a difference, the absence of one, or a limit."""
+
+    kind: Kind
+    text: str
+
+
+def verdicts(frame: pd.DataFrame) -> list[str]:
+    """The sentences of `judge`, for a terminal."""
+    return [v.text for v in judge(analyse(frame))]
+
+
+def judge(analysis: Analysis) -> list[Verdict]:
+    """Plain sentences: what is unfinished, what differs, what does not, what cannot be known."""
+    lines = _progress(analysis)
+    shown = [m for m in PRIMARY if m.column in analysis.comparisons]
+    if LOSS not in shown and LOSS_A.column in analysis.comparisons:
+        shown.append(LOSS_A)
+        lines.append(
+            Verdict("limit", "No run has a validation B loss: validation A is shown instead.")
+        )
+    for metric in shown:
+        lines += _about(analysis, analysis.comparisons[metric.column])
+    return lines + _limits(analysis)
+
+
+def _progress(analysis: Analysis) -> list[Verdict]:
+    frame = analysis.frame[~analysis.frame["orphan"]]
+    counts = frame["state"].value_counts().to_dict()
+    missing = len(missing_cells(analysis.frame))
+    planned = len(frame) + missing
+    broken = int(((frame["state"] == "done") & (frame["cause"] != "")).sum())
+    done = counts.pop("done", 0) - broken
+    if done == planned:
+        return []
+    parts = [f"{n} {state}" for state, n in counts.items()]
+    parts += [f"{missing} not started"] * bool(missing)
+    parts += [f"{broken} without a finite loss"] * bool(broken)
+    rest = "; what follows rests on those." if done else "."
+    text = f"Incomplete: {done} of {planned} runs have a usable result ({', '.join(parts)}){rest}"
+    return [Verdict("state", text)]
+
+
+def _about(analysis: Analysis, comparison: Comparison) -> list[Verdict]:
+    metric, fit = comparison.metric, comparison.fit
+    if len(fit.arms) == 1:
+        mean = metric.show_mean(fit.mean(fit.arms[0]))
+        text = f"{metric.name} is {mean} ({_seeds(fit)}); one arm alone compares with nothing."
+        return [Verdict("null", text)]
+    if not comparison.has_interval:
+        return [_without_interval(analysis, comparison)]
+    different = comparison.different()
+    if different.empty:
+        return _nothing(analysis, comparison)
+    lines = [_difference(analysis, comparison, different)]
+    lines += _best(analysis, comparison)
+    return lines
+
+
+def _without_interval(analysis: Analysis, comparison: Comparison) -> Verdict:
+    metric, fit = comparison.metric, comparison.fit
+    low, high = int(np.argmin(fit.means)), int(np.argmax(fit.means))
+    ends = sorted((low, high))
+    told = " and ".join(
+        f"{metric.show(fit.means[i])} {analysis.describe(fit.arms[i])}" for i in ends
+    )
+    if fit.df > 0:
+        text = (
+            f"{metric.name} does not vary between seeds at all ({told}): no interval can be given."
+        )
+    else:
+        text = (
+            f"{metric.name} ranges between {told}. One seed an arm: no interval can be given, and a "
+            "difference may be noise."
+        )
+    return Verdict("null", text)
+
+
+def _nothing(analysis: Analysis, comparison: Comparison) -> list[Verdict]:
+    metric, fit = comparison.metric, comparison.fit
+    p = fit.omnibus()
+    effect = fit.minimum_detectable(comparisons=len(fit.arms) - 1)
+    detect = metric.show_size(effect, effect)
+    if p < 0.05:
+        text = (
+            f"{metric.name}: the arms are not all equal (F test, p = {_p(p)}), but none can be told "
+            f"from the one {analysis.describe(comparison.reference)} ({_seeds(fit)})."
+        )
+        return [Verdict("result", text), *_best(analysis, comparison)]
+    text = (
+        f"{metric.name}: the arms are not distinguishable at this size ({_seeds(fit)}): a difference "
+        f"from the arm {analysis.describe(comparison.reference)} would have had to be "
+        f"{detect} to be found with 80% power."
+    )
+    return [Verdict("null", text)]
+
+
+def _difference(analysis: Analysis, comparison: Comparison, different: pd.DataFrame) -> Verdict:
+    """The first arm in order that differs from the reference in the direction of most of them."""
+    metric, fit, reference = comparison.metric, comparison.fit, comparison.reference
+    strongest = different.loc[different["difference"].abs().idxmax()]
+    same_sign = different[np.sign(different["difference"]) == np.sign(strongest["difference"])]
+    chosen = same_sign.iloc[0] if analysis.axis.numeric else strongest
+    arm = str(chosen["arm"])
+    verb = "rises" if chosen["difference"] > 0 else "falls"
+    sign = np.sign(chosen["difference"])
+    ends = sorted((sign * chosen["dunnett_low"], sign * chosen["dunnett_high"]))
+    half = (ends[1] - ends[0]) / 2
+    text = (
+        f"{metric.name} {verb} from {metric.show_mean(fit.mean(reference))} "
+        f"{analysis.describe(reference)} to {metric.show_mean(fit.mean(arm))} "
+        f"{analysis.describe(arm)}; difference {metric.show_size(chosen['difference'], half)}, "
+        f"95% interval {metric.show_range(*ends)}{_simultaneous(fit)}, {_seeds(fit)}."
+    )
+    return Verdict("result", text)
+
+
+def _best(analysis: Analysis, comparison: Comparison) -> list[Verdict]:
+    metric, fit = comparison.metric, comparison.fit
+    worst_first = fit.means if metric.lower_is_better else -fit.means
+    best = fit.arms[int(np.argmin(worst_first))]
+    word = "lowest" if metric.lower_is_better else "highest"
+    names = _join([analysis.short(a) for a in comparison.best])
+    lead = f"{metric.name} is {word}, {metric.show_mean(fit.mean(best))}, {analysis.describe(best)}"
+    if len(comparison.best) == 1:
+        told = f"{lead}, and every other arm is worse"
+    elif len(comparison.best) == len(fit.arms):
+        told = f"{metric.name}: no arm can be excluded from being the best"
+    else:
+        told = f"{lead}; not distinguishable from the best: {names}"
+    lines = [Verdict("result", f"{told} (95%, multiple comparisons with the best).")]
+    if comparison.curves and fit.omnibus() < 0.05:
+        lines.append(Verdict("result", curve_sentence(comparison)))
+    return lines
+
+
+def curve_sentence(comparison: Comparison) -> str:
+    """Where the fitted curves have their minimum: both forms, and both intervals together."""
+    told = []
+    for curve in comparison.curves:
+        o = curve.optimum
+        told.append(
+            f"{_percent(o.value)} (95% interval {_percent(o.low)} to {_percent(o.high)}) by "
+            f"{curve.formula}"
+        )
+    low, high = comparison.flat()
+    text = (
+        f"Fitted curves put the lowest loss at {' and at '.join(told)}; over both forms, shares "
+        f"from {_percent(low)} to {_percent(high)} are not distinguishable from the best"
+    )
+    misfit = min(c.lack_of_fit for c in comparison.curves)
+    if misfit < 0.05:
+        text += f"; the arms scatter about a curve more than noise does (p = {_p(misfit)})"
+    return text + "."
+
+
+def _limits(analysis: Analysis) -> list[Verdict]:
+    """What results of this size cannot prove."""
+    runs = analysis.runs
+    if runs.empty:
+        return []
+    reasons = []
+    params, tokens = runs["non_embedding_params"].median(), runs["tokens"].median()
+    text_tokens = runs["text_tokens"].median()
+    budget = text_tokens if math.isfinite(text_tokens) else tokens
+    if params < 1e6:
+        reasons.append(f"the models have {si(params)} parameters beside the embedding (below 1M)")
+    if params > 0 and budget / params < 20:
+        kind = "text tokens" if math.isfinite(text_tokens) else "tokens"
+        rate = budget / params
+        much = "below one" if rate < 1 else "a compute-optimal run has about 20"
+        reasons.append(f"they saw {rate:.2g} {kind} a parameter ({much})")
+    mixed = runs["mqar_share"].max()
+    if mixed > 0:
+        reasons.append(f"{100 * mixed:.0f}% of the training rows are recall rows, not text")
+    scored = runs["val_b_tokens"].median()
+    if scored < 100_000:
+        reasons.append(f"the loss is scored on {int(scored):,} tokens")
+    lines = []
+    if reasons:
+        lines.append(
+            Verdict(
+                "limit",
+                "What the loss here cannot prove: which arm is better at a size that people use. "
+                f"{_sentence(reasons)}",
+            )
+        )
+    epochs = runs["epochs"].max()
+    if epochs > 4:
+        lines.append(
+            Verdict(
+                "limit",
+                f"The text was seen {epochs:.1f} times: arms may differ in how they overfit.",
+            )
+        )
+    counts = [c.fit.n_seeds for c in analysis.comparisons.values()]
+    seeds = min(counts) if counts else 0
+    if seeds == 1 and len(analysis.arms) > 1:
+        lines.append(
+            Verdict(
+                "limit",
+                "One seed: no interval is shown anywhere on this page, as "
+                "none can be known; give study.seeds at least two.",
+            )
+        )
+    elif seeds == 2 and len(analysis.arms) > 1:
+        lines.append(
+            Verdict(
+                "limit",
+                "Two seeds only: intervals rest on the assumption that all arms are equally noisy.",
+            )
+        )
+    return lines
+
+
+def _seeds(fit: ArmFit) -> str:
+    if len(set(fit.counts)) == 1:
+        n = str(fit.counts[0])
+    else:
+        n = f"{min(fit.counts)} to {max(fit.counts)}"
+    kind = "paired seeds" if fit.paired else "seeds"
+    return f"n = {n} {kind if n != '1' else 'seed'}"
+
+
+def _simultaneous(fit: ArmFit) -> str:
+    k = len(fit.arms) - 1
+    return f" (Dunnett, {k} comparisons)" if k > 1 else ""
+
+
+def _percent(share: float) -> str:
+    return "–" if not math.isfinite(share) else f"{100 * share:.1f}".removesuffix(".0") + "%"
+
+
+def _p(p: float) -> str:
+    return f"{p:.2g}" if p >= 0.001 else "below 0.001"
+
+
+def _join(parts: Sequence[str]) -> str:
+    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
+
+
+def _sentence(parts: Sequence[str]) -> str:
+    text = "; ".join(parts)
+    return text[0].upper() + text[1:] + "."
