@@ -33,7 +33,9 @@ Q = 64
 
 
 @triton.jit
-def _load(ptr, rows, cols, n_rows, n_cols, stride, FULL_ROWS: tl.constexpr, FULL_COLS: tl.constexpr):
+def _load(
+    ptr, rows, cols, n_rows, n_cols, stride, FULL_ROWS: tl.constexpr, FULL_COLS: tl.constexpr
+):
     """A tile of a row-major matrix, zero outside; masks only where the tile can stick out."""
     ptrs = ptr + rows[:, None] * stride + cols[None, :]
     if FULL_ROWS and FULL_COLS:
@@ -245,8 +247,8 @@ def _grad_kernel(
     """Gradients of one chunk and group. Pair matrices are [s, t], source before target.
 
     Of the gradient of dt it leaves the parts, each (B, H, padded L): 0 what ends at a position
-    minus 1 what starts there (pairs of this chunk; 1 also counts what came with the state), 2 what
-    leaves with the state, 3 the direct part. through: what passes the whole chunk, (B, c, H).
+    plus 1 what came with the state minus what starts there, and of the direct part 2 what leaves
+    with the state and 3 what stays. through: what passes the whole chunk, (B, c, H).
     """
     chunk = tl.program_id(0)
     b = (tl.program_id(1) // G).to(tl.int64)
@@ -302,35 +304,42 @@ def _grad_kernel(
         dBC += dweight
         pair = tl.where(rows[:, None] < rows[None, :], dweight * BC, 0.0)
         tl.store(parts_ptr + h * padded + rows, tl.sum(pair, axis=0))
-        # x: through the state that leaves, then within the chunk
-        dxdt = tl.dot(B, tl.trans(dstate), input_precision=PREC) * leaves[:, None]
-        x32 = x.to(tl.float32)
-        tl.store(parts_ptr + 2 * plane + h * padded + rows, tl.sum(dxdt * x32, axis=1) * dt)
-        dxdt = tl.dot((BC * decay).to(x.dtype), dy, dxdt, input_precision=PREC)
-        tl.store(parts_ptr + 3 * plane + h * padded + rows, tl.sum(dxdt * x32, axis=1))
-        dx = dxdt * dt[:, None]
+        # x, transposed (P, Q): through the state that leaves, and within the chunk. Transposed, the
+        # pairs are the right operand, which comes from shared memory; as the left one they would
+        # have to be held by each of the two groups of 4 warps. Kept apart up to the sum, because
+        # a product that accumulates into another gets a layout that halves the use of 8 warps.
+        x32 = tl.trans(x).to(tl.float32)
+        onward = tl.dot(dstate, tl.trans(B), input_precision=PREC) * leaves[None, :]
+        tl.store(parts_ptr + 2 * plane + h * padded + rows, tl.sum(onward * x32, axis=0))
+        pairs = (BC * decay).to(x.dtype)
+        within = tl.dot(tl.trans(dy), tl.trans(pairs), input_precision=PREC)
+        tl.store(parts_ptr + 3 * plane + h * padded + rows, tl.sum(within * x32, axis=0))
+        dx = onward * dt[None, :] + within * dt[None, :]
         if D_RANK > 0:
-            dy32 = dy.to(tl.float32)
+            dy32 = tl.trans(dy).to(tl.float32)
             if D_RANK == 1:
                 dx += tl.load(d_ptr + h).to(tl.float32) * dy32
                 tl.store(dd_ptr + (b * n_chunks + chunk) * H + h, tl.sum(dy32 * x32))
             else:
                 d = tl.load(d_ptr + h * P + p, mask=p < P, other=0.0).to(tl.float32)
-                dx += d[None, :] * dy32
+                dx += d[:, None] * dy32
                 out = dd_ptr + ((b * n_chunks + chunk) * H + h) * P + p
-                tl.store(out, tl.sum(dy32 * x32, axis=0), mask=p < P)
-        _store(dx_ptr + h * P, dx.to(x.dtype), rows, p, left, P, H * P, FULL, FULL_P)
+                tl.store(out, tl.sum(dy32 * x32, axis=1), mask=p < P)
+        dx = tl.trans(dx.to(x.dtype))
+        _store(dx_ptr + h * P, dx, rows, p, left, P, H * P, FULL, FULL_P)
         # B and C: through the states
         dB += tl.dot(x, dstate, input_precision=PREC) * (leaves * dt)[:, None]
         dC_h = tl.dot(dy, state, input_precision=PREC) * seen[:, None]
         dC += dC_h
         arrived = tl.sum(dC_h * C.to(tl.float32), axis=1)
         tl.store(parts_ptr + plane + h * padded + rows, arrived - tl.sum(pair, axis=1))
-        passed = tl.sum(state.to(tl.float32) * dstate.to(tl.float32)) * keep
+        # <state, dstate> as the trace of a product: elementwise it costs more registers than time
+        both = tl.dot(state, tl.trans(dstate), input_precision=PREC)
+        passed = tl.sum(tl.where(p[:, None] == p[None, :], both, 0.0)) * keep
         tl.store(through_ptr + (b * n_chunks + chunk) * H + h, passed)
-    pairs = tl.where(allowed, dBC, 0.0).to(B.dtype)
-    dB = tl.dot(pairs, C, dB, input_precision=PREC)
-    dC = tl.dot(tl.trans(pairs), B, dC, input_precision=PREC)
+    dpairs = tl.where(allowed, dBC, 0.0).to(B.dtype)
+    dB = tl.dot(dpairs, C, dB, input_precision=PREC)
+    dC = tl.dot(tl.trans(dpairs), B, dC, input_precision=PREC)
     out = (b * length + wide) * (G * N) + group * N
     _store(db_ptr + out, dB.to(B.dtype), rows, n, left, N, G * N, FULL, FULL_N)
     _store(dc_ptr + out, dC.to(B.dtype), rows, n, left, N, G * N, FULL, FULL_N)
@@ -352,9 +361,10 @@ def _dt_grad_kernel(
     mask = (heads[:, None] < H) & (rows[None, :] >= 0)
     ends = tl.load(parts_ptr + at, mask=mask, other=0.0)
     ends += tl.load(parts_ptr + plane + at, mask=mask, other=0.0)
-    leaves = tl.load(parts_ptr + 2 * plane + at, mask=mask, other=0.0)
-    direct = tl.load(parts_ptr + 3 * plane + at, mask=mask, other=0.0)
     dt = tl.load(dts_ptr + at, mask=mask, other=0.0)
+    direct = tl.load(parts_ptr + 2 * plane + at, mask=mask, other=0.0)
+    leaves = direct * dt
+    direct += tl.load(parts_ptr + 3 * plane + at, mask=mask, other=0.0)
     A = tl.load(A_ptr + heads, mask=heads < H, other=0.0).to(tl.float32)
     passed = tl.load(through_ptr + (b * n_chunks + c) * H + heads, mask=heads < H, other=0.0)
     # a position's dt A lies in every span that begins before it and ends at it or later
@@ -465,7 +475,9 @@ def scan(
     y = x.new_empty((b, length, n_heads, head_dim))
     per_group = n_heads // groups
     splits = 1
-    while splits < per_group and (per_group % splits or n_chunks * b * groups * splits < SCAN_PROGRAMS):
+    while splits < per_group and (
+        per_group % splits or n_chunks * b * groups * splits < SCAN_PROGRAMS
+    ):
         splits += 1
     warps, stages = CONFIGS["scan", x.element_size()]
     unit = _unit(x, B, C)
