@@ -1,0 +1,51 @@
+"""A study's folder: its index `study.json`, its lock, and the run folders beside them.
+
+    runs/<study>/
+        study.json       name, question, what every key stands for; written atomically
+        optuna.journal   the Optuna study, when its storage is the default one
+        study.lock       held for moments, while the index or the Optuna study is changed
+        <key>/           one run folder a trial (ablate/run.py)
+
+The run folders are the truth. Everything else here is made again from them and from the YAML.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+from ablate.run import RunFolder, read_json, write_json
+
+
+@dataclass(frozen=True)
+class StudyFolder:
+    """One study's folder. Cheap to make; touches the disk only through its methods."""
+
+    path: Path
+
+    @property
+    def journal(self) -> Path:
+        return self.path / "optuna.journal"
+
+    def run(self, key: str) -> RunFolder:
+        return RunFolder(self.path / key)
+
+    def index(self) -> dict[str, Any]:
+        """The content of study.json; empty where there is none."""
+        content = read_json(self.path / "study.json")
+        return content if isinstance(content, dict) else {}
+
+    def write_index(self, index: dict[str, Any]) -> None:
+        write_json(self.path / "study.json", index)
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Alone among the processes that change this study; freed by a holder's death."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        with FileLock(self.path / "study.lock"):
+            yield

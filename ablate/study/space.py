@@ -1,0 +1,182 @@
+"""Which trials a study has: grid × arms × seeds, or what a search proposes.
+
+Every cell is resolved and checked before anything runs, so one bad cell stops the study by name.
+Cells that come to the same run (two shares that give one pattern) are one cell with two labels.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ablate import config
+from ablate.errors import UserError
+from ablate.study import trial as trial_module
+from ablate.study.trial import Trial
+
+Resolve = Callable[[dict[str, Any]], Trial]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One trial of a study and what it stands for.
+
+    arm: the label that trials differing only in the seed share; factors: dotted field -> value;
+    also: labels of other arms that turned out to be the same run.
+    """
+
+    arm: str
+    factors: dict[str, Any]
+    seed: int
+    trial: Trial
+    also: tuple[str, ...] = ()
+
+    @property
+    def key(self) -> str:
+        return self.trial.key
+
+
+def cells(tree: Mapping[str, Any], resolve: Resolve | None = None) -> list[Cell]:
+    """All cells of a grid or of arms, seed by seed; empty for a search, which makes its own.
+
+    Raises UserError, naming the cell, when any of them cannot be run.
+    """
+    base = full(tree)
+    cfg = config.load(base)
+    if cfg.study.search:
+        check_search(base, resolve)
+        return []
+    fields = factor_names(cfg)
+    _check_fields(fields)
+    combinations = list(_combinations(cfg))
+    found: dict[str, Cell] = {}
+    for seed in cfg.study.seeds or [cfg.seed]:
+        for label, changes in combinations:
+            cell = _cell(base, label, changes, fields, seed, resolve)
+            if cell.key not in found:
+                found[cell.key] = cell
+            elif label != found[cell.key].arm and label not in found[cell.key].also:
+                first = found[cell.key]
+                found[cell.key] = replace(first, also=(*first.also, label))
+    return list(found.values())
+
+
+def full(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """A composed tree with every field written out, as plain data."""
+    return config.load(tree).model_dump(mode="json")
+
+
+def factor_names(cfg: config.Config) -> list[str]:
+    """Dotted fields in which the study's trials differ, seeds apart."""
+    study = cfg.study
+    names = [*study.grid, *itertools.chain.from_iterable(study.arms.values()), *study.search]
+    return list(dict.fromkeys(names))
+
+
+def proposed(
+    tree: Mapping[str, Any], changes: Mapping[str, Any], resolve: Resolve | None = None
+) -> list[Cell]:
+    """The cells of one proposal of a search: one a seed."""
+    base = full(tree)
+    cfg = config.load(base)
+    label = _label(changes)
+    seeds = cfg.study.seeds or [cfg.seed]
+    return [_cell(base, label, changes, list(changes), seed, resolve) for seed in seeds]
+
+
+def check_search(tree: Mapping[str, Any], resolve: Resolve | None = None) -> None:
+    """UserError unless both ends (or all choices) of every dimension can be run."""
+    base = full(tree)
+    cfg = config.load(base)
+    _check_fields(list(cfg.study.search))
+    seed = (cfg.study.seeds or [cfg.seed])[0]
+    for name, dim in cfg.study.search.items():
+        if dim.integer and any(v is not None and v != int(v) for v in (dim.low, dim.high)):
+            raise UserError(f"study.search.{name}: 'low' and 'high' of whole numbers must be whole")
+        if dim.log and dim.step is not None:
+            raise UserError(f"study.search.{name}: 'log' and 'step' cannot be combined")
+        cast = int if dim.integer else float
+        ends = dim.choices if dim.choices is not None else [cast(dim.low or 0), cast(dim.high or 0)]
+        for value in ends:
+            changes = {name: value}
+            _cell(base, _label(changes), changes, [name], seed, resolve)
+
+
+def _cell(
+    base: dict[str, Any],
+    label: str,
+    changes: Mapping[str, Any],
+    fields: Sequence[str],
+    seed: int,
+    resolve: Resolve | None,
+) -> Cell:
+    try:
+        tree = config.override(_with_options(base, changes), {**changes, "seed": seed})
+        trial = (resolve or trial_module.resolve)(tree)
+    except UserError as error:
+        if not changes:
+            raise
+        raise UserError(f"cell '{label}': {error}") from None
+    factors = {name: config.get(trial.tree, name) for name in fields}
+    return Cell(label, factors, seed, trial)
+
+
+def _with_options(base: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy in which layer options that are to be changed exist, even if left at their default."""
+    arch = dict(base["arch"])
+    for name in changes:
+        match name.split("."):
+            case ["arch", kind, option] if kind not in config.ArchConfig.model_fields:
+                arch[kind] = {option: None, **arch.get(kind, {})}
+    return {**base, "arch": arch}
+
+
+def _combinations(cfg: config.Config) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(label, changes) of every arm combined with every point of the grid."""
+    study = cfg.study
+    arms = study.arms or {"": {}}
+    for arm, arm_changes in arms.items():
+        for values in itertools.product(*study.grid.values()):
+            point = dict(zip(study.grid, values, strict=True))
+            both = set(arm_changes) & set(point)
+            if both:
+                raise UserError(
+                    f"'{min(both)}' is in study.grid and in study.arms.{arm}: leave one"
+                )
+            label = ", ".join(part for part in (arm, _label(point)) if part)
+            yield label or cfg.arch.name or study.name, {**arm_changes, **point}
+
+
+def _check_fields(names: Sequence[str]) -> None:
+    for name in names:
+        if name == "seed":
+            raise UserError("'seed' cannot be a factor of a study: give study.seeds instead")
+        if name.split(".")[0] in ("study", "tracker"):
+            raise UserError(f"'{name}' cannot be a factor of a study: it changes no trial")
+
+
+def _label(changes: Mapping[str, Any]) -> str:
+    """`attention_share=0.25, mlp_share=0`, with as much of a name as tells it from the others."""
+    parts = []
+    for name, value in changes.items():
+        pieces = name.split(".")
+        short = next(
+            tail
+            for n in range(1, len(pieces) + 1)
+            for tail in [".".join(pieces[-n:])]
+            if sum(other == tail or other.endswith(f".{tail}") for other in changes) == 1
+        )
+        parts.append(f"{short}={_text(value)}")
+    return ", ".join(parts)
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, bool) or value is None:
+        return {True: "true", False: "false", None: "null"}[value]
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    if isinstance(value, list):
+        return "[" + ",".join(_text(v) for v in value) + "]"
+    return str(value)

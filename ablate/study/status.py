@@ -1,0 +1,113 @@
+"""States of a study's trials, from its files alone (no torch: it starts at once)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from rich.console import Console
+from rich.table import Table
+
+from ablate.errors import UserError
+from ablate.run import RunFolder, find_runs
+from ablate.study.folder import StudyFolder
+
+COLUMNS = (
+    "key", "arm", "seed", "state", "steps", "tokens", "loss", "val_loss", "cause", "orphan",
+)  # fmt: skip
+
+
+def frame(path: Path | str) -> pd.DataFrame:
+    """One row a trial of a study's folder, in the study's order; orphans last.
+
+    state: waiting, running, interrupted (begun, and no live process has it), done, failed, pruned.
+    steps, tokens, loss: of the last logged step; val_loss: on validation A. A run folder gives its
+    one row. Raises UserError for a folder that is neither.
+    """
+    folder = StudyFolder(Path(path))
+    index = folder.index()
+    cells = index.get("cells", {})
+    runs = {run.key: run for run in find_runs(folder.path)}
+    if not cells and not runs:
+        raise UserError(f"'{path}' is not a study's folder: it has no study.json and no runs")
+    rows = []
+    for key in [*cells, *(key for key in runs if key not in cells)]:
+        cell = cells.get(key) or index.get("orphan_cells", {}).get(key, {})
+        rows.append(
+            {
+                "key": key,
+                "arm": cell.get("arm"),
+                "seed": cell.get("seed"),
+                "orphan": bool(cells) and key not in cells,
+                **_state(folder.run(key) if key in cells else runs[key]),
+            }
+        )
+    return pd.DataFrame(rows, columns=list(COLUMNS))
+
+
+def _state(run: RunFolder) -> dict[str, Any]:
+    status = run.status()
+    result = run.result()
+    state, cause = status["state"], status.get("cause")
+    if result is not None:
+        state, cause = "done", None
+    elif is_held(run):
+        state = "running"
+    elif state == "created":
+        state = "waiting"
+    elif state == "running":
+        state, cause = "interrupted", "its process is gone; the same command continues it"
+    row: dict[str, Any] = {"state": state, "cause": cause}
+    for line in run.metrics():
+        for ours, theirs in (
+            ("steps", "step"), ("tokens", "tokens"), ("loss", "loss"), ("val_loss", "val_a_loss"),
+        ):  # fmt: skip
+            if line.get(theirs) is not None:
+                row[ours] = line[theirs]
+    return row
+
+
+def is_held(run: RunFolder) -> bool:
+    """Whether a live process works in a run folder; False where its lock cannot be read."""
+    try:
+        return run.is_held()
+    except OSError:
+        return False
+
+
+def show(path: Path | str, console: Console | None = None) -> None:
+    """Print `frame` and the counts of the states."""
+    console = console or Console()
+    states = frame(path)
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+    for name in ("arm", "seed", "state", "steps", "tokens", "loss", "validation", "key"):
+        table.add_column(name, justify="right" if name not in ("arm", "state", "key") else "left")
+    for row in states.to_dict("records"):
+        table.add_row(
+            _text(row["arm"]) or "-",
+            _text(row["seed"]),
+            row["state"] + (" (orphan)" if row["orphan"] else ""),
+            _text(row["steps"]),
+            _text(row["tokens"]),
+            _text(row["loss"], "{:.4f}"),
+            _text(row["val_loss"], "{:.4f}"),
+            row["key"],
+        )
+    console.print(table)
+    for row in states[states["cause"].notna()].to_dict("records"):
+        console.print(
+            f"{row['state']}: {_text(row['arm']) or row['key']}, seed {_text(row['seed'])}: "
+            f"{row['cause']}",
+            markup=False, highlight=False, soft_wrap=True,
+        )  # fmt: skip
+    counts = states["state"].value_counts()
+    console.print(", ".join(f"{n} {state}" for state, n in counts.items()), highlight=False)
+
+
+def _text(value: Any, form: str = "{}") -> str:
+    if value is None or value != value:
+        return ""
+    if form == "{}" and isinstance(value, float) and value == int(value):
+        return str(int(value))
+    return form.format(value)

@@ -1,0 +1,847 @@
+"""The process that runs a study: it hands trials to children and records what became of them.
+
+A slot trains one trial at a time in a child process of its own, and has the next child importing
+torch meanwhile. A trial is claimed by its run folder's lock, which the child holds and its death
+frees; so any number of invocations of the same command may work on one study, and a kill at any
+moment leaves nothing to clean up. The run folders say what is finished; Optuna is told.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import selectors
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import optuna
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from ablate import config
+from ablate.config import Config
+from ablate.data import TokenSet, TrainStream, check_epochs, prepare
+from ablate.errors import UserError
+from ablate.run import RunFolder, find_runs
+from ablate.study import space
+from ablate.study.child import child_environment
+from ablate.study.folder import StudyFolder
+from ablate.study.progress import Display, Running, Snapshot
+from ablate.study.space import Cell
+from ablate.study.status import is_held
+from ablate.study.store import Store, objective
+from ablate.train import checkpoint
+from ablate.train.budget import Budget
+from ablate.train.environment import commit
+
+STOP_SECONDS = 10.0  # what children get to write a checkpoint after the first Ctrl-C
+KILL_PAUSE = 0.5  # a child's death by a signal counts once this process has outlived it so long
+LOOK_AGAIN = 2.0  # seconds between looks at trials that another process holds
+REPEATS = 50  # proposals in a row that are known already, before a search counts as exhausted
+
+
+@dataclass(frozen=True)
+class StudyOutcome:
+    """What became of a study.
+
+    causes: key -> why it failed; unfinished: keys that still wait (after a stop or a deadline).
+    exit_code: 0 all done, 1 some failed or wait, 130 after Ctrl-C, 143 after SIGTERM.
+    """
+
+    folder: Path
+    cells: list[Cell]
+    done: list[str]
+    causes: dict[str, str]
+    unfinished: list[str]
+    exit_code: int
+
+
+def run_study(
+    tree: Mapping[str, Any],
+    *,
+    console: Console | None = None,
+    child_command: Sequence[str] | None = None,
+) -> StudyOutcome:
+    """Run what is not finished of the study that a composed config describes.
+
+    Raises UserError, before anything is written, when any of its trials cannot be run.
+    """
+    console = console or Console()
+    cells = space.cells(tree)
+    cfg = config.load(tree)
+    command = list(child_command or (sys.executable, "-m", "ablate.study.child"))
+    return _Supervisor(space.full(tree), cfg, cells, console, command).run()
+
+
+@dataclass
+class _Child:
+    """A child process; `cell` is None until a trial is handed to it."""
+
+    process: subprocess.Popen[bytes]
+    slot: int
+    errors: BinaryIO
+    ready: bool = False
+    cell: Cell | None = None
+    begun: bool = False
+    number: int | None = None
+    running: Running | None = None
+    end: dict[str, Any] | None = None
+    rest: bytes = b""
+    stop_sent: bool = False
+
+    def send(self, **message: Any) -> None:
+        assert self.process.stdin is not None
+        with contextlib.suppress(OSError, ValueError):
+            self.process.stdin.write((json.dumps(message) + "\n").encode())
+            self.process.stdin.flush()
+
+    def kill(self) -> None:
+        with contextlib.suppress(OSError):
+            self.process.kill()
+
+
+@dataclass
+class _Supervisor:
+    tree: dict[str, Any]
+    cfg: Config
+    cells: list[Cell]
+    console: Console
+    command: list[str]
+    done: set[str] = field(default_factory=set)
+    causes: dict[str, str] = field(default_factory=dict)
+    pruned: set[str] = field(default_factory=set)
+    retried: dict[str, int] = field(default_factory=dict)  # key -> generation that failed before
+    held_until: dict[str, float] = field(default_factory=dict)
+    children: list[_Child] = field(default_factory=list)
+    signals: list[int] = field(default_factory=list)
+    stop_at: float | None = None
+    too_long: set[str] = field(default_factory=set)  # keys that do not end before the deadline
+    n_proposals: int = 0
+    exhausted: bool = False
+    repeats: int = 0
+    start_failures: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)  # key -> what the trial took
+
+    def __post_init__(self) -> None:
+        self.folder = StudyFolder(Path(self.cfg.study.folder).expanduser() / self.cfg.study.name)
+        self.selector = selectors.DefaultSelector()
+        self.started = time.monotonic()
+
+    # --- the whole ------------------------------------------------------------------------------
+
+    def run(self) -> StudyOutcome:
+        self.display = Display(self.console, self.cfg.study.name)
+        self._load_proposals()
+        for line in _remarks(self.cells):
+            self._say(line)
+        self._look_at_disk()
+        work = bool(self._missing() or self._may_propose())
+        if work:
+            try:
+                self._prepare_data()
+            except KeyboardInterrupt:
+                self.signals.append(signal.SIGINT)
+        self._write_index()
+        self.store = Store(self.folder, self.cfg, worker=os.getpid() % 1009)
+        with self.folder.locked():
+            self.store.reconcile(self.cells)
+        self._note_commits()
+        if work:
+            with self._signals(), self.display:
+                try:
+                    self._loop()
+                finally:
+                    self._kill_all()
+            self._finish_records()
+        outcome = self._outcome()
+        self.console.print(summary(outcome))
+        for line in _causes(outcome):
+            self._say(line)
+        return outcome
+
+    def _loop(self) -> None:
+        slots = self._slots()
+        while True:
+            self._poll_signals()
+            if not self.signals:
+                for slot in range(len(slots)):
+                    self._feed(slot, slots[slot])
+            busy = any(c.cell is not None for c in self.children)
+            if not busy and (self.signals or not self._more_to_come()):
+                return
+            self._receive(timeout=0.2)
+            self._reap()
+            self.display.update(self._snapshot(len(slots)))
+
+    def _more_to_come(self) -> bool:
+        """Whether this process may still get work: its own, or another's should that one die."""
+        if self._past_deadline():
+            return False
+        if self.cfg.study.search:
+            self._load_proposals()
+        fitting = any(cell.key not in self.too_long for cell in self._missing())
+        return fitting or self._may_propose()
+
+    # --- slots ----------------------------------------------------------------------------------
+
+    def _slots(self) -> list[str | None]:
+        """The GPU of each slot, None on a CPU, where a slot is a share of the cores."""
+        gpus: list[str] = []
+        if self.cfg.train.device != "cpu" and torch.cuda.is_available():
+            visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+            gpus = [g for g in visible.split(",") if g] if visible else []
+            gpus = gpus or [str(i) for i in range(torch.cuda.device_count())]
+        if gpus:
+            workers = self.cfg.study.workers or len(gpus)
+        else:
+            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
+            workers = self.cfg.study.workers or max(
+                1, (cores or os.cpu_count() or 1) // self.cfg.train.threads
+            )
+        if not self.cfg.study.search:
+            workers = min(workers, max(1, len(self._missing())))
+        return [gpus[i % len(gpus)] if gpus else None for i in range(workers)]
+
+    def _feed(self, slot: int, gpu: str | None) -> None:
+        """Give a free slot a trial; have a spare child ready while there is more to do."""
+        mine = [c for c in self.children if c.slot == slot]
+        working = next((c for c in mine if c.cell is not None), None)
+        spare = next((c for c in mine if c.cell is None), None)
+        if self._past_deadline():
+            return
+        if working is not None:
+            # Once the current one trains: its own start should not wait for the next one's.
+            if spare is None and working.running and working.running.row and self._waiting():
+                self._spawn(slot, gpu)
+            return
+        cell = self._next()
+        if cell is None:
+            return
+        if spare is None:
+            spare = self._spawn(slot, gpu)
+            if spare is None:
+                self._fail(cell, "its process cannot be started", None)
+                return
+        self._assign(spare, cell)
+
+    def _spawn(self, slot: int, gpu: str | None) -> _Child | None:
+        errors = tempfile.TemporaryFile()  # noqa: SIM115  # what it says before it has a log
+        try:
+            process = subprocess.Popen(
+                self.command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                env=child_environment(self.cfg.train.threads, gpu),
+                process_group=0,  # a Ctrl-C at the terminal reaches this process alone
+            )
+        except OSError as error:
+            self._say(f"a child process cannot be started: {error}")
+            return None
+        assert process.stdout is not None
+        os.set_blocking(process.stdout.fileno(), False)
+        child = _Child(process, slot, errors)
+        self.selector.register(process.stdout, selectors.EVENT_READ, child)
+        self.children.append(child)
+        return child
+
+    def _assign(self, child: _Child, cell: Cell) -> None:
+        run = self.folder.run(cell.key)
+        child.cell = cell
+        child.running = Running(cell.arm, cell.seed, time.monotonic())
+        child.send(
+            folder=str(run.path.resolve()),
+            config=cell.trial.tree,
+            generation=run.status()["generation"],
+            prune=self.cfg.study.prune,
+        )
+
+    # --- which trial next -----------------------------------------------------------------------
+
+    def _missing(self) -> list[Cell]:
+        """Cells that have not ended, those that are being trained included."""
+        ended = self.done | self.pruned | self.causes.keys()
+        return [cell for cell in self.cells if cell.key not in ended]
+
+    def _waiting(self) -> bool:
+        """Whether a free slot would find something to do, as far as this process knows."""
+        taken = {c.cell.key for c in self.children if c.cell is not None}
+        return self._may_propose() or any(
+            cell.key not in taken and cell.key not in self.held_until for cell in self._missing()
+        )
+
+    def _next(self) -> Cell | None:
+        taken = {c.cell.key for c in self.children if c.cell is not None}
+        now = time.monotonic()
+        for cell in self._missing():
+            if cell.key in taken or self.held_until.get(cell.key, 0) > now:
+                continue
+            run = self.folder.run(cell.key)
+            if self._ended_meanwhile(cell, run):
+                continue
+            if is_held(run):
+                self.held_until[cell.key] = now + LOOK_AGAIN
+                continue
+            self.held_until.pop(cell.key, None)
+            if self._fits_deadline(cell):
+                return cell
+            self.too_long.add(cell.key)
+        return self._propose()
+
+    def _ended_meanwhile(self, cell: Cell, run: RunFolder) -> bool:
+        """Whether another process has ended a trial since; if so it is counted."""
+        status = run.status()
+        if run.result() is not None:
+            self._count_done(cell, run)
+        elif status["state"] == "pruned":
+            self.pruned.add(cell.key)
+        elif status["state"] == "failed" and self.retried.get(cell.key) != status["generation"]:
+            self.causes[cell.key] = status.get("cause") or "unknown"
+        else:
+            return False
+        return True
+
+    def _count_done(self, cell: Cell, run: RunFolder) -> None:
+        self.done.add(cell.key)
+        self.causes.pop(cell.key, None)
+        phases = (run.result() or {}).get("seconds") or {}
+        self.seconds[cell.key] = sum(v for v in phases.values() if isinstance(v, int | float))
+
+    def _may_propose(self) -> bool:
+        n_trials = self.cfg.study.n_trials
+        if not self.cfg.study.search or self.exhausted or n_trials is None:
+            return False
+        return self.n_proposals < n_trials
+
+    def _load_proposals(self) -> None:
+        """Take over what this search has proposed so far, here, before, or in another process."""
+        index = self.folder.index()
+        if not self.cfg.study.search or index.get("search") != self.tree["study"]["search"]:
+            return
+        proposals = index.get("proposals", [])
+        known = {cell.key for cell in self.cells}
+        for proposal in proposals[self.n_proposals :]:
+            if "keys" in proposal:
+                found = space.proposed(self.tree, proposal["factors"])
+                self.cells += [cell for cell in found if cell.key not in known]
+                known |= {cell.key for cell in found}
+        self.n_proposals = len(proposals)
+
+    def _propose(self) -> Cell | None:
+        """Ask the sampler for a trial; None when there is none to be had now."""
+        if not self._may_propose() or not self._fits_deadline(None):
+            return None
+        try:
+            with self.folder.locked():
+                self._load_proposals()
+                if not self._may_propose():
+                    return None
+                return self._propose_alone()
+        except (OSError, optuna.exceptions.OptunaError) as error:
+            self._say(f"no trial can be proposed: {error}")
+            self.exhausted = True
+            return None
+
+    def _propose_alone(self) -> Cell | None:
+        index = self.folder.index()
+        number, changes = self.store.propose()
+        try:
+            found = space.proposed(self.tree, changes)
+        except UserError as error:
+            self._say(f"a proposal cannot be run: {error}")
+            self.store.impossible(number, str(error))
+            index["proposals"].append({"factors": changes, "error": str(error)})
+            self.folder.write_index(index)
+            self.n_proposals += 1
+            return None
+        known = {cell.key for cell in self.cells}
+        if all(cell.key in known for cell in found):
+            self.store.repeated(number, objective(self.folder.run(found[0].key)))
+            self.repeats += 1
+            if self.repeats >= REPEATS:
+                self.exhausted = True
+                self._say(f"the search has nothing new to propose after {self.n_proposals} trials")
+            return None
+        self.repeats = 0
+        index["proposals"].append({"factors": changes, "keys": [cell.key for cell in found]})
+        index["cells"].update(_index_cells(found))
+        self.folder.write_index(index)
+        self.n_proposals += 1
+        self.store.bind(number, found[0])
+        self.cells += [cell for cell in found if cell.key not in known]
+        return found[0]
+
+    # --- deadline -------------------------------------------------------------------------------
+
+    def _seconds_left(self) -> float | None:
+        if self.cfg.study.deadline is None:
+            return None
+        return self.cfg.study.deadline * 60 - (time.monotonic() - self.started)
+
+    def _past_deadline(self) -> bool:
+        left = self._seconds_left()
+        return left is not None and left <= 0
+
+    def _fits_deadline(self, cell: Cell | None) -> bool:
+        """Whether a trial, or any that a search may propose, can end in time."""
+        left = self._seconds_left()
+        if left is None:
+            return True
+        estimate = self._estimate(cell) if cell else max(self.seconds.values(), default=0.0)
+        return estimate is None or estimate <= left
+
+    def _estimate(self, cell: Cell) -> float | None:
+        """Seconds that a trial takes at the slowest pace seen so far; None: nothing is known."""
+        work = {c.key: _work_of(c) for c in self.cells}
+        paces = [s / work[k] for k, s in self.seconds.items() if s and k in work]
+        for child in self.children:
+            if child.cell is not None and child.running and child.running.share > 0.05:
+                spent = time.monotonic() - child.running.started
+                paces.append(spent / child.running.share / work[child.cell.key])
+        own = _work_of(cell) * max(paces) if paces else None
+        floor = cell.trial.config.train.seconds
+        return max(own or 0.0, floor or 0.0) or None
+
+    # --- what children say ----------------------------------------------------------------------
+
+    def _receive(self, timeout: float) -> None:
+        if not self.children:
+            time.sleep(timeout)
+            return
+        for selected, _ in self.selector.select(timeout):
+            child: _Child = selected.data
+            assert child.process.stdout is not None
+            try:
+                data = os.read(child.process.stdout.fileno(), 1 << 16)
+            except BlockingIOError:
+                continue
+            if not data:
+                self.selector.unregister(child.process.stdout)
+                continue
+            *lines, child.rest = (child.rest + data).split(b"\n")
+            for line in lines:
+                try:
+                    message = json.loads(line)
+                except json.JSONDecodeError:
+                    continue
+                self._hear(child, message)
+
+    def _hear(self, child: _Child, message: dict[str, Any]) -> None:
+        event = message.pop("event", None)
+        cell = child.cell
+        if event == "ready":
+            child.ready = True
+            self.start_failures = 0
+        elif cell is None or child.end is not None:
+            return
+        elif event == "refused":
+            if message["why"] == "held":
+                self.held_until[cell.key] = time.monotonic() + LOOK_AGAIN
+            child.cell = child.running = None
+        elif event == "progress" and child.running is not None:
+            if not child.begun:
+                child.begun = True
+                child.number = self._tell(lambda: self.store.begin(cell))
+            child.running.row = message
+        elif event == "report":
+            child.send(pruned=self._should_prune(child, message))
+        elif event == "end":
+            child.end = message
+
+    def _should_prune(self, child: _Child, message: dict[str, Any]) -> bool:
+        number, value = child.number, message["value"]
+        if number is None or child.running is None or value is None:
+            return False
+        # Trials are compared at the same share of their budget, whatever a step is.
+        steps = child.running.row.get("steps") or message["step"]
+        percent = round(100 * message["step"] / steps)
+        return bool(self._tell(lambda: self.store.should_prune(number, percent, value)))
+
+    def _tell(self, action: Any) -> Any:
+        """Change the Optuna study; a disk that is full costs its entry, never the study."""
+        try:
+            with self.folder.locked():
+                return action()
+        except (OSError, optuna.exceptions.OptunaError, ValueError, KeyError) as error:
+            self._say(f"Optuna was not told ({error}); the next start makes up for it")
+            return None
+
+    def _reap(self) -> None:
+        """Record the trials of children that are gone."""
+        for child in list(self.children):
+            code = child.process.poll()
+            if code is None:
+                continue
+            self._drain(child)
+            self.children.remove(child)
+            if child.process.stdin is not None:
+                with contextlib.suppress(OSError):
+                    child.process.stdin.close()
+            if not child.ready or child.cell is None:
+                self._not_started(child, code)
+            else:
+                self._record(child, child.cell, code)
+            child.errors.close()
+
+    def _drain(self, child: _Child) -> None:
+        stream = child.process.stdout
+        assert stream is not None
+        with contextlib.suppress(KeyError, ValueError):
+            self.selector.unregister(stream)
+        with contextlib.suppress(BlockingIOError, OSError):
+            while data := os.read(stream.fileno(), 1 << 16):
+                child.rest += data
+        for line in child.rest.split(b"\n"):
+            with contextlib.suppress(json.JSONDecodeError):
+                self._hear(child, json.loads(line))
+        stream.close()
+
+    def _record(self, child: _Child, cell: Cell, code: int) -> None:
+        run = self.folder.run(cell.key)
+        end = child.end or {}
+        if run.result() is not None:
+            self._count_done(cell, run)
+            self._tell(lambda: self.store.finish(cell, "done", objective(run)))
+            self._say_end(cell, "done")
+            return
+        state = end.get("state")
+        if state == "pruned":
+            self.pruned.add(cell.key)
+            self._tell(lambda: self.store.finish(cell, "pruned"))
+            self._say_end(cell, "pruned")
+            return
+        if child.stop_sent:
+            self._tell(lambda: self.store.finish(cell, "interrupted", cause="interrupted"))
+            return
+        if code < 0 and not end:
+            # Whoever kills a whole job reaches this process a moment after its children.
+            time.sleep(KILL_PAUSE)
+            if self.signals:
+                return
+        cause = end.get("cause") or (
+            "stopped by SIGTERM" if state == "interrupted" else _death(code, child, run)
+        )
+        self._fail(cell, cause, state)
+
+    def _fail(self, cell: Cell, cause: str, state: str | None) -> None:
+        self.causes[cell.key] = cause
+        self.retried.pop(cell.key, None)
+        self._write_failure(cell, cause)
+        self._tell(lambda: self.store.finish(cell, "failed", cause=cause))
+        self._say_end(cell, "failed", cause)
+
+    def _write_failure(self, cell: Cell, cause: str) -> bool:
+        """Put a cause into status.json, unless the child did; False when the disk refuses."""
+        run = self.folder.run(cell.key)
+        try:
+            if run.status()["state"] == "failed":
+                return True
+            run.create(cell.trial.tree)
+            run.end("failed", run.begin(), cause)
+        except OSError:
+            return False
+        return True
+
+    def _finish_records(self) -> None:
+        """What a full disk refused to take when it happened, once more."""
+        by_key = {cell.key: cell for cell in self.cells}
+        for key, cause in self.causes.items():
+            self._write_failure(by_key[key], cause)
+
+    def _not_started(self, child: _Child, code: int) -> None:
+        """A child is gone before it had a trial: no trial fails for it, unless none ever starts."""
+        if child.stop_sent or self.signals:
+            return
+        self.start_failures += 1
+        if self.start_failures >= 3:
+            raise UserError(f"the processes that train do not start: {_death(code, child, None)}")
+
+    # --- stopping -------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def _signals(self) -> Iterator[None]:
+        """Count Ctrl-C and SIGTERM instead of dying from them."""
+        if threading.current_thread() is not threading.main_thread():
+            yield  # only the main thread can; the caller handles signals
+            return
+        # What is ignored stays so: nohup ignores SIGHUP.
+        names = [
+            s
+            for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+            if signal.getsignal(s) != signal.SIG_IGN
+        ]
+        before = {s: signal.signal(s, lambda n, _: self.signals.append(n)) for s in names}
+        try:
+            yield
+        finally:
+            for s, handler in before.items():
+                signal.signal(s, handler)
+
+    def _poll_signals(self) -> None:
+        """Stop the children at the first signal or at the deadline, kill them at the second."""
+        if not self.signals and not self._past_deadline():
+            return
+        if self.stop_at is None:
+            self.stop_at = time.monotonic() + STOP_SECONDS
+            if self.signals:
+                self._say("stopping: checkpoints are being written; once more kills at once")
+            for child in self.children:
+                child.stop_sent = True
+                if child.cell is None:
+                    child.kill()
+                else:
+                    child.send(stop=True)
+        if len(self.signals) > 1 or time.monotonic() > self.stop_at:
+            for child in self.children:
+                child.kill()
+
+    def _kill_all(self) -> None:
+        for child in self.children:
+            child.kill()
+        for child in self.children:
+            child.process.wait()
+            for stream in (child.process.stdin, child.process.stdout, child.errors):
+                if stream is not None:
+                    with contextlib.suppress(OSError):
+                        stream.close()
+        self.children.clear()
+        self.selector.close()
+
+    # --- the study's files ----------------------------------------------------------------------
+
+    def _write_index(self) -> None:
+        study = self.cfg.study
+        factors = space.factor_names(self.cfg)
+        with self.folder.locked():
+            self._load_proposals()
+            before = self.folder.index()
+            cells = _index_cells(self.cells)
+            # Runs that an edited YAML asks for no more stay, and say what they were.
+            old = {**before.get("orphan_cells", {}), **before.get("cells", {})}
+            orphans = sorted(run.key for run in find_runs(self.folder.path) if run.key not in cells)
+            self.folder.write_index(
+                {
+                    "name": study.name,
+                    "question": study.question,
+                    "finding": study.finding,
+                    "x": study.x or (factors[0] if factors else None),
+                    "factors": factors,
+                    "cells": cells,
+                    "orphans": orphans,
+                    "orphan_cells": {key: old[key] for key in orphans if key in old},
+                    "search": self.tree["study"]["search"],
+                    "proposals": before.get("proposals", []) if self.n_proposals else [],
+                    **commit(),
+                    "config": self.tree,
+                }
+            )
+        if orphans:
+            self._say(f"{len(orphans)} runs of an earlier form of this study are kept, as orphans")
+
+    def _look_at_disk(self) -> None:
+        """Count what has ended before this start."""
+        retry = self.cfg.study.retry == "failed"
+        for cell in self.cells:
+            run = self.folder.run(cell.key)
+            status = run.status()
+            if run.result() is not None:
+                if status["state"] != "done":
+                    self._tidy(cell, run)
+            elif retry and status["state"] == "failed":
+                self.retried[cell.key] = status["generation"]
+                continue
+            self._ended_meanwhile(cell, run)
+
+    def _tidy(self, cell: Cell, run: RunFolder) -> None:
+        """What its process did not get to after the result."""
+        train = cell.trial.config.train
+        with contextlib.suppress(OSError), run.lock():  # Timeout is an OSError
+            checkpoint.finish(run.checkpoint, train.keep, train.checkpoint_steps)
+            run.end("done", run.begin())
+
+    def _note_commits(self) -> None:
+        now = commit()["commit"]
+        others = Counter(
+            made
+            for key in self.done
+            if (made := self.folder.run(key).environment().get("commit")) not in (None, now)
+        )
+        for made, count in others.items():
+            self._say(
+                f"{count} finished trials were made by commit {made[:10]}, "
+                f"the code here is at {(now or 'no commit')[:10]}: the report will say so"
+            )
+
+    def _prepare_data(self) -> None:
+        """Build every cache once, here, so that children only open them; check budgets on it."""
+        token_sets: dict[str, TokenSet] = {}
+        for cell in self._missing():
+            cfg = cell.trial.config
+            name = cfg.data.model_dump_json()
+            if name not in token_sets:
+                token_sets[name] = prepare(cfg.data)
+            try:
+                _check_epochs(cell, token_sets[name])
+            except UserError as error:
+                raise UserError(f"cell '{cell.arm}': {error}") from None
+        if not token_sets:
+            prepare(self.cfg.data)
+
+    # --- what the user sees ---------------------------------------------------------------------
+
+    def _say(self, line: str) -> None:
+        self.console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    def _say_end(self, cell: Cell, state: str, cause: str | None = None) -> None:
+        run = self.folder.run(cell.key)
+        text = f"{cell.arm}, seed {cell.seed}: {state}"
+        value = objective(run)
+        if state == "done" and value is not None:
+            text += f", validation loss {value:.4f}"
+        if cause:
+            text += f" ({cause})"
+        self._say(text)
+
+    def _snapshot(self, slots: int) -> Snapshot:
+        running = [c.running for c in self.children if c.running is not None and c.cell is not None]
+        n_seeds = len(self.cfg.study.seeds) or 1
+        total = (self.cfg.study.n_trials or 0) * n_seeds if self.cfg.study.search else 0
+        total = max(total, len(self.cells))
+        ended = len(self.done) + len(self.pruned) + len(self.causes)
+        left = None
+        if self.seconds or any(r.row.get("seconds_left") is not None for r in running):
+            mean = sum(self.seconds.values()) / len(self.seconds) if self.seconds else 0.0
+            mean = mean or max(
+                (
+                    time.monotonic() - r.started + (r.row.get("seconds_left") or 0.0)
+                    for r in running
+                ),
+                default=0.0,
+            )
+            waiting = total - ended - len(running)
+            current = sum(r.row.get("seconds_left") or mean for r in running)
+            left = (current + waiting * mean) / max(1, min(slots, len(running) + waiting))
+        return Snapshot(
+            total=total,
+            done=len(self.done) + len(self.pruned),
+            failed=len(self.causes),
+            held=sum(t > time.monotonic() for t in self.held_until.values()),
+            running=running,
+            seconds_left=left,
+        )
+
+    def _outcome(self) -> StudyOutcome:
+        missing = [cell.key for cell in self._missing()]
+        if self.signals:
+            code = 128 + self.signals[0]
+        else:
+            code = 1 if self.causes or missing or self._may_propose() else 0
+        order = [cell.key for cell in self.cells]
+        return StudyOutcome(
+            folder=self.folder.path,
+            cells=self.cells,
+            done=[key for key in order if key in self.done or key in self.pruned],
+            causes=dict(self.causes),
+            unfinished=missing,
+            exit_code=code,
+        )
+
+
+def summary(outcome: StudyOutcome) -> Table:
+    """Arms by what became of their seeds."""
+    table = Table(title=f"{outcome.folder.name}", title_justify="left")
+    table.add_column("arm")
+    for name in ("done", "failed", "waiting"):
+        table.add_column(name, justify="right")
+    arms: dict[str, Counter[str]] = {}
+    done = set(outcome.done)
+    for cell in outcome.cells:
+        state = (
+            "done" if cell.key in done else "failed" if cell.key in outcome.causes else "waiting"
+        )
+        arms.setdefault(cell.arm, Counter())[state] += 1
+    for arm, counts in arms.items():
+        table.add_row(
+            arm, *(str(counts[s]) if counts[s] else "" for s in ("done", "failed", "waiting"))
+        )
+    return table
+
+
+def _causes(outcome: StudyOutcome) -> Iterator[str]:
+    for cell in outcome.cells:
+        if cell.key in outcome.causes:
+            yield f"failed: {cell.arm}, seed {cell.seed} ({cell.key}): {outcome.causes[cell.key]}"
+    if outcome.causes:
+        yield "study.retry=failed runs the failed ones again"
+
+
+def _remarks(cells: Sequence[Cell]) -> Iterator[str]:
+    """What is worth saying about a study before it runs."""
+    merged = {cell.arm: cell.also for cell in cells if cell.also}
+    for arm, also in merged.items():
+        yield f"'{arm}' and {' and '.join(repr(a) for a in also)} are the same run, made once"
+    yield from dict.fromkeys(warning for cell in cells for warning in cell.trial.warnings)
+
+
+def _index_cells(cells: Sequence[Cell]) -> dict[str, dict[str, Any]]:
+    return {
+        cell.key: {
+            "arm": cell.arm,
+            "factors": cell.factors,
+            "seed": cell.seed,
+            **({"also": list(cell.also)} if cell.also else {}),
+        }
+        for cell in cells
+    }
+
+
+def _check_epochs(cell: Cell, token_set: TokenSet) -> None:
+    cfg = cell.trial.config
+    stream = TrainStream(token_set, cfg.data, batch_size=cfg.train.batch_size, seed=cfg.seed)
+    step = cfg.train.batch_size * cfg.data.seq_len
+    flops = float(cell.trial.architecture.cost(cfg.data.seq_len).train_flops)
+    steps = Budget.of(cfg.train, step, flops).steps
+    if steps is not None:
+        check_epochs(token_set, cfg.data, stream.text_tokens(steps * step))
+
+
+def _work_of(cell: Cell) -> float:
+    """Training FLOPs of a trial, or its seconds where time is the budget; for comparison only."""
+    train = cell.trial.config.train
+    if train.flops is not None:
+        return train.flops
+    if train.seconds is not None:
+        return train.seconds
+    cost = cell.trial.architecture.cost(cell.trial.config.data.seq_len)
+    return float(train.tokens or 1) * cost.train_flops
+
+
+def _death(code: int, child: _Child, run: RunFolder | None) -> str:
+    """How a process that said nothing went."""
+    if code < 0:
+        try:
+            name = signal.Signals(-code).name
+        except ValueError:
+            name = "?"
+        return f"killed by signal {-code} ({name})"
+    child.errors.seek(0)
+    last = _last_line(child.errors.read().decode(errors="replace"))
+    if run is not None and run.log.exists():
+        last = _last_line(run.log.read_text(errors="replace")) or last
+    return f"exit code {code}" + (f": {last}" if last else "")
+
+
+def _last_line(text: str) -> str:
+    lines = text.strip().splitlines()
+    return lines[-1].strip() if lines else ""

@@ -1,0 +1,207 @@
+"""One trial: a config that has been checked as a whole, its architecture, and its run's key.
+
+`config.load` checks fields one by one; here is the one place for what must fit together. All of it
+is checked before anything is computed or written.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ablate import config
+from ablate.arch.spec import Architecture
+from ablate.config import Config, DataConfig
+from ablate.data import model_vocab
+from ablate.data.corpus import sources
+from ablate.data.recall import check_recall, recall_rows
+from ablate.data.tokenizer import Tokenizer
+from ablate.data.tokenizer import load as load_tokenizer
+from ablate.errors import UserError
+from ablate.layers.registry import KINDS
+from ablate.run import RunFolder
+from ablate.train import checkpoint
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A run that can be carried out.
+
+    key: name of its run folder; tree: the resolved config as plain data, enough to run it again;
+    warnings: sentences about what is allowed but probably not meant.
+    """
+
+    key: str
+    config: Config
+    tree: dict[str, Any]
+    architecture: Architecture
+    warnings: tuple[str, ...] = ()
+
+
+def resolve(tree: Mapping[str, Any]) -> Trial:
+    """Check a composed config as a whole; UserError names the field that cannot be."""
+    cfg = config.load(tree)
+    warnings: list[str] = []
+    _check_data(cfg)
+    architecture = Architecture.from_config(cfg.arch, vocabulary(cfg))
+    _check_recall(cfg)
+    _check_windows(cfg, architecture, warnings)
+    _check_train(cfg, warnings)
+    if cfg.train.branch_from is not None:
+        _check_trunk(cfg, architecture)
+    single = cfg.study.model_dump(include={"name", "question", "finding", "folder"})
+    resolved = {**cfg.model_dump(mode="json"), "study": single}
+    return Trial(key(cfg, architecture), cfg, resolved, architecture, tuple(warnings))
+
+
+def key(cfg: Config, architecture: Architecture) -> str:
+    """First 16 hex digits of the SHA-256 of what decides a run's figures, the seed included.
+
+    The architecture enters as what was made of it: two shares that give one pattern are one run.
+    """
+    science = config.science(cfg)
+    science["arch"] = architecture.canonical()
+    if cfg.train.branch_from is not None:
+        science["train"]["branch_from"] = Path(cfg.train.branch_from).name  # its key; it may move
+    text = json.dumps(science, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def vocabulary(cfg: Config) -> int:
+    """Rows of the embedding: the tokenizer's ids rounded up, unless `arch.vocab_size` says more."""
+    ids = token_ids(cfg.data)
+    if cfg.arch.vocab_size is None:
+        return model_vocab(ids)
+    if cfg.arch.vocab_size < ids:
+        raise UserError(
+            f"arch.vocab_size is {cfg.arch.vocab_size}, less than the {ids} ids of data.tokenizer"
+        )
+    return cfg.arch.vocab_size
+
+
+def token_ids(data: DataConfig) -> int:
+    """Ids of a tokenizer; of a BPE that is still to be trained, those that were asked for."""
+    if data.tokenizer.kind == "bpe":
+        return data.tokenizer.vocab_size
+    if data.tokenizer.kind == "byte":
+        return Tokenizer("byte").vocab_size
+    return _file_vocabulary(data.tokenizer.model_dump_json())
+
+
+@functools.cache
+def _file_vocabulary(tokenizer: str) -> int:
+    data = DataConfig(tokenizer=config.TokenizerConfig.model_validate_json(tokenizer))
+    return load_tokenizer(data, None).vocab_size  # type: ignore[arg-type]  # reads no text
+
+
+@functools.cache
+def _find_sources(data: str) -> None:
+    sources(DataConfig.model_validate_json(data))
+
+
+def _check_data(cfg: Config) -> None:
+    if cfg.data.source != "hub":  # which would download; `prepare` does, and says what it misses
+        fields = {"source", "path", "val_a_path", "val_b_path"}
+        _find_sources(cfg.data.model_dump_json(include=fields))
+
+
+def _check_recall(cfg: Config) -> None:
+    mqar, ids = cfg.data.mqar, token_ids(cfg.data)
+    length = mqar.length or cfg.data.seq_len
+    if recall_rows(cfg.data, cfg.train.batch_size):
+        check_recall(mqar.pairs, length, mqar.queries, ids)
+    for pairs in (cfg.evaluate.mqar_pairs or []) if cfg.evaluate.mqar_rows else []:
+        try:
+            check_recall(pairs, length, mqar.queries, ids)
+        except UserError as error:
+            message = str(error).replace("data.mqar.pairs=", "evaluate.mqar_pairs=")
+            raise UserError(message) from None
+    if cfg.evaluate.mqar_rows and cfg.evaluate.mqar_pairs is None:
+        check_recall(mqar.pairs, length, mqar.queries, ids)
+
+
+def _check_windows(cfg: Config, architecture: Architecture, warnings: list[str]) -> None:
+    length = cfg.data.seq_len
+    for letter in sorted(set(architecture.pattern)):
+        kind = KINDS[letter]
+        window = getattr(architecture.options[kind.name], "window", None)
+        if window is None:
+            continue
+        if window > length:
+            raise UserError(
+                f"arch.{kind.name}.window is {window}, longer than data.seq_len {length}: it would "
+                f"be full attention; give at most {length}"
+            )
+        if length < 2 * window:
+            warnings.append(
+                f"data.seq_len {length} is less than twice arch.{kind.name}.window {window}: most "
+                "tokens never lose sight of another"
+            )
+
+
+def _check_train(cfg: Config, warnings: list[str]) -> None:
+    train = cfg.train
+    if train.device == "cuda" and not torch.cuda.is_available():
+        raise UserError(
+            "train.device is 'cuda', but there is no CUDA GPU here; give 'auto' or 'cpu'"
+        )
+    if train.micro_batch is not None:
+        if train.micro_batch > train.batch_size:
+            raise UserError(
+                f"train.micro_batch is {train.micro_batch}, more than train.batch_size "
+                f"{train.batch_size}"
+            )
+        if train.batch_size % train.micro_batch:
+            raise UserError(
+                f"train.micro_batch is {train.micro_batch}, which does not divide train.batch_size "
+                f"{train.batch_size}"
+            )
+    step = train.batch_size * cfg.data.seq_len
+    if train.tokens is not None and train.tokens < step:
+        warnings.append(
+            f"train.tokens {train.tokens} is less than one step of {step} tokens, and rounded up"
+        )
+    if train.schedule == "wsd" and train.warmup + train.decay > 1:
+        raise UserError(
+            f"train.warmup {train.warmup} and train.decay {train.decay} are shares of one budget "
+            "and exceed 1 together"
+        )
+    if train.branch_at is not None and train.branch_from is None:
+        raise UserError("train.branch_at is given without train.branch_from, the trunk's folder")
+    if train.seconds is not None and train.deterministic:
+        warnings.append(
+            "train.seconds is a budget in time: how many steps fit differs from run to run"
+        )
+
+
+def _check_trunk(cfg: Config, architecture: Architecture) -> None:
+    name = str(cfg.train.branch_from)
+    trunk = RunFolder(Path(name).expanduser())
+    if cfg.train.schedule != "wsd":
+        raise UserError(
+            f"train.branch_from anneals a wsd trunk, but train.schedule is '{cfg.train.schedule}'"
+        )
+    tree = trunk.config()
+    if tree is None:
+        raise UserError(f"train.branch_from '{name}' is not a run folder: it has no config.yaml")
+    steps = checkpoint.steps(trunk.checkpoint)
+    if not steps:
+        raise UserError(
+            f"train.branch_from '{name}' has no checkpoint; run the trunk with train.keep=all, or "
+            "with the steps to branch at in train.checkpoint_steps"
+        )
+    if cfg.train.branch_at is not None and cfg.train.branch_at not in steps:
+        raise UserError(
+            f"train.branch_at is {cfg.train.branch_at}, but train.branch_from has checkpoints of "
+            f"steps {', '.join(map(str, steps))}"
+        )
+    other = config.load(tree)
+    if Architecture.from_config(other.arch, vocabulary(other)) != architecture:
+        raise UserError(f"train.branch_from '{name}' is a trunk of another architecture")
