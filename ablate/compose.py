@@ -37,6 +37,7 @@ def shipped(name: str) -> Path:
 _RESOLVERS = {
     "div": lambda a, b: int(a) // int(b),
     "times": lambda a, b: a * b,
+    "up": lambda a, b: -(-int(a) // int(b)) * int(b),  # rounded up to a multiple
     "index": lambda n, share: round(share * (n - 1)),  # position in a stack of n layers
     # d_model scaled, to a multiple that Mamba-2's heads (head_dim of 2 * d_model) divide
     "width": lambda d, factor, head_dim: max(1, round(2 * d * factor / head_dim)) * head_dim // 2,

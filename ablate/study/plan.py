@@ -1,11 +1,14 @@
-"""What would run, and what it would cost, before anything does: the verbs plan, prepare and cost."""
+"""What would run and what it would cost, before anything does: the verbs plan, prepare, cost."""
 
 from __future__ import annotations
 
 import statistics
+import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -25,7 +28,7 @@ LENGTHS = (1024, 4096, 16_384, 131_072)
 
 def plan(tree: Mapping[str, Any], console: Console | None = None) -> None:
     """Print every trial that a run of this config would have; UserError as `run` would raise it."""
-    console = console or Console()
+    console = console or _console()
     cfg = config.load(tree)
     study = cfg.study
     found = cells(tree)
@@ -36,12 +39,12 @@ def plan(tree: Mapping[str, Any], console: Console | None = None) -> None:
             f"a search of {study.n_trials} trials by {study.sampler} over "
             f"{', '.join(study.search)}; the middle of the space would be:"
         )
-    folder = StudyFolder.of(study)
-    table = Table(title=f"{study.name}: {study.question}".rstrip(": "))
-    for column in ("arm", "pattern"):
-        table.add_column(column, overflow="fold")
-    for column in ("params", "beside emb.", "FLOPs/token", "state", "tokens", "FLOPs", "done"):
-        table.add_column(column, justify="right")
+    folder = StudyFolder(Path(study.folder) / study.name)
+    table = _table(
+        f"{study.name}: {study.question}".rstrip(": "),
+        ["arm", "pattern"],
+        ["params", "beside emb.", "FLOPs/token", "state", "tokens", "FLOPs", "done"],
+    )
     total = 0.0
     left = 0.0
     for arm, group in _arms(found).items():
@@ -74,12 +77,11 @@ def plan(tree: Mapping[str, Any], console: Console | None = None) -> None:
 
 def prepare(tree: Mapping[str, Any], console: Console | None = None) -> TokenSet:
     """Tokenise and cache the text of a config, print what it holds and the epochs of its trials."""
-    console = console or Console()
+    console = console or _console()
     trial = resolve(tree)
     token_set = prepare_text(trial.config.data)
-    table = Table(title=f"text {token_set.fingerprint}")
-    for column in ("split", "documents", "tokens", "bytes", "bytes a token"):
-        table.add_column(column, justify="right" if column != "split" else "left")
+    columns = ["documents", "tokens", "bytes", "bytes a token"]
+    table = _table(f"text {token_set.fingerprint}", ["split"], columns)
     for name, split in token_set.splits.items():
         per_token = f"{split.n_bytes / split.n_tokens:.2f}" if split.n_tokens else "–"
         table.add_row(
@@ -91,7 +93,7 @@ def prepare(tree: Mapping[str, Any], console: Console | None = None) -> TokenSet
 
 def cost(tree: Mapping[str, Any], console: Console | None = None) -> None:
     """Print what the architecture of a config costs, beside its published figures."""
-    console = console or Console()
+    console = console or _console()
     cfg = config.load(tree)
     rows = cfg.arch.vocab_size or vocabulary(cfg)
     architecture = Architecture.from_config(cfg.arch, rows)
@@ -105,10 +107,11 @@ def cost(tree: Mapping[str, Any], console: Console | None = None) -> None:
         f"{shares['attention_of_mixers']:.1%} of mixers, MLP {shares['mlp_of_layers']:.1%}",
         highlight=False,
     )
-    table = Table(title=f"at {seq_len:,} tokens; FLOPs a token, forward")
-    table.add_column("part")
-    for column in ("layers", "params", "FLOPs", "scan elementwise", "state", "decode FLOPs"):
-        table.add_column(column, justify="right")
+    table = _table(
+        f"at {seq_len:,} tokens; FLOPs are a token's, forward; elementwise ones of scans apart",
+        ["part"],
+        ["layers", "params", "FLOPs", "elementwise", "state", "decode FLOPs"],
+    )
     for row in architecture.cost(seq_len).table():
         table.add_row(
             row["part"],
@@ -120,10 +123,8 @@ def cost(tree: Mapping[str, Any], console: Console | None = None) -> None:
             count(row["decode_flops"]),
         )
     console.print(table)
-    lengths = Table(title="by length")
-    lengths.add_column("tokens", justify="right")
-    for column in ("forward FLOPs a token", "training FLOPs a token", "state of a decoder"):
-        lengths.add_column(column, justify="right")
+    columns = ["tokens", "forward FLOPs/token", "training FLOPs/token", "state of a decoder"]
+    lengths = _table("by length", [], columns)
     for length in LENGTHS:
         at = architecture.cost(length)
         lengths.add_row(
@@ -137,6 +138,21 @@ def cost(tree: Mapping[str, Any], console: Console | None = None) -> None:
             console.print(f"published {name}: {figure:,.0f}; ours {ours[name]:,} ({off:+.2%})")
         else:
             console.print(f"published {name}: {figure:,g}")
+
+
+def _console() -> Console:
+    # A pipe has no width; wide enough that no number is cut.
+    return Console() if sys.stdout.isatty() else Console(width=160)
+
+
+def _table(title: str, names: Sequence[str], numbers: Sequence[str]) -> Table:
+    """Names fold, numbers never do."""
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in names:
+        table.add_column(column, overflow="fold")
+    for column in numbers:
+        table.add_column(column, justify="right", no_wrap=True)
+    return table
 
 
 def run_tokens(trial: Trial) -> int:
