@@ -134,8 +134,12 @@ def _bpe(data: DataConfig, text: Source) -> Tokenizer:
         sample: dict[str, int] = {}
         definition = _train(size, _sample(data, text, sample))
         atomic_write(path, definition)
-        say(f"trained a BPE of {size} entries on {sample['bytes'] / 1e6:.1f} MB of text")
-    return Tokenizer(name, definition)
+    tokenizer = Tokenizer(name, definition)
+    said = f"trained a BPE of {tokenizer.vocab_size} entries on {sample['bytes'] / 1e6:.1f} MB"
+    if tokenizer.vocab_size < size:
+        said += f"; this text has no more pairs to merge for {size}"
+    say(said)
+    return tokenizer
 
 
 def _train(size: int, texts: Iterator[str]) -> str:
