@@ -12,10 +12,12 @@ kept, so that damage to one costs minutes. Nothing is pickled.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -73,8 +75,10 @@ def save(
             plain = {k: v.detach().contiguous() for k, v in tensors.items()}
             try:
                 save_file(plain, temporary / f"{name}.safetensors")
-            except SafetensorError as error:
-                raise OSError(f"cannot write {name}.safetensors: {error}") from error
+            except SafetensorError as error:  # says the errno in its text only
+                number = re.search(r"os error (\d+)", str(error))
+                code = int(number[1]) if number else errno.EIO
+                raise OSError(code, f"cannot write {name}.safetensors: {error}") from error
         content = {"format": FORMAT, **state, "step": step}
         (temporary / "state.json").write_text(json.dumps(content))
         files = {p.name: _fingerprint(p) for p in sorted(temporary.iterdir())}

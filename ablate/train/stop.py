@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
 
 class Pruned(RuntimeError):
     """The caller's `should_prune` said so; the run folder's state is "pruned"."""
@@ -24,7 +26,7 @@ def cause_of(error: BaseException) -> str:
     text = " ".join(str(error).split())
     if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in text:
         return f"out of memory, try a smaller train.micro_batch: {text or 'no more was said'}"
-    if (isinstance(error, OSError) and error.errno == errno.ENOSPC) or "os error 28" in text:
+    if isinstance(error, OSError) and error.errno in _NO_ROOM:
         return f"disk full: {text}"
     if isinstance(error, TrialFailed):
         return text
