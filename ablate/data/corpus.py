@@ -43,6 +43,21 @@ def say(line: str) -> None:
 
 
 @contextlib.contextmanager
+def progress_bar(label: str, total: int | None, show: bool | None) -> Iterator[Any]:
+    """A function that takes bytes done, shown as a bar on stderr; None: when that is a terminal."""
+    if not (sys.stderr.isatty() if show is None else show):
+        yield lambda n: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn(label), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("", total=total)
+        yield lambda n: bar.advance(task, n)
+
+
+@contextlib.contextmanager
 def locked(path: Path, what: str) -> Iterator[None]:
     """Hold a lock file; says so when another process has it."""
     try:

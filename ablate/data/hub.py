@@ -10,7 +10,7 @@ from pathlib import Path
 import zstandard
 
 from ablate.config import DataConfig
-from ablate.data.corpus import locked, say
+from ablate.data.corpus import locked, progress_bar, say
 from ablate.errors import UserError
 
 
@@ -50,8 +50,12 @@ def _stream(data: DataConfig, path: Path) -> None:
         ) from None
     size = documents = 0
     limit = data.max_bytes
-    say(f"fetching {hub.name} from the Hugging Face hub, {limit or 'all'} bytes")
-    with path.open("wb") as raw, zstandard.ZstdCompressor(level=3).stream_writer(raw) as file:
+    say(f"fetching {hub.name} from the Hugging Face hub, {limit or 'all its'} bytes")
+    with (
+        path.open("wb") as raw,
+        zstandard.ZstdCompressor(level=3).stream_writer(raw) as file,
+        progress_bar("fetching", limit, None) as advance,
+    ):
         try:
             rows = iter(
                 datasets.load_dataset(
@@ -70,7 +74,9 @@ def _stream(data: DataConfig, path: Path) -> None:
                     f"{hub.name}; its columns are {', '.join(map(str, row))}"
                 )
             file.write(json.dumps({"text": text}).encode() + b"\n")
-            size += len(text.encode("utf-8", "replace"))
+            n_bytes = len(text.encode("utf-8", "replace"))
+            size += n_bytes
+            advance(n_bytes)
             documents += 1
             try:
                 row = next(rows, None)

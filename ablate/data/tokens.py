@@ -17,9 +17,7 @@ import hashlib
 import json
 import os
 import shutil
-import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -262,8 +260,9 @@ def _build(
     writers = {name: _Writer(folder, name, tokenizer) for name in SPLITS}
     given = np.zeros(0, np.uint64)  # hashes of the given validation documents
     dropped = 0
+    size = sum(file.stat().st_size for source in sources.values() for file in source.files)
     try:
-        with _bar(sources, progress) as advance:
+        with corpus.progress_bar("tokenising", size, progress) as advance:
             for name in ("val_a", "val_b"):
                 if name in sources:
                     for part in _encoded(data, sources[name], tokenizer):
@@ -336,19 +335,3 @@ def _cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
-
-
-@contextmanager
-def _bar(sources: dict[str, Source], progress: bool | None) -> Iterator[Any]:
-    """A function that takes bytes read; shown as a bar on stderr when asked for."""
-    if not (sys.stderr.isatty() if progress is None else progress):
-        yield lambda n: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
-
-    total = sum(file.stat().st_size for source in sources.values() for file in source.files)
-    columns = (TextColumn("tokenising"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("", total=total)
-        yield lambda n: bar.advance(task, n)

@@ -106,7 +106,8 @@ def _start(tokenizer: Tokenizer, lenient: bool) -> subprocess.Popen[bytes]:
     package = str(Path(__file__).resolve().parents[2])
     path = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))
     process = subprocess.Popen(
-        [sys.executable, "-c", "from ablate.data.worker import main; main()"],
+        # -P: what lies in the current folder must not shadow a module of the standard library
+        [sys.executable, "-P", "-c", "from ablate.data.worker import main; main()"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         env={**os.environ, "PYTHONPATH": path, "TOKENIZERS_PARALLELISM": "false"},
