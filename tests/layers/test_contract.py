@@ -1,0 +1,158 @@
+"""The cost contract of every layer kind, against the real modules and by brute force."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from ablate.layers import KINDS, Context
+from ablate.layers.options import build
+
+SCAN_TILE = 64
+
+# kind, options, at width 32
+CASES = [
+    ("M", {"head_dim": 16}),
+    ("M", {"head_dim": 8, "d_state": 5, "n_groups": 2, "d_conv": 3, "conv_bias": False}),
+    ("M", {"head_dim": 16, "d_inner": 48, "d_state": 16, "n_groups": 3, "norm_per_group": False}),
+    ("m", {}),
+    ("m", {"d_state": 5, "dt_rank": 3, "expand": 1.5, "d_conv": 2, "conv_bias": False}),
+    ("*", {"head_dim": 8}),
+    ("*", {"head_dim": 16, "n_heads": 3, "n_kv_heads": 1, "rope_base": None, "bias": True}),
+    ("*", {"head_dim": 8, "n_heads": 6, "n_kv_heads": 2, "rope_share": 0.5, "d_conv": 4}),
+    ("S", {"head_dim": 8, "window": 7}),
+    ("S", {"head_dim": 8, "window": 7, "n_kv_heads": 2, "d_conv": 3}),
+    ("-", {}),
+    ("-", {"kind": "gelu", "bias": True}),
+    ("-", {"kind": "relu2", "d_hidden": 40}),
+    ("-", {"kind": "swiglu", "d_hidden": 40, "bias": True}),
+]
+all_cases = pytest.mark.parametrize(("letter", "values"), CASES)
+
+
+def make(letter, values):
+    kind = KINDS[letter]
+    options = build(kind.options, 32, values, f"arch.{kind.name}")
+    torch.manual_seed(0)
+    module = kind.module(options, 1e-5)
+    for name, parameter in module.named_parameters():
+        torch.nn.init.normal_(parameter, 0.5 if "norm" in name else 0.0, 0.3)
+    return options, module
+
+
+def mixing(letter, o, T):
+    """FLOPs of token mixing by walking over tokens and pairs, and how many pairs there are."""
+    flops = pairs = 0
+    for t in range(T):
+        for s in range(T):
+            if letter in "*S":
+                if s <= t and (o.window is None or s > t - o.window):
+                    pairs += 1
+                    flops += o.n_heads * (2 * o.head_dim + 2 * o.head_dim)  # scores, values
+            elif letter == "M" and s // SCAN_TILE == t // SCAN_TILE:
+                pairs += 1
+                flops += 2 * o.n_groups * o.d_state  # C_t . B_s
+                flops += 2 * o.n_heads * o.head_dim  # its product with x_s
+        if letter == "M":
+            outer = 2 * o.n_heads * o.head_dim * o.d_state
+            flops += outer * (t // SCAN_TILE > 0)  # reads the state of the tiles before
+            flops += outer * (t // SCAN_TILE < (T - 1) // SCAN_TILE)  # adds to the state after
+    return flops, pairs
+
+
+def counted(call) -> dict[str, int]:
+    """FLOPs of the call by torch operator."""
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        call()
+    return {str(op): n for op, n in counter.get_flop_counts()["Global"].items()}
+
+
+def projections(counts) -> int:
+    return counts.get("aten.mm", 0) + counts.get("aten.addmm", 0)
+
+
+@all_cases
+def test_params(letter, values):
+    options, module = make(letter, values)
+    assert options.num_params() == sum(p.numel() for p in module.parameters())
+
+
+@all_cases
+@pytest.mark.parametrize("T", [1, 6, 64, 150])
+def test_flops(letter, values, T):
+    options, module = make(letter, values)
+    x = torch.randn(1, T, 32)
+    counts = counted(lambda: module(x, Context(torch.arange(T)[None])))
+    flops, pairs = mixing(letter, options, T)
+    assert options.flops(T) == projections(counts) + flops
+    if letter in "*S":
+        assert options.pairs(T) == pairs
+    if letter == "M" and T <= SCAN_TILE:  # one tile needs no state: the kernel does just this
+        assert options.flops(T) == sum(counts.values())
+
+
+@all_cases
+def test_decode_flops(letter, values):
+    options, module = make(letter, values)
+    for T in (1, 5, 7, 8, 30):
+        state = module.init_state(1, 40, None, torch.float32)
+        ctx = Context(torch.tensor([[T - 1]]))
+        counts = counted(lambda s=state, c=ctx: module.step(torch.randn(1, 32), c, s))
+        mixed = 0
+        if letter in "*S":
+            visible = sum(options.window is None or s >= T - options.window for s in range(T))
+            mixed = 4 * options.inner * visible
+        elif letter == "M":
+            mixed = 4 * options.n_heads * options.head_dim * options.d_state
+        assert options.decode_flops(T) == projections(counts) + mixed
+
+
+@pytest.mark.parametrize(("letter", "values"), [c for c in CASES if c[0] in "*S-"])
+def test_decoding_a_sequence_costs_its_forward_pass(letter, values):
+    options, _ = make(letter, values)
+    assert sum(options.decode_flops(t) for t in range(1, 31)) == options.flops(30)
+
+
+@all_cases
+def test_state_bytes(letter, values):
+    options, module = make(letter, values)
+    for T in (1, 6, 7, 8, 100):
+        for dtype in (torch.float32, torch.bfloat16):
+            state = module.init_state(1, T, None, dtype)
+            total = sum(tensor.nbytes for tensor in state.values())
+            assert options.state_bytes(T, dtype.itemsize) == total
+
+
+def test_elementwise_flops():
+    """Tap by tap, state by state."""
+    m1, _ = make("m", {"d_state": 5, "d_conv": 3})
+    ops = 0
+    for _token in range(7):
+        for _channel in range(m1.d_inner):
+            ops += 2 * 3  # taps
+            ops += 1 + 2  # dt u, D u + y
+            ops += 5 * (1 + 1 + 1 + 2 + 2)  # dt A, exp, times B, a h + b, C h + y
+    assert m1.elementwise_flops(7) == ops
+    m2, _ = make("M", {"head_dim": 16, "d_state": 5})
+    _, pairs = mixing("M", m2, 70)
+    taps = 70 * 2 * 4 * (m2.d_inner + 2 * 5)
+    assert m2.elementwise_flops(70) == taps + 2 * m2.n_heads * pairs
+    assert make("*", {"head_dim": 8, "d_conv": 4})[0].elementwise_flops(9) == 9 * 2 * 4 * 96
+    assert make("-", {})[0].elementwise_flops(9) == 0
+
+
+def test_derived_options():
+    def options(letter, values, width=1024):
+        return build(KINDS[letter].options, width, values, "x")
+
+    assert options("M", {}).n_heads == 32
+    assert options("M", {"d_inner": 512}).expand == 0.5
+    assert options("M", {"d_inner": 2048}) == options("M", {"d_inner": None, "expand": 2.0})
+    assert options("m", {}, 1000).dt_rank == 63
+    assert options("*", {}).n_heads == 16 == options("*", {}).n_kv_heads
+    assert options("*", {"n_heads": 3}, 1000).inner == 192
+    assert options("S", {}).window == 2048
+    assert options("-", {}, 1536).d_hidden == 4096
+    assert options("-", {}, 64).d_hidden == 192
+    assert options("-", {"kind": "gelu"}, 100).d_hidden == 400
