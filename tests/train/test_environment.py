@@ -1,0 +1,86 @@
+"""What a run ran on: commit, peak, numeric settings; and where the seconds go."""
+
+from __future__ import annotations
+
+import os
+import time
+
+import pytest
+import torch
+
+from ablate.config import load
+from ablate.errors import UserError
+from ablate.train import environment as env
+from ablate.train.clock import Clock, process_age
+from ablate.train.peak import peak_flops
+
+CPU = torch.device("cpu")
+
+
+def test_environment_says_what_matters() -> None:
+    cfg = load({"train": {"tokens": 1, "threads": 3, "device": "cpu"}}).train
+    said = env.environment(cfg, CPU)
+    assert said["versions"]["torch"] == torch.__version__
+    assert said["numerics"] == {
+        "device": "cpu",
+        "precision": "fp32",
+        "tf32": False,
+        "deterministic": True,
+        "threads": 3,
+    }
+    assert said["hardware"]["cores"] == os.cpu_count()
+    assert set(env.commit()) == {"commit", "dirty"}
+
+
+def test_precision() -> None:
+    auto = load({"train": {"tokens": 1}}).train
+    fp32 = load({"train": {"tokens": 1, "precision": "fp32"}}).train
+    assert not env.uses_bf16(auto, CPU)
+    assert env.uses_bf16(auto, torch.device("cuda"))
+    assert not env.uses_bf16(fp32, torch.device("cuda"))
+
+
+def test_a_missing_gpu_is_the_users_mistake(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match=r"train\.device"):
+        env.device_of(load({"train": {"tokens": 1, "device": "cuda"}}).train)
+
+
+def test_peak_is_measured_once_and_quickly() -> None:
+    peak_flops.cache_clear()
+    started = time.perf_counter()
+    peak, source = peak_flops("cpu", False, 1)
+    assert time.perf_counter() - started < 5
+    assert source == "measured"
+    assert 1e8 < peak < 1e14
+    assert peak_flops("cpu", False, 1) == (peak, source)
+    assert peak_flops.cache_info().misses == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "tflops"),
+    [("NVIDIA H200", 989.4), ("NVIDIA H100 PCIe", 756), ("NVIDIA A100-SXM4-80GB", 312)],
+)
+def test_peak_of_known_gpus(monkeypatch: pytest.MonkeyPatch, name: str, tflops: float) -> None:
+    peak_flops.cache_clear()
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: name)
+    assert peak_flops("cuda", True) == (tflops * 1e12, "data sheet")
+    assert peak_flops("cuda", False)[0] < tflops * 1e12
+    peak_flops.cache_clear()
+
+
+def test_phases_nest_without_counting_twice() -> None:
+    clock = Clock(CPU)
+    started = time.perf_counter()
+    with clock.of("train"):
+        time.sleep(0.02)
+        with clock.of("checkpoint"):
+            time.sleep(0.05)
+            assert clock.now("checkpoint") >= 0.05
+            assert clock.now("train") == clock.seconds["train"]
+        time.sleep(0.02)
+    total = time.perf_counter() - started
+    assert clock.seconds["checkpoint"] >= 0.05
+    assert clock.seconds["train"] >= 0.04
+    assert sum(clock.seconds.values()) <= total
+    assert process_age() >= 0
