@@ -7,6 +7,8 @@ writes its share of the weight gradient for a second, ordered sum. Four taps are
 fewer taps have zero weights in front.
 """
 
+# mypy: disallow-untyped-defs=False
+
 from __future__ import annotations
 
 import math
@@ -32,9 +34,9 @@ class Config:
 
 
 # One table for every architecture: the kernels are bound by memory and hold a few kB of shared
-# memory at most. Keys: True where rows are aligned to 16 bytes.
-FORWARD = Config(channels=256, segment=64, warps=1, stages=1)
-BACKWARD = Config(channels=128, segment=128, warps=1, stages=1)
+# memory at most.
+FORWARD = Config(channels=256, segment=32, warps=2, stages=3)
+BACKWARD = Config(channels=256, segment=128, warps=2, stages=3)
 
 
 @triton.jit

@@ -6,6 +6,8 @@ half-precision gradients keep their size. The weight gradient accumulates in flo
 reads a value back to the host.
 """
 
+# mypy: disallow-untyped-defs=False
+
 from __future__ import annotations
 
 from dataclasses import dataclass

@@ -5,6 +5,8 @@ their share of the weight gradient in registers and write it for a second, order
 the inputs is kept for the backward pass: the row's scale is cheaper to compute than to read.
 """
 
+# mypy: disallow-untyped-defs=False
+
 from __future__ import annotations
 
 import functools

@@ -1,4 +1,6 @@
-"""Second stage of every weight gradient: the sum over the programs' partial sums, in fixed order."""
+"""Second stage of every weight gradient: the ordered sum of the programs' partial sums."""
+
+# mypy: disallow-untyped-defs=False
 
 from __future__ import annotations
 

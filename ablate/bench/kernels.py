@@ -1,0 +1,551 @@
+"""`ablate bench kernels`: our kernels beside every installed peer, in one run on one GPU.
+
+Before anything is timed, outputs and gradients of ours and of each peer are compared in bfloat16
+with the float64 definition at a short length. Times are medians: `clock` by CUDA events around the
+call (Triton's do_bench, L2 flushed), `device` the sum of the kernels' own times. The floor is the
+time of moving each input and output once at the copy rate, or of the arithmetic, whichever is
+longer, as measured on an H200.
+"""
+
+# mypy: disable-error-code="import-not-found, import-untyped"
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import datetime
+import json
+import platform
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+Inputs = dict[str, Any]
+Function = Callable[[Inputs], Any]
+CHECK_LENGTH = 192
+
+
+@dataclass(frozen=True)
+class Case:
+    """One line of the bench: an operation at a size.
+
+    inputs(batch, length): leaves that require gradients, and the rest. floor, must: milliseconds
+    forward and forward+backward on one H200 (None where there is no figure).
+    """
+
+    operation: str
+    size: str
+    batch: int
+    length: int
+    inputs: Callable[[int, int], Inputs]
+    ours: Function
+    oracle: Function
+    peers: Callable[[], dict[str, Function]]
+    floor: tuple[float | None, float | None] = (None, None)
+    must: tuple[float | None, float | None] = (None, None)
+    check_batch: int = 2
+
+
+@dataclass
+class Row:
+    """A measured line; times in milliseconds, memory in GiB, errors relative in the norm."""
+
+    operation: str
+    size: str
+    who: str
+    forward: float | None = None
+    both: float | None = None
+    forward_device: float | None = None
+    both_device: float | None = None
+    memory: float | None = None
+    error: float | None = None
+    worst_gradient: str = ""
+    floor: tuple[float | None, float | None] = (None, None)
+    must: tuple[float | None, float | None] = (None, None)
+    failed: str = ""
+    extra: dict[str, float] = field(default_factory=dict)
+
+
+def _randn(*shape: int, scale: float = 1.0, grad: bool = True, dtype: Any = None) -> torch.Tensor:
+    t = torch.randn(*shape, device="cuda", dtype=torch.float32) * scale
+    return t.to(dtype or torch.bfloat16).requires_grad_(grad)
+
+
+def _documents(batch: int, length: int, size: int) -> torch.Tensor:
+    index = torch.arange(length, device="cuda", dtype=torch.int32)
+    return (index // size * size).expand(batch, length).contiguous()
+
+
+def _optional(**makers: Callable[[], Function]) -> dict[str, Function]:
+    """The peers that can be imported here."""
+    found = {}
+    for name, maker in makers.items():
+        with contextlib.suppress(ImportError, AttributeError, ModuleNotFoundError):
+            found[name] = maker()
+    return found
+
+
+def _compiled(fn: Function) -> Function:
+    torch._dynamo.reset()
+    return torch.compile(fn, dynamic=False)
+
+
+# -- convolution ------------------------------------------------------------------------------
+
+
+def _conv_inputs(width: int, documents: bool = False) -> Callable[[int, int], Inputs]:
+    def make(batch: int, length: int) -> Inputs:
+        return {
+            "x": _randn(batch, length, width),
+            "weight": _randn(width, 4, scale=0.3, dtype=torch.float32),
+            "bias": _randn(width, scale=0.3, dtype=torch.float32),
+            "doc": _documents(batch, length, 64) if documents else None,
+        }
+
+    return make
+
+
+def _conv_ours(t: Inputs) -> Any:
+    from ablate.kernels import causal_conv1d
+
+    return causal_conv1d(t["x"], t["weight"], t["bias"], doc_start_BL=t["doc"])
+
+
+def _conv_oracle(t: Inputs) -> Any:
+    from ablate.kernels.conv1d import causal_conv1d_reference
+
+    return causal_conv1d_reference(t["x"], t["weight"], t["bias"], doc_start_BL=t["doc"])
+
+
+def _conv_torch(t: Inputs) -> Any:
+    x = F.pad(t["x"].transpose(1, 2), (3, 0))
+    w, b = t["weight"].to(x.dtype), t["bias"].to(x.dtype)
+    return F.silu(F.conv1d(x, w.unsqueeze(1), b, groups=x.shape[1])).transpose(1, 2)
+
+
+def _conv_peers() -> dict[str, Function]:
+    def fla() -> Function:
+        from fla.modules.causal_conv1d import causal_conv1d
+
+        return lambda t: causal_conv1d(t["x"], t["weight"], t["bias"], activation="silu")[0]
+
+    def tri_dao() -> Function:
+        from causal_conv1d import causal_conv1d_fn
+
+        return lambda t: causal_conv1d_fn(
+            t["x"].transpose(1, 2), t["weight"].to(t["x"].dtype), t["bias"].to(t["x"].dtype),
+            activation="silu",
+        ).transpose(1, 2)  # fmt: skip
+
+    return _optional(**{"fla": fla, "causal-conv1d": tri_dao}) | {"compile": _compiled(_conv_torch)}
+
+
+# -- norms ------------------------------------------------------------------------------------
+
+
+def _gated_inputs(batch: int, length: int) -> Inputs:
+    return {
+        "x": _randn(batch * length, 1536),
+        "z": _randn(batch * length, 1536),
+        "weight": _randn(1536, dtype=torch.float32),
+    }
+
+
+def _gated_ours(t: Inputs) -> Any:
+    from ablate.kernels import gated_rms_norm
+
+    return gated_rms_norm(t["x"], t["z"], t["weight"])
+
+
+def _gated_oracle(t: Inputs) -> Any:
+    from ablate.kernels.norm import gated_rms_norm_reference
+
+    return gated_rms_norm_reference(t["x"], t["z"], t["weight"])
+
+
+def _gated_peers() -> dict[str, Function]:
+    def mamba() -> Function:
+        from mamba_ssm.ops.triton.layernorm_gated import rmsnorm_fn
+
+        return lambda t: rmsnorm_fn(
+            t["x"], t["weight"], None, z=t["z"], eps=1e-5, norm_before_gate=False
+        )
+
+    def fla() -> Function:
+        from fla.modules.norm.layernorm_gated import rmsnorm_fn
+
+        return lambda t: rmsnorm_fn(
+            t["x"], t["weight"], None, z=t["z"], eps=1e-5, norm_before_gate=False
+        )
+
+    found = _optional(**{"mamba_ssm": mamba, "fla (mamba_ssm's)": fla})
+    return found | {"compile": _compiled(_gated_oracle)}
+
+
+def _add_inputs(batch: int, length: int) -> Inputs:
+    return {
+        "x": _randn(batch * length, 768),
+        "residual": _randn(batch * length, 768),
+        "weight": _randn(768, dtype=torch.float32),
+    }
+
+
+def _add_ours(t: Inputs) -> Any:
+    from ablate.kernels import rms_norm
+
+    return rms_norm(t["x"], t["weight"], residual=t["residual"])
+
+
+def _add_oracle(t: Inputs) -> Any:
+    from ablate.kernels.norm import rms_norm_reference
+
+    return rms_norm_reference(t["x"], t["weight"], residual=t["residual"])
+
+
+def _add_peers() -> dict[str, Function]:
+    def fla() -> Function:
+        from fla.modules.norm.layernorm import rms_norm
+
+        return lambda t: rms_norm(t["x"], t["weight"], None, residual=t["residual"], prenorm=True)
+
+    def liger() -> Function:
+        from liger_kernel.ops.fused_add_rms_norm import LigerFusedAddRMSNormFunction
+
+        return lambda t: LigerFusedAddRMSNormFunction.apply(
+            t["x"], t["residual"], t["weight"], 1e-5
+        )
+
+    return _optional(fla=fla, liger=liger) | {"compile": _compiled(_add_oracle)}
+
+
+# -- loss -------------------------------------------------------------------------------------
+
+
+def _loss_inputs(batch: int, length: int) -> Inputs:
+    return {
+        "x": _randn(batch * length, 768),
+        "weight": _randn(50304, 768, scale=0.02),
+        "target": torch.randint(0, 50304, (batch * length,), device="cuda"),
+    }
+
+
+def _loss_ours(t: Inputs) -> Any:
+    from ablate.kernels import linear_cross_entropy
+
+    return linear_cross_entropy(t["x"], t["weight"], t["target"])
+
+
+def _loss_torch(t: Inputs) -> Any:
+    logits = F.linear(t["x"], t["weight"])
+    return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), t["target"])
+
+
+def _loss_peers() -> dict[str, Function]:
+    def liger() -> Function:
+        from liger_kernel.ops.fused_linear_cross_entropy import (
+            LigerFusedLinearCrossEntropyFunction,
+        )
+
+        def run(t: Inputs) -> Any:
+            out = LigerFusedLinearCrossEntropyFunction.apply(t["x"], t["weight"], t["target"])
+            return out[0] if isinstance(out, tuple) else out
+
+        return run
+
+    return _optional(liger=liger) | {"compile": _compiled(_loss_torch)}
+
+
+# -- state space ------------------------------------------------------------------------------
+
+
+def _ssd_inputs(
+    heads: int, documents: int = 0, head_dim: int = 64, state: int = 128
+) -> Callable[[int, int], Inputs]:
+    def make(batch: int, length: int) -> Inputs:
+        rate = torch.empty(heads, device="cuda").uniform_(1, 16)
+        step = torch.empty(heads, device="cuda").uniform_(-6.9, -2.3)  # log of 0.001 to 0.1
+        return {
+            "x": _randn(batch, length, heads, head_dim),
+            "dt": _randn(batch, length, heads, scale=0.5),
+            "A": (-rate).requires_grad_(),
+            "B": _randn(batch, length, 1, state),
+            "C": _randn(batch, length, 1, state),
+            "D": _randn(heads, dtype=torch.float32),
+            "dt_bias": torch.log(torch.expm1(step.exp())).requires_grad_(),
+            "doc": _documents(batch, length, documents) if documents else None,
+        }
+
+    return make
+
+
+def _ssd_with(form: str) -> Function:
+    def run(t: Inputs) -> Any:
+        import importlib
+
+        fn = getattr(importlib.import_module("ablate.kernels.ssd"), form)
+        return fn(
+            t["x"], t["dt"], t["A"], t["B"], t["C"], t["D"], dt_bias_H=t["dt_bias"],
+            dt_softplus=True, doc_start_BL=t["doc"],
+        )  # fmt: skip
+
+    return run
+
+
+def _ssd_peers() -> dict[str, Function]:
+    def mamba() -> Function:
+        from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
+
+        return lambda t: mamba_chunk_scan_combined(
+            t["x"], t["dt"], t["A"], t["B"], t["C"], 256, D=t["D"], dt_bias=t["dt_bias"],
+            dt_softplus=True,
+        )  # fmt: skip
+
+    return _optional(mamba_ssm=mamba)
+
+
+def _core_inputs(batch: int, length: int) -> Inputs:
+    inner, shared, heads = 1536, 128, 24
+    return {
+        "zxbcdt": _randn(batch, length, 2 * inner + 2 * shared + heads),
+        "conv_weight": _randn(inner + 2 * shared, 4, scale=0.3, dtype=torch.float32),
+        "conv_bias": _randn(inner + 2 * shared, scale=0.1, dtype=torch.float32),
+        "dt_bias": torch.empty(heads, device="cuda").uniform_(-6.0, -2.0).requires_grad_(),
+        "A_log": torch.empty(heads, device="cuda").uniform_(0.0, 2.7).requires_grad_(),
+        "D": _randn(heads, dtype=torch.float32),
+        "norm_weight": _randn(inner, dtype=torch.float32),
+    }
+
+
+def _core_with(form: str) -> Function:
+    def run(t: Inputs) -> Any:
+        import importlib
+
+        fn = getattr(importlib.import_module("ablate.kernels.mamba2_core"), form)
+        extra = {"backend": "reference"} if form == "mamba2_core_reference" else {}
+        return fn(*t.values(), head_dim=64, n_groups=1, d_state=128, **extra)
+
+    return run
+
+
+def _core_peers() -> dict[str, Function]:
+    def mamba() -> Function:
+        from mamba_ssm.ops.triton.ssd_combined import mamba_split_conv1d_scan_combined
+
+        return lambda t: mamba_split_conv1d_scan_combined(
+            t["zxbcdt"], t["conv_weight"], t["conv_bias"], t["dt_bias"], -torch.exp(t["A_log"]),
+            t["D"], 256, rmsnorm_weight=t["norm_weight"], rmsnorm_eps=1e-5, headdim=64,
+        )  # fmt: skip
+
+    return _optional(mamba_ssm=mamba)
+
+
+def _cases() -> list[Case]:
+    ssd, recurrent = _ssd_with("ssd"), _ssd_with("ssd_recurrent")
+    conv = (_conv_ours, _conv_oracle)
+    none: Callable[[], dict[str, Function]] = dict
+    return [
+        Case("causal_conv1d", "B=8 L=4096 D=1792", 8, 4096, _conv_inputs(1792), *conv,
+             _conv_peers, (0.055, 0.138), (0.078, 0.25)),
+        Case("causal_conv1d", "documents of 64", 8, 4096, _conv_inputs(1792, True), *conv, none),
+        Case("gated_rms_norm", "M=32768 D=1536", 8, 4096, _gated_inputs, _gated_ours,
+             _gated_oracle, _gated_peers, (0.070, 0.19), (0.085, 0.32)),
+        Case("rms_norm + residual", "M=32768 D=768", 8, 4096, _add_inputs, _add_ours, _add_oracle,
+             _add_peers, (0.047, 0.094)),
+        Case("linear_cross_entropy", "M=32768 D=768 V=50304", 8, 4096, _loss_inputs, _loss_ours,
+             _loss_torch, _loss_peers, (None, 14.2), (None, 14.5)),
+        Case("ssd", "B=8 L=4096 H=24 P=64 N=128", 8, 4096, _ssd_inputs(24), ssd, recurrent,
+             _ssd_peers, (0.051, 0.151), (0.22, 0.70)),
+        Case("ssd", "H=64", 8, 4096, _ssd_inputs(64), ssd, recurrent, _ssd_peers,
+             (0.130, 0.393), (0.55, 1.8)),
+        Case("ssd", "B=4 L=1024 H=6", 4, 1024, _ssd_inputs(6), ssd, recurrent, _ssd_peers),
+        Case("ssd", "B=1 L=131072 H=24", 1, 131072, _ssd_inputs(24), ssd, recurrent, none),
+        Case("ssd", "documents of 500", 8, 4096, _ssd_inputs(24, 500), ssd, recurrent, none),
+        Case("mamba2_core", "B=16 L=2048 width 768", 16, 2048, _core_inputs,
+             _core_with("mamba2_core"), _core_with("mamba2_core_reference"), _core_peers,
+             (None, None), (None, 1.0)),
+    ]  # fmt: skip
+
+
+# -- measuring --------------------------------------------------------------------------------
+
+
+def _leaves(t: Inputs) -> dict[str, torch.Tensor]:
+    return {k: v for k, v in t.items() if isinstance(v, torch.Tensor) and v.requires_grad}
+
+
+def _first(out: Any) -> tuple[torch.Tensor, ...]:
+    return out if isinstance(out, tuple) else (out,)
+
+
+def _gradients(fn: Function, t: Inputs) -> dict[str, torch.Tensor]:
+    outs = _first(fn(t))
+    generator = torch.Generator("cuda").manual_seed(1)
+    total = torch.zeros((), device="cuda")
+    for out in outs:
+        weight = torch.randn(out.shape, generator=generator, device="cuda", dtype=torch.float32)
+        total = total + (out * weight.to(out.dtype)).sum(dtype=torch.promote_types(
+            out.dtype, torch.float32))  # fmt: skip
+    names = _leaves(t)
+    found = dict(zip(names, torch.autograd.grad(total, list(names.values())), strict=True))
+    return found | {f"output {i}": o.detach() for i, o in enumerate(outs)}
+
+
+def _errors(fn: Function, case: Case) -> tuple[float, str]:
+    """The largest relative error among outputs and gradients, and whose it is."""
+    torch.manual_seed(0)
+    t = case.inputs(case.check_batch, CHECK_LENGTH)
+    exact = {
+        k: v.detach().double().requires_grad_(v.requires_grad)
+        if isinstance(v, torch.Tensor) and v.is_floating_point()
+        else v
+        for k, v in t.items()
+    }
+    want = _gradients(case.oracle, exact)
+    got = _gradients(fn, t)
+    errors = {}
+    for name, ref in want.items():
+        difference = (got[name].double() - ref).norm() / ref.norm().clamp(min=1e-30)
+        value = float(difference)
+        errors[name] = value if value == value else float("inf")
+    worst = max(errors, key=lambda name: errors[name])
+    return errors[worst], worst
+
+
+def _device_ms(fn: Callable[[], Any], repeats: int = 5) -> float:
+    from torch.profiler import ProfilerActivity, profile
+
+    fn()
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as recorded:
+        for _ in range(repeats):
+            fn()
+        torch.cuda.synchronize()
+    return sum(e.self_device_time_total for e in recorded.key_averages()) / repeats / 1000
+
+
+def _measure(case: Case, who: str, fn: Function, milliseconds: int) -> Row:
+    from triton.testing import do_bench
+
+    row = Row(case.operation, case.size, who, floor=case.floor, must=case.must)
+    try:
+        if who != "compile":  # torch's own; a second shape would compile it twice
+            row.error, row.worst_gradient = _errors(fn, case)
+        torch.manual_seed(0)
+        t = case.inputs(case.batch, case.length)
+        leaves = list(_leaves(t).values())
+        with torch.no_grad():
+            grads = [torch.randn_like(o) for o in _first(fn(t))]
+
+        def forward() -> None:
+            with torch.no_grad():
+                fn(t)
+
+        def both() -> None:
+            torch.autograd.grad(_first(fn(t)), leaves, grads)
+
+        for name, call in (("forward", forward), ("both", both)):
+            call()
+            setattr(row, name, do_bench(call, warmup=10, rep=milliseconds, return_mode="median"))
+            setattr(row, f"{name}_device", _device_ms(call))
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        both()
+        row.memory = (torch.cuda.max_memory_allocated() - before) / 2**30
+    except Exception as problem:
+        row.failed = f"{type(problem).__name__}: {str(problem).splitlines()[0][:120]}"
+    finally:
+        torch.cuda.empty_cache()
+    return row
+
+
+def bench_kernels(only: str = "", peers: str = "all", milliseconds: int = 100) -> Iterator[Row]:
+    """Measures the cases whose operation contains `only`; yields one row at a time, ours first.
+
+    peers: "all", "none", or names separated by commas.
+    """
+    for case in _cases():
+        if only and not any(word in case.operation for word in only.split(",")):
+            continue
+        yield _measure(case, "ours", case.ours, milliseconds)
+        if peers == "none":
+            continue
+        for name, fn in case.peers().items():
+            if peers == "all" or any(word in name for word in peers.split(",")):
+                yield _measure(case, name, fn, milliseconds)
+
+
+def _number(value: float | None, digits: int = 3) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def table(rows: list[Row]) -> str:
+    """Markdown: milliseconds as forward / forward+backward, ratios of the clock time."""
+    lines = [
+        "| operation | size | who | clock ms | device ms | / floor | / must | GiB | worst error |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for r in rows:
+        if r.failed:
+            lines.append(f"| {r.operation} | {r.size} | {r.who} | {r.failed} | | | | | |")
+            continue
+
+        def ratio(to: tuple[float | None, float | None], r: Row = r) -> str:
+            pairs = zip((r.forward, r.both), to, strict=True)
+            return " / ".join(_number(a / b, 2) if a and b else "-" for a, b in pairs)
+
+        error = "-" if r.error is None else f"{r.error:.1e} ({r.worst_gradient})"
+        lines.append(
+            f"| {r.operation} | {r.size} | {r.who} | {_number(r.forward)} / {_number(r.both)} "
+            f"| {_number(r.forward_device)} / {_number(r.both_device)} | {ratio(r.floor)} "
+            f"| {ratio(r.must)} | {_number(r.memory, 2)} | {error} |"
+        )
+    return "\n".join(lines)
+
+
+def environment() -> dict[str, str]:
+    """What the figures were measured on."""
+    import triton
+
+    return {
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "gpu": torch.cuda.get_device_name(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "cuda": str(torch.version.cuda),
+    }
+
+
+def run(args: list[str]) -> int:
+    """The command `ablate bench kernels`; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="ablate bench kernels", description="Our kernels beside every installed peer."
+    )
+    parser.add_argument("--only", default="", help="operations, separated by commas (conv,norm)")
+    parser.add_argument("--peers", default="all", help="all, none, or names (fla,liger,compile)")
+    parser.add_argument("--ms", type=int, default=100, help="time spent on each figure")
+    parser.add_argument("--json", type=Path, help="also write every figure to this file")
+    options = parser.parse_args(args)
+    if not torch.cuda.is_available():
+        print("ablate bench kernels needs a CUDA GPU, and this machine has none.", file=sys.stderr)
+        return 2
+    print(", ".join(f"{k} {v}" for k, v in environment().items()), flush=True)
+    rows = []
+    for row in bench_kernels(options.only, options.peers, options.ms):
+        rows.append(row)
+        print(table([row]).splitlines()[-1], flush=True)
+    print("\n" + table(rows))
+    if options.json is not None:
+        record = {"environment": environment(), "rows": [vars(r) for r in rows]}
+        options.json.write_text(json.dumps(record, indent=1))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run(sys.argv[1:]))
