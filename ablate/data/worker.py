@@ -131,11 +131,14 @@ def main() -> None:
     while True:
         try:
             chunk = pickle.load(sys.stdin.buffer)
-        except EOFError:
+        except (EOFError, pickle.UnpicklingError):
             return
         answer: Encoded | UserError
         try:
             answer = encode(chunk, tokenizer, lenient)
         except UserError as error:
             answer = error
-        _send(answers, answer)
+        try:
+            _send(answers, answer)
+        except BrokenPipeError:
+            os._exit(0)  # the parent is gone; nothing is left to flush to
