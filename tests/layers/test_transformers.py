@@ -43,7 +43,10 @@ def mamba_names(i, gated):
     }
     m = f"backbone.layers.{i}.mixer"
     if gated:
-        pairs |= {f"{m}.dt_bias": f"layers.{i}.dt_bias", f"{m}.norm.weight": f"layers.{i}.gate_norm"}
+        pairs |= {
+            f"{m}.dt_bias": f"layers.{i}.dt_bias",
+            f"{m}.norm.weight": f"layers.{i}.gate_norm",
+        }
     else:
         pairs |= {
             f"{m}.x_proj.weight": f"layers.{i}.x_proj",
@@ -75,7 +78,9 @@ def compare(theirs, ours, names, *, transform=None):
     tokens = torch.randint(0, VOCAB, (2, 70), generator=torch.Generator().manual_seed(1))
     logits = theirs(tokens, use_cache=False).logits
     torch.testing.assert_close(ours.logits(tokens), logits, rtol=1e-4, atol=1e-4)
-    expected = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+    expected = torch.nn.functional.cross_entropy(
+        logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()
+    )
     targets = torch.nn.functional.pad(tokens[:, 1:], (0, 1), value=-100)
     loss = ours.loss(tokens, targets)
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)

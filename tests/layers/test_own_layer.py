@@ -1,0 +1,166 @@
+"""A layer kind from a user's own package, without touching this repository."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+
+from ablate.arch import Architecture
+from ablate.config import ArchConfig
+from ablate.errors import UserError
+from ablate.layers import KINDS, registry
+from ablate.model import LanguageModel, param_groups
+
+LAYER = '''
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from ablate.layers import STRICT, Kind, PositiveInt, register
+
+
+@dataclass(frozen=True, kw_only=True)
+class AverageOptions:
+    d_model: PositiveInt
+    rank: PositiveInt = 4
+
+    __pydantic_config__ = STRICT
+
+    def num_params(self):
+        return 2 * self.d_model * self.rank
+
+    def flops(self, T):
+        return 4 * T * self.d_model * self.rank
+
+    def elementwise_flops(self, T):
+        return 2 * T * self.rank
+
+    def state_bytes(self, T, dtype_bytes=2):
+        return dtype_bytes * self.rank
+
+    def decode_flops(self, T):
+        return self.flops(1)
+
+
+class Average(nn.Module):
+    """The sum over the past of a projection."""
+
+    roles = {"down": "matrix", "up": "residual"}
+
+    def __init__(self, options, norm_eps):
+        super().__init__()
+        self.options = options
+        self.down = nn.Parameter(torch.empty(options.rank, options.d_model))
+        self.up = nn.Parameter(torch.empty(options.d_model, options.rank))
+
+    def forward(self, x, ctx, state=None):
+        total = (x @ self.down.T).cumsum(1)
+        if state is not None:
+            state["total"].copy_(total[:, -1])
+        return x + total @ self.up.T
+
+    def init_state(self, batch, max_len, device, dtype):
+        return {"total": torch.zeros(batch, self.options.rank, device=device, dtype=dtype)}
+
+    def step(self, x, ctx, state):
+        state["total"] += x @ self.down.T
+        return x + state["total"] @ self.up.T
+
+
+register(Kind("W", "average", AverageOptions, Average))
+'''
+
+
+@pytest.fixture(autouse=True)
+def package(tmp_path, monkeypatch):
+    """`my_pkg` on the path; kinds and modules as they were afterwards."""
+    folder = tmp_path / "my_pkg"
+    folder.mkdir()
+    (folder / "__init__.py").touch()
+    (folder / "my_layer.py").write_text(LAYER)
+    monkeypatch.syspath_prepend(tmp_path)
+    kinds, loaded = dict(KINDS), set(registry._loaded)
+    yield folder
+    KINDS.clear()
+    KINDS.update(kinds)
+    registry._loaded.clear()
+    registry._loaded.update(loaded)
+    for name in [n for n in sys.modules if n.split(".")[0] == "my_pkg"]:
+        del sys.modules[name]
+
+
+def config(**fields):
+    return ArchConfig(
+        pattern="M-W-", d_model=64, layers=["my_pkg.my_layer"], **{"average": {"rank": 3}, **fields}
+    )
+
+
+def test_it_is_a_kind_like_the_others():
+    arch = Architecture.from_config(config(), 128)
+    assert arch.options_of("W").rank == 3
+    assert arch.canonical()["options"]["average"] == {"rank": 3}
+    assert arch.shares()["attention_of_mixers"] == 0
+    lm = LanguageModel(arch)
+    assert sum(p.numel() for p in lm.parameters()) == arch.num_params()
+    assert "layers.2.down" in param_groups(lm, 0.1)[0]["names"]
+    tokens = torch.randint(0, 128, (2, 12))
+    lm.loss(tokens, tokens).backward()
+    assert lm.layers[2].up.grad.abs().max() > 0
+    with torch.no_grad():
+        state = lm.init_state(2, 12)
+        lm.prefill(tokens[:, :11], state)
+        torch.testing.assert_close(lm.step(tokens[:, 11], state), lm.logits(tokens)[:, -1])
+    Architecture.from_config(config(), 128)  # a second time finds it
+
+
+def test_its_options_are_checked_as_ours_are():
+    with pytest.raises(
+        UserError, match=r"unknown field 'arch\.average\.rnk' \(did you mean 'rank'"
+    ):
+        Architecture.from_config(config(average={"rnk": 3}), 128)
+    with pytest.raises(UserError, match=r"field 'arch\.average\.rank' is 0"):
+        Architecture.from_config(config(average={"rank": 0}), 128)
+
+
+def test_a_module_imported_before_is_taken():
+    import my_pkg.my_layer  # noqa: F401
+
+    assert Architecture.from_config(config(), 128).options_of("W").rank == 3
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "registers no layer kind"),
+        ("import nothing_like_this", "cannot be imported (No module named 'nothing_like_this')"),
+        ("1 / 0", "cannot be imported (division by zero)"),
+        (LAYER.replace('"W"', '"M"'), "the letter 'M', taken by 'mamba2'"),
+        (LAYER.replace('"W"', '"E"'), "the letter 'E', reserved for mixture of experts"),
+        (LAYER.replace('"W"', '"x"'), "must be one ASCII letter, not 'x'"),
+        (LAYER.replace('"W"', '"WW"'), "must be one ASCII letter"),
+        (LAYER.replace('"average"', '"pattern"'), "cannot be named 'pattern'"),
+        (LAYER.replace('"average"', '"mlp"'), "there is a layer kind 'mlp' already"),
+        (LAYER + "\nimport nothing_like_this", "cannot be imported"),
+    ],
+)
+def test_mistakes_name_the_field_and_the_module(package, text, words):
+    before = dict(KINDS)
+    (package / "my_layer.py").write_text(text)
+    with pytest.raises(UserError) as error:
+        Architecture.from_config(config(), 128)
+    assert str(error.value).startswith("arch.layers: module 'my_pkg.my_layer'")
+    assert words in str(error.value)
+    assert before == KINDS  # nothing half done stays
+
+
+def test_a_module_that_does_not_exist():
+    with pytest.raises(UserError, match=r"arch\.layers: module 'my_pkg\.none' cannot be imported"):
+        Architecture.from_config(ArchConfig(pattern="M-", layers=["my_pkg.none"]), 128)
+
+
+def test_without_it_the_letter_is_unknown():
+    with pytest.raises(UserError, match="'W' is no layer"):
+        Architecture("M-W-", d_model=64, vocab_size=128)
