@@ -9,9 +9,10 @@ Everything works on chunks of Q = 64 tokens. Forward, three launches:
    first only their end states, then, started from the states before them, the whole.
 3. `_scan_kernel`: one program per chunk and group computes C B^T once and loops over the heads.
 
-Backward, three launches and a sum: `_state_kernel` in reverse over (dy, C) gives the gradient of the
-state that leaves each chunk; `_grad_kernel` per chunk and group loops over the heads and keeps the
-gradients of B, C and C B^T in registers, so that nothing needs atomics; `_dt_grad_kernel` undoes 1.
+Backward, four launches and a sum: `_state_kernel` in reverse over (dy, C) gives the gradient of the
+state that leaves each chunk; `_dx_kernel` and `_bc_grad_kernel`, per chunk and group, loop over the
+heads, so that the gradients of B C^T, B and C stay in registers and nothing needs atomics (in one
+kernel they spill); `_dt_grad_kernel` undoes 1.
 
 Sums over spans of dt A never leave a chunk, which keeps the gradient of dt and A free of the
 cancellation of a sum over the whole sequence. Each result is a fixed order of additions: two runs
@@ -233,10 +234,9 @@ def _scan_kernel(
 
 
 @triton.jit
-def _grad_kernel(
-    x_ptr, dy_ptr, b_ptr, c_ptr, d_ptr, dts_ptr, doc_ptr, states_ptr, dstates_ptr,
-    dx_ptr, db_ptr, dc_ptr, parts_ptr, through_ptr, dd_ptr,
-    x_stride_b, b_stride_b, c_stride_b, length, plane, n_chunks,
+def _dx_kernel(
+    x_ptr, dy_ptr, b_ptr, c_ptr, d_ptr, dts_ptr, doc_ptr, dstates_ptr, dx_ptr, dpairs_ptr,
+    parts_ptr, x_stride_b, b_stride_b, c_stride_b, length, plane, n_chunks,
     UNIT: tl.constexpr, X_STRIDE_L: tl.constexpr,
     B_STRIDE_L: tl.constexpr, C_STRIDE_L: tl.constexpr,
     H: tl.constexpr, G: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
@@ -244,11 +244,12 @@ def _grad_kernel(
     D_RANK: tl.constexpr, HAS_DOC: tl.constexpr, FULL: tl.constexpr, PREC: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of one chunk and group. Pair matrices are [s, t], source before target.
+    """dx of one chunk and group, and the gradient of B C^T summed over the group's heads.
 
-    Of the gradient of dt it leaves the parts, each (B, H, padded L): 0 what ends at a position
-    plus 1 what came with the state minus what starts there, and of the direct part 2 what leaves
-    with the state and 3 what stays. through: what passes the whole chunk, (B, c, H).
+    Pair matrices are [s, t], source before target. Of the gradients of dt and D it leaves parts,
+    each (B, H, padded L): what pairs that end at a position contribute (0) and those that start
+    there (1), the direct part of dt from what leaves with the state (2) and what stays (3), and
+    <x, dy> (4).
     """
     chunk = tl.program_id(0)
     b = (tl.program_id(1) // G).to(tl.int64)
@@ -268,8 +269,8 @@ def _grad_kernel(
     dx_ptr += (b * length + wide) * (H * P)
     dts_ptr += b * H * padded + start
     parts_ptr += b * H * padded + start
-    states_ptr += (b * n_chunks + chunk) * (H * P * N)
     dstates_ptr += (b * n_chunks + chunk) * (H * P * N)
+    dpairs_ptr += ((b * n_chunks + chunk) * G + group) * (Q * Q)
 
     B = _load(b_ptr, rows, n, left, N, B_STRIDE_L, FULL, FULL_N)
     C = _load(c_ptr, rows, n, left, N, C_STRIDE_L, FULL, FULL_N)
@@ -278,8 +279,86 @@ def _grad_kernel(
         doc = tl.load(doc_ptr + b * length + start + rows, mask=rows < left, other=0)
         doc_last = tl.load(doc_ptr + b * length + tl.minimum(start + Q, length) - 1)
         allowed = allowed & (start + rows[:, None] >= doc[None, :])
-    BC = tl.where(allowed, tl.dot(B, tl.trans(C), input_precision=PREC), 0.0)
-    dBC = tl.zeros((Q, Q), tl.float32)
+    pairs = tl.where(allowed, tl.dot(B, tl.trans(C), input_precision=PREC), 0.0)
+    dpairs = tl.zeros((Q, Q), tl.float32)
+    for h in tl.range(group * PER_GROUP, (group + 1) * PER_GROUP, num_stages=STAGES):
+        x = _load(x_ptr + h * P, rows, p, left, P, X_STRIDE_L, FULL, FULL_P)
+        dy = _load(dy_ptr + h * P, rows, p, left, P, H * P, FULL, FULL_P)
+        dstate = _load(dstates_ptr + h * (P * N), p, n, P, N, N, FULL_P, FULL_N)
+        out = parts_ptr + h * padded + rows
+        dt = tl.load(dts_ptr + h * padded + rows)
+        cum = tl.load(dts_ptr + plane + h * padded + rows)
+        cum_last = tl.load(dts_ptr + plane + h * padded + Q - 1)
+        leaves = tl.exp2(tl.minimum(cum_last - cum, 0.0))
+        if HAS_DOC:
+            leaves = tl.where(start + rows >= doc_last, leaves, 0.0)
+        decay = tl.exp2(tl.minimum(cum[None, :] - cum[:, None], 0.0))
+        weight = pairs * decay
+
+        xdy = tl.dot(x, tl.trans(dy), input_precision=PREC)
+        if D_RANK == 1:
+            own = tl.where(rows[:, None] == rows[None, :], xdy, 0.0)
+            tl.store(out + 4 * plane, tl.sum(own, axis=1))
+        xdy *= dt[:, None]
+        dpairs += xdy * decay
+        # a pair of a position with itself spans no decay
+        spans = tl.where(rows[:, None] < rows[None, :], xdy * weight, 0.0)
+        tl.store(out, tl.sum(spans, axis=0))
+        tl.store(out + plane, -tl.sum(spans, axis=1))
+        x32 = x.to(tl.float32)
+        dx = tl.dot(B, tl.trans(dstate), input_precision=PREC) * leaves[:, None]
+        tl.store(out + 2 * plane, tl.sum(dx * x32, axis=1))
+        within = tl.dot(weight.to(x.dtype), dy, input_precision=PREC)
+        tl.store(out + 3 * plane, tl.sum(within * x32, axis=1))
+        dx = (dx + within) * dt[:, None]
+        if D_RANK == 1:
+            dx += tl.load(d_ptr + h).to(tl.float32) * dy.to(tl.float32)
+        if D_RANK == 2:
+            d = tl.load(d_ptr + h * P + p, mask=p < P, other=0.0).to(tl.float32)
+            dx += d[None, :] * dy.to(tl.float32)
+        _store(dx_ptr + h * P, dx.to(x.dtype), rows, p, left, P, H * P, FULL, FULL_P)
+    dpairs = tl.where(allowed, dpairs, 0.0).to(x_ptr.dtype.element_ty)
+    tl.store(dpairs_ptr + rows[:, None] * Q + rows[None, :], dpairs)
+
+
+@triton.jit
+def _bc_grad_kernel(
+    x_ptr, dy_ptr, b_ptr, c_ptr, dts_ptr, doc_ptr, states_ptr, dstates_ptr, dpairs_ptr,
+    db_ptr, dc_ptr, parts_ptr, through_ptr,
+    x_stride_b, b_stride_b, c_stride_b, length, plane, n_chunks,
+    UNIT: tl.constexpr, X_STRIDE_L: tl.constexpr,
+    B_STRIDE_L: tl.constexpr, C_STRIDE_L: tl.constexpr,
+    H: tl.constexpr, G: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
+    BP: tl.constexpr, BN: tl.constexpr, Q: tl.constexpr,
+    HAS_DOC: tl.constexpr, FULL: tl.constexpr, PREC: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """dB and dC of one chunk and group; for the gradient of dt, what came with the state to each
+    position (part 5) and what the state carries through the whole chunk, (B, c, H)."""
+    chunk = tl.program_id(0)
+    b = (tl.program_id(1) // G).to(tl.int64)
+    group = tl.program_id(1) % G
+    padded = n_chunks * Q
+    start = chunk * Q
+    left = length - start
+    wide = start.to(tl.int64)
+    rows, p, n = tl.arange(0, Q), tl.arange(0, BP), tl.arange(0, BN)
+    FULL_P: tl.constexpr = P == BP
+    FULL_N: tl.constexpr = N == BN
+    PER_GROUP: tl.constexpr = H // G
+    b_ptr += b * b_stride_b * UNIT + wide * B_STRIDE_L + group * N
+    c_ptr += b * c_stride_b * UNIT + wide * C_STRIDE_L + group * N
+    x_ptr += b * x_stride_b * UNIT + wide * X_STRIDE_L
+    dy_ptr += (b * length + wide) * (H * P)
+    dts_ptr += b * H * padded + start
+    parts_ptr += b * H * padded + start
+    states_ptr += (b * n_chunks + chunk) * (H * P * N)
+    dstates_ptr += (b * n_chunks + chunk) * (H * P * N)
+    dpairs_ptr += ((b * n_chunks + chunk) * G + group) * (Q * Q)
+
+    C = _load(c_ptr, rows, n, left, N, C_STRIDE_L, FULL, FULL_N)
+    if HAS_DOC:
+        doc = tl.load(doc_ptr + b * length + start + rows, mask=rows < left, other=0)
+        doc_last = tl.load(doc_ptr + b * length + tl.minimum(start + Q, length) - 1)
     dB = tl.zeros((Q, BN), tl.float32)
     dC = tl.zeros((Q, BN), tl.float32)
     for h in tl.range(group * PER_GROUP, (group + 1) * PER_GROUP, num_stages=STAGES):
@@ -291,53 +370,23 @@ def _grad_kernel(
         cum = tl.load(dts_ptr + plane + h * padded + rows)
         cum_last = tl.load(dts_ptr + plane + h * padded + Q - 1)
         seen = tl.exp2(cum)
-        leaves = tl.exp2(tl.minimum(cum_last - cum, 0.0))
+        leaves = tl.exp2(tl.minimum(cum_last - cum, 0.0)) * dt
         keep = tl.exp2(cum_last)
         if HAS_DOC:
             seen = tl.where(doc < start, seen, 0.0)
             leaves = tl.where(start + rows >= doc_last, leaves, 0.0)
             keep = tl.where(doc_last < start, keep, 0.0)
-
-        # pairs within the chunk
-        decay = tl.exp2(tl.minimum(cum[None, :] - cum[:, None], 0.0))
-        dweight = tl.dot(x, tl.trans(dy), input_precision=PREC) * decay * dt[:, None]
-        dBC += dweight
-        pair = tl.where(rows[:, None] < rows[None, :], dweight * BC, 0.0)
-        tl.store(parts_ptr + h * padded + rows, tl.sum(pair, axis=0))
-        # x, transposed (P, Q): through the state that leaves, and within the chunk. Transposed, the
-        # pairs are the right operand, which comes from shared memory; as the left one they would
-        # have to be held by each of the two groups of 4 warps. Kept apart up to the sum, because
-        # a product that accumulates into another gets a layout that halves the use of 8 warps.
-        x32 = tl.trans(x).to(tl.float32)
-        onward = tl.dot(dstate, tl.trans(B), input_precision=PREC) * leaves[None, :]
-        tl.store(parts_ptr + 2 * plane + h * padded + rows, tl.sum(onward * x32, axis=0))
-        pairs = (BC * decay).to(x.dtype)
-        within = tl.dot(tl.trans(dy), tl.trans(pairs), input_precision=PREC)
-        tl.store(parts_ptr + 3 * plane + h * padded + rows, tl.sum(within * x32, axis=0))
-        dx = onward * dt[None, :] + within * dt[None, :]
-        if D_RANK > 0:
-            dy32 = tl.trans(dy).to(tl.float32)
-            if D_RANK == 1:
-                dx += tl.load(d_ptr + h).to(tl.float32) * dy32
-                tl.store(dd_ptr + (b * n_chunks + chunk) * H + h, tl.sum(dy32 * x32))
-            else:
-                d = tl.load(d_ptr + h * P + p, mask=p < P, other=0.0).to(tl.float32)
-                dx += d[:, None] * dy32
-                out = dd_ptr + ((b * n_chunks + chunk) * H + h) * P + p
-                tl.store(out, tl.sum(dy32 * x32, axis=1), mask=p < P)
-        dx = tl.trans(dx.to(x.dtype))
-        _store(dx_ptr + h * P, dx, rows, p, left, P, H * P, FULL, FULL_P)
-        # B and C: through the states
-        dB += tl.dot(x, dstate, input_precision=PREC) * (leaves * dt)[:, None]
+        dB += tl.dot(x, dstate, input_precision=PREC) * leaves[:, None]
         dC_h = tl.dot(dy, state, input_precision=PREC) * seen[:, None]
         dC += dC_h
-        arrived = tl.sum(dC_h * C.to(tl.float32), axis=1)
-        tl.store(parts_ptr + plane + h * padded + rows, arrived - tl.sum(pair, axis=1))
+        came = tl.sum(dC_h * C.to(tl.float32), axis=1)
+        tl.store(parts_ptr + 5 * plane + h * padded + rows, came)
         # <state, dstate> as the trace of a product: elementwise it costs more registers than time
         both = tl.dot(state, tl.trans(dstate), input_precision=PREC)
         passed = tl.sum(tl.where(p[:, None] == p[None, :], both, 0.0)) * keep
         tl.store(through_ptr + (b * n_chunks + chunk) * H + h, passed)
-    dpairs = tl.where(allowed, dBC, 0.0).to(B.dtype)
+    dpairs = tl.load(dpairs_ptr + rows[:, None] * Q + rows[None, :])
+    B = _load(b_ptr, rows, n, left, N, B_STRIDE_L, FULL, FULL_N)
     dB = tl.dot(dpairs, C, dB, input_precision=PREC)
     dC = tl.dot(tl.trans(dpairs), B, dC, input_precision=PREC)
     out = (b * length + wide) * (G * N) + group * N
@@ -349,9 +398,9 @@ def _grad_kernel(
 def _dt_grad_kernel(
     parts_ptr, dts_ptr, through_ptr, A_ptr, ddt_ptr, sums_ptr, ddt_stride_b, length, plane,
     DDT_STRIDE_L: tl.constexpr, H: tl.constexpr, BH: tl.constexpr, Q: tl.constexpr,
-    SOFTPLUS: tl.constexpr,
+    SOFTPLUS: tl.constexpr, HAS_D: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of dt as given, and of A and the bias as sums over the chunk: (B * c, 2, H)."""
+    """Gradient of dt as given, and of A, bias and D (H,) as sums over the chunk: (B * c, 3, H)."""
     c, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
     n_chunks = tl.num_programs(0)
     padded = n_chunks * Q
@@ -361,6 +410,7 @@ def _dt_grad_kernel(
     mask = (heads[:, None] < H) & (rows[None, :] >= 0)
     ends = tl.load(parts_ptr + at, mask=mask, other=0.0)
     ends += tl.load(parts_ptr + plane + at, mask=mask, other=0.0)
+    ends += tl.load(parts_ptr + 5 * plane + at, mask=mask, other=0.0)
     dt = tl.load(dts_ptr + at, mask=mask, other=0.0)
     direct = tl.load(parts_ptr + 2 * plane + at, mask=mask, other=0.0)
     leaves = direct * dt
@@ -379,19 +429,24 @@ def _dt_grad_kernel(
     out = ddt_ptr + b * ddt_stride_b + (c * Q).to(tl.int64) * DDT_STRIDE_L
     out += tl.trans(rows[None, :] * DDT_STRIDE_L + heads[:, None])
     tl.store(out, tl.trans(ddt).to(ddt_ptr.dtype.element_ty), mask=tl.trans(valid))
-    sums = sums_ptr + (b * n_chunks + c) * (2 * H) + heads
+    sums = sums_ptr + (b * n_chunks + c) * (3 * H) + heads
     tl.store(sums, tl.sum(tl.where(valid, spans * dt, 0.0), axis=1), mask=heads < H)
     tl.store(sums + H, tl.sum(ddt, axis=1), mask=heads < H)
+    if HAS_D:
+        own = tl.load(parts_ptr + 4 * plane + at, mask=mask, other=0.0)
+        tl.store(sums + 2 * H, tl.sum(own, axis=1), mask=heads < H)
 
 
 # (warps, software-pipelining stages) by kernel and bytes per element, for sm_90.
 CONFIGS = {
     ("state", 2): (4, 4),
     ("scan", 2): (4, 3),
-    ("grad", 2): (8, 2),
+    ("dx", 2): (4, 3),
+    ("bc_grad", 2): (8, 3),
     ("state", 4): (4, 2),
     ("scan", 4): (4, 2),
-    ("grad", 4): (8, 1),
+    ("dx", 4): (4, 1),
+    ("bc_grad", 4): (8, 1),
 }
 STATE_PROGRAMS = 384  # programs that fill a large GPU; fewer, and the sequence is cut into segments
 SCAN_PROGRAMS = 1024
@@ -497,44 +552,55 @@ def scan(
 def gradients(
     x: Tensor, dy: Tensor, B: Tensor, C: Tensor, D: Tensor | None, dts: Tensor,
     doc: Tensor | None, states: Tensor, dstates: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
-    """dx, dB, dC, the parts of dt's gradient and what passes each chunk (`_grad_kernel`), and dD
-    per chunk."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """dx, dB, dC, and of the gradient of dt the parts and what passes each chunk."""
     b, length, n_heads, head_dim = x.shape
     groups, n_state = B.shape[2:]
     n_chunks = states.shape[1]
     dx = x.new_empty((b, length, n_heads, head_dim))
     dB = x.new_empty((b, length, groups, n_state))
     dC = torch.empty_like(dB)
-    parts = dts.new_empty((4, *dts.shape[1:]))
+    parts = dts.new_empty((6, *dts.shape[1:]))
     through = dts.new_empty((b * n_chunks, n_heads))
-    dD = None if D is None else dts.new_empty((b * n_chunks, *D.shape))
-    warps, stages = CONFIGS["grad", x.element_size()]
+    dpairs = x.new_empty((b, n_chunks, groups, Q, Q))
     unit = _unit(x, B, C)
-    _grad_kernel[(n_chunks, b * groups)](
-        x, dy, B, C, D, dts, doc, states, dstates, dx, dB, dC, parts, through, dD,
+    numbers = (
         x.stride(0) // unit, B.stride(0) // unit, C.stride(0) // unit, length, dts[0].numel(),
         n_chunks,
-        UNIT=unit, X_STRIDE_L=x.stride(1), B_STRIDE_L=B.stride(1), C_STRIDE_L=C.stride(1),
-        H=n_heads, G=groups, P=head_dim, N=n_state,
-        BP=_blocks(head_dim), BN=_blocks(n_state), Q=Q,
-        D_RANK=0 if D is None else D.ndim, HAS_DOC=doc is not None, FULL=length % Q == 0,
-        PREC=_precision(x.dtype), STAGES=stages, num_warps=warps,
     )  # fmt: skip
-    return dx, dB, dC, parts, through, dD
+    constants = {
+        "UNIT": unit, "X_STRIDE_L": x.stride(1), "B_STRIDE_L": B.stride(1),
+        "C_STRIDE_L": C.stride(1), "H": n_heads, "G": groups, "P": head_dim, "N": n_state,
+        "BP": _blocks(head_dim), "BN": _blocks(n_state), "Q": Q, "HAS_DOC": doc is not None,
+        "FULL": length % Q == 0, "PREC": _precision(x.dtype),
+    }  # fmt: skip
+    warps, stages = CONFIGS["dx", x.element_size()]
+    _dx_kernel[(n_chunks, b * groups)](
+        x, dy, B, C, D, dts, doc, dstates, dx, dpairs, parts, *numbers, **constants,
+        D_RANK=0 if D is None else D.ndim, STAGES=stages, num_warps=warps,
+    )  # fmt: skip
+    warps, stages = CONFIGS["bc_grad", x.element_size()]
+    _bc_grad_kernel[(n_chunks, b * groups)](
+        x, dy, B, C, dts, doc, states, dstates, dpairs, dB, dC, parts, through, *numbers,
+        **constants, STAGES=stages, num_warps=warps,
+    )  # fmt: skip
+    return dx, dB, dC, parts, through
 
 
 def step_size_gradients(
-    parts: Tensor, through: Tensor, dts: Tensor, A: Tensor, ddt: Tensor, softplus: bool
-) -> Tensor:
-    """Writes ddt (B, L, H) and returns (2, H): the gradients of A and of the bias."""
+    parts: Tensor, through: Tensor, dts: Tensor, A: Tensor, ddt: Tensor, softplus: bool,
+    has_d: bool,
+) -> Tensor:  # fmt: skip
+    """Writes ddt (B, L, H) and returns (3, H): the gradients of A, of the bias and, if has_d, of
+    D (H,)."""
     b, length, n_heads = ddt.shape
     n_chunks = through.shape[0] // b
-    sums = dts.new_empty((b * n_chunks, 2, n_heads))
+    sums = dts.new_empty((b * n_chunks, 3, n_heads))
     block = min(32, _blocks(n_heads))
     _dt_grad_kernel[(n_chunks, b, triton.cdiv(n_heads, block))](
         parts, dts, through, A, ddt, sums, ddt.stride(0), length, dts[0].numel(),
-        DDT_STRIDE_L=ddt.stride(1), H=n_heads, BH=block, Q=Q, SOFTPLUS=softplus, num_warps=4,
+        DDT_STRIDE_L=ddt.stride(1), H=n_heads, BH=block, Q=Q, SOFTPLUS=softplus, HAS_D=has_d,
+        num_warps=4,
     )  # fmt: skip
     return sums.sum(0)
 
@@ -571,10 +637,14 @@ def _backward(
     x, B, C, dy = _rows(x), _rows(B), _rows(C), dy.contiguous()
     dlast = None if dlast is None else dlast.contiguous()
     dstates, dfirst = chunk_states(dy, C, dts, doc, dlast, reverse=True)
-    dx, dB, dC, parts, through, dD = gradients(x, dy, B, C, D, dts, doc, states, dstates)
+    dx, dB, dC, parts, through = gradients(x, dy, B, C, D, dts, doc, states, dstates)
     ddt = dt.new_empty(dt.shape)
-    dA_dbias = step_size_gradients(parts, through, dts, A, ddt, softplus)
-    return dx, ddt, dB, dC, dA_dbias, A.new_empty(0) if dD is None else dD.sum(0), dfirst
+    sums = step_size_gradients(parts, through, dts, A, ddt, softplus, D is not None and D.ndim == 1)
+    if D is not None and D.ndim == 2:
+        dD = torch.einsum("blhp,blhp->hp", x.float(), dy.float())
+    else:
+        dD = sums.new_empty(0) if D is None else sums[2].clone()
+    return dx, ddt, dB, dC, sums, dD, dfirst
 
 
 def _backward_fake(
@@ -587,8 +657,8 @@ def _backward_fake(
         dt.new_empty(dt.shape),
         B.new_empty(B.shape),
         C.new_empty(C.shape),
-        dts.new_empty((2, n_heads)),
-        A.new_empty(0) if D is None else dts.new_empty(D.shape),
+        dts.new_empty((3, n_heads)),
+        dts.new_empty(0) if D is None else dts.new_empty(D.shape),
         dts.new_empty((b, n_heads, head_dim, B.shape[3])),
     )
 
