@@ -63,7 +63,8 @@ class Channel:
         threading.Thread(target=self._listen, name="parent", daemon=True).start()
 
     def send(self, event: str, **fields: Any) -> None:
-        data = (json.dumps({"event": event, **fields}) + "\n").encode()
+        # The first newline ends a line that an interrupt may have cut short.
+        data = f"\n{json.dumps({'event': event, **fields})}\n".encode()
         with self._lock:
             try:
                 while data:

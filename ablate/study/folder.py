@@ -3,6 +3,7 @@
     runs/<study>/
         study.json       name, question, what every key stands for; written atomically
         optuna.journal   the Optuna study, when its storage is the default one
+        worker-N.lock    held by the N-th process that works on the study now
         study.lock       held for moments, while the index or the Optuna study is changed
         <key>/           one run folder a trial (ablate/run.py)
 
@@ -11,13 +12,15 @@ The run folders are the truth. Everything else here is made again from them and 
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from ablate.run import RunFolder, read_json, write_json
 
@@ -31,6 +34,16 @@ class StudyFolder:
     @property
     def journal(self) -> Path:
         return self.path / "optuna.journal"
+
+    def worker(self) -> tuple[int, FileLock]:
+        """The lowest number that no living process has, and the lock that keeps it taken."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        for number in itertools.count():
+            lock = FileLock(self.path / f"worker-{number}.lock", timeout=0)
+            with contextlib.suppress(Timeout):
+                lock.acquire()
+                return number, lock
+        raise AssertionError
 
     def run(self, key: str) -> RunFolder:
         return RunFolder(self.path / key)

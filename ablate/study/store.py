@@ -145,7 +145,7 @@ class Store:
             folder = self._folder.run(key)
             value = objective(folder)
             states = [t.state for t in by_key.get(key, [])]
-            if folder.result() is not None and TrialState.COMPLETE not in states:
+            if value is not None and TrialState.COMPLETE not in states:
                 self.finish(cell, "done", value)
                 changed += 1
         return changed
@@ -201,8 +201,9 @@ class Store:
             if running is not None:
                 self._tell(running.number, TrialState.FAIL, None, "another process finished it")
             return
-        if running is None:
-            if target == TrialState.COMPLETE:
+        if running is None:  # it ended before it could be said to have begun
+            if state != "interrupted":
+                value = value if target == TrialState.COMPLETE else None
                 self.study.add_trial(self._template(cell, target, value))
             return
         self._tell(running.number, target, value if target == TrialState.COMPLETE else None, cause)

@@ -152,10 +152,14 @@ class _Supervisor:
                 self._prepare_data()
             except KeyboardInterrupt:
                 self.signals.append(signal.SIGINT)
-        self._write_index()
-        self.store = Store(self.folder, self.cfg, worker=os.getpid() % 1009)
-        with self.folder.locked():
-            self.store.reconcile(self.cells)
+        try:
+            worker, lock = self.folder.worker()
+            self._write_index()
+            self.store = Store(self.folder, self.cfg, worker)
+            with self.folder.locked():
+                self.store.reconcile(self.cells)
+        except OSError as error:
+            raise UserError(f"study.folder: {self.folder.path} cannot be used: {error}") from None
         self._note_commits()
         if work:
             with self._signals(), self.display:
@@ -164,6 +168,7 @@ class _Supervisor:
                 finally:
                     self._kill_all()
             self._finish_records()
+        lock.release()
         outcome = self._outcome()
         self.console.print(summary(outcome))
         for line in _causes(outcome):
@@ -236,8 +241,8 @@ class _Supervisor:
         self._assign(spare, cell)
 
     def _spawn(self, slot: int, gpu: str | None) -> _Child | None:
-        errors = tempfile.TemporaryFile()  # noqa: SIM115  # what it says before it has a log
         try:
+            errors = tempfile.TemporaryFile()  # noqa: SIM115  # what it says before it has a log
             process = subprocess.Popen(
                 self.command,
                 stdin=subprocess.PIPE,
@@ -760,7 +765,7 @@ class _Supervisor:
 
 def summary(outcome: StudyOutcome) -> Table:
     """Arms by what became of their seeds."""
-    table = Table(title=f"{outcome.folder.name}", title_justify="left")
+    table = Table(title=f"study {outcome.folder.name}", title_justify="left")
     table.add_column("arm")
     for name in ("done", "failed", "waiting"):
         table.add_column(name, justify="right")
