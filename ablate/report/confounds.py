@@ -1,8 +1,8 @@
 """What differs between arms besides the factors, found from configs, results and environments.
 
 A comparison is about one thing only if everything else is the same. This reads what was really
-there, not what was meant: a budget in seconds that gave one arm fewer tokens shows up here, and so does
-a commit made in the middle of a study.
+there, not what was meant: a budget in seconds that gave one arm fewer tokens shows up here, and so
+does a commit made in the middle of a study.
 """
 
 from __future__ import annotations
@@ -14,11 +14,15 @@ from typing import Any
 
 import pandas as pd
 
-from ablate.report.frames import operational_fields, usable
+from ablate.report.frames import operational_fields, usable, varies
 
 # Set by the study for every run, by the seed, or of no influence on what is computed.
 _IGNORED_CONFIG = ("study.", "tracker.", "arch.published", "arch.name")
-_IGNORED_ENVIRONMENT = ("host", "platform", "versions.wandb", "versions.optuna")
+_IGNORED_ENVIRONMENT = (
+    *("host", "platform", "versions.wandb", "versions.optuna"),
+    *("hardware", "commit", "dirty", "data."),  # told by columns of the frame
+    "parameter_groups",  # how many parameters each has differs with the layers
+)
 
 _PATTERN_FIELDS = {  # what makes the pattern: told by the pattern itself
     *(f"arch.{n}" for n in ("pattern", "unit", "attention_share", "mlp_share", "placement")),
@@ -44,8 +48,8 @@ _NAMES = {
 class Confound:
     """Something besides the factors that is not the same everywhere.
 
-    `between_arms`: arms differ in it, so a difference between them may come from it (red on the page).
-    Otherwise runs of a seed agree and only seeds differ: it widens the noise and favours no arm.
+    `between_arms`: arms differ in it, so a difference between them may come from it (red on the
+    page). Otherwise only seeds differ in it: it widens the noise and favours no arm.
     """
 
     name: str
@@ -64,7 +68,7 @@ def confounds(frame: pd.DataFrame, details: pd.DataFrame) -> list[Confound]:
         return []
     table = runs.merge(details, on="key", how="left")
     hidden = operational_fields() | factors
-    if factors & _PATTERN_FIELDS or runs["pattern"].nunique() > 1:
+    if factors & _PATTERN_FIELDS or varies(runs["pattern"]):
         hidden |= _PATTERN_FIELDS
     found = []
     for column in table.columns:
@@ -78,8 +82,8 @@ def confounds(frame: pd.DataFrame, details: pd.DataFrame) -> list[Confound]:
                 continue
         elif column.startswith("environment."):
             name = column.removeprefix("environment.")
-            if name.startswith(("hardware", "commit", *_IGNORED_ENVIRONMENT)) or name == "dirty":
-                continue  # hardware and commit are columns of the frame
+            if name.startswith(_IGNORED_ENVIRONMENT):
+                continue
         else:
             continue
         found += _difference(table, column, name)
@@ -94,14 +98,14 @@ def _difference(table: pd.DataFrame, column: str, name: str) -> list[Confound]:
     values = table[column].map(_show)
     if values.nunique() < 2:
         return []
-    # Compared where it counts: between the arms within a seed. An arm that lacks a seed is compared whole.
+    # Compared where it counts, between the arms within a seed; an arm without that seed, whole.
     within = values.groupby(table["seed"]).nunique()
-    arms = values.groupby(table["arm"]).agg(lambda v: tuple(sorted(set(v))))
-    between = bool((within > 1).any()) or arms.nunique() > 1
+    arms = values.groupby(table["arm"]).agg(lambda v: " and ".join(sorted(set(v))))
+    between = bool((within > 1).any()) or varies(arms)
     if not between:
         return [Confound(name, f"{name} differs between seeds: {_list(values)}", False)]
-    if arms.nunique() > 1:
-        parts = [f"{' and '.join(v)} in {_names(g.index)}" for v, g in arms.groupby(arms)]
+    if varies(arms):
+        parts = [f"{v} in {_names(g.index)}" for v, g in arms.groupby(arms)]
         return [Confound(name, f"{name} differs between arms: {'; '.join(parts)}", True)]
     return [Confound(name, f"{name} differs between runs of a seed: {_list(values)}", True)]
 
@@ -137,7 +141,7 @@ def _first_layer(runs: pd.DataFrame) -> list[Confound]:
 def _changed_together(runs: pd.DataFrame, factors: list[str]) -> list[Confound]:
     arms = runs.drop_duplicates("arm")
     shown = {f: arms[f].map(_show) for f in factors if f in arms}
-    moving = {f: v for f, v in shown.items() if v.nunique() > 1}
+    moving = {f: v for f, v in shown.items() if varies(v)}
     together = [
         f
         for f, v in moving.items()

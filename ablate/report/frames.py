@@ -2,7 +2,7 @@
 
 `load_study` gives one row a run folder, `load_metrics` one row a logged line, `load_details` the
 flat configs and environments. What was read is kept in `index.parquet` beside the run folders, row
-by row under the stamp of the run's files, so a large study loads fast and a stale row is read again.
+by row under the stamp of the run's files: a large study loads fast, and a stale row is read again.
 """
 
 from __future__ import annotations
@@ -69,9 +69,10 @@ TEXTS = {
 def load_study(path: str | Path) -> pd.DataFrame:
     """One row a run folder at or below `path`; runs of every state, and orphans, are there.
 
-    Columns: key, arm, one per factor (dotted name), seed, state, cause ('' when all went well), pattern, the figures of
-    `FIGURES`, commit, hardware, orphan. Shares are fractions, losses nats a token, sizes bytes,
-    times seconds. `frame.attrs["study"]` is the content of study.json, `attrs["path"]` the folder.
+    Columns: key, arm, one per factor (dotted name), seed, state, cause ('' when all went well),
+    pattern, the figures of `FIGURES`, commit, hardware, orphan. Shares are fractions, losses nats a
+    token, sizes bytes, times seconds. `frame.attrs["study"]` is the content of study.json,
+    `attrs["path"]` the folder.
     A run that nothing holds and that never ended has the state 'interrupted'.
     Raises `UserError` where no run folder is.
     """
@@ -85,7 +86,7 @@ def load_study(path: str | Path) -> pd.DataFrame:
     cells: Mapping[str, Any] = study.get("cells") or {}
 
     rows = []
-    for record, tree in zip(index.to_dict("records"), configs, strict=True):
+    for record, tree in zip(records(index), configs, strict=True):
         cell = cells.get(record["key"], {})
         given = cell.get("factors") or {}
         values = {f: given.get(f, config_tree.get(tree, f)) for f in factors}
@@ -117,14 +118,14 @@ def load_study(path: str | Path) -> pd.DataFrame:
 def load_metrics(path: str | Path) -> pd.DataFrame:
     """Learning curves: one row a logged line, with the run's key, arm and seed.
 
-    Training lines carry loss, lr, grad_norm, tokens_per_second, mfu, seconds; validation lines carry
+    Training lines carry loss, lr, grad_norm, tokens_per_second, mfu, seconds; validation lines
     val_a_loss and, where scored, mqar_accuracy; both carry step and tokens. `flops` is tokens
     times the training FLOPs a token of the run's architecture.
     """
     runs = load_study(path)
     folders = {run.key: run for run in find_runs(Path(path))}
     parts = []
-    for row in runs.to_dict("records"):
+    for row in records(runs):
         lines = folders[row["key"]].metrics()
         if not lines:
             continue
@@ -145,7 +146,7 @@ def load_details(path: str | Path) -> pd.DataFrame:
     """Flat configs and environments: one row a run, columns `config.…` and `environment.…`."""
     index = _index(Path(path))
     rows = []
-    for record in index.to_dict("records"):
+    for record in records(index):
         row = {"key": record["key"]}
         row |= {f"config.{k}": v for k, v in flatten(json.loads(record["config"]))}
         row |= {f"environment.{k}": v for k, v in flatten(json.loads(record["environment"]))}
@@ -180,6 +181,16 @@ def missing_cells(frame: pd.DataFrame) -> pd.DataFrame:
 def usable(frame: pd.DataFrame) -> pd.DataFrame:
     """The runs that count: finished with a finite validation loss, and asked for by the study."""
     return frame[(frame["state"] == "done") & (frame["cause"] == "") & ~frame["orphan"]]
+
+
+def records(frame: pd.DataFrame) -> list[dict[str, Any]]:
+    """The rows as dicts."""
+    return [{str(k): v for k, v in row.items()} for row in frame.to_dict("records")]
+
+
+def varies(values: pd.Series) -> bool:
+    """Whether there are two different values, or more, among those that are there."""
+    return len(values.dropna().unique()) > 1
 
 
 def arm_label(factors: Mapping[str, Any]) -> str:
@@ -221,8 +232,8 @@ def _index(folder: Path) -> pd.DataFrame:
 def _read_index(path: Path) -> dict[str, dict[str, Any]]:
     """Rows by key; nothing where the file is missing, damaged or of another schema."""
     try:
-        records = pd.read_parquet(path).to_dict("records")
-        return {row["key"]: row for row in records if row["stamp"].startswith(f"{SCHEMA} ")}
+        rows = records(pd.read_parquet(path))
+        return {row["key"]: row for row in rows if row["stamp"].startswith(f"{SCHEMA} ")}
     except (OSError, ImportError, ValueError, KeyError, AttributeError):
         return {}
 
@@ -270,9 +281,10 @@ def _state(run: RunFolder, record: Mapping[str, Any]) -> tuple[str, str]:
 
 
 def _commit(environment: Mapping[str, Any]) -> str:
-    """The short commit, marked where the sources had uncommitted changes."""
-    commit = _text(environment.get("commit"))[:12]
-    return f"{commit}, changed" if commit and environment.get("dirty") else commit
+    """The short commit, or all that worked on the run; marked where sources were not committed."""
+    commits = environment.get("commits") or [environment.get("commit")]
+    text = " then ".join(_text(commit)[:12] for commit in commits)
+    return f"{text} with uncommitted changes" if text and environment.get("dirty") else text
 
 
 def _hardware(hardware: Any) -> str:

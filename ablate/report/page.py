@@ -4,9 +4,10 @@
         index.html                         the page; nothing is loaded from outside
         outcomes.png .svg                  loss and recall over the arms
         learning_curves.png .svg
-        table.csv .parquet .md             one row an arm: means and 95% intervals
-        differences.csv .parquet .md       every arm minus the reference
-        runs.csv .parquet                  one row a run, as `load_study` gives it
+        table.csv .md .parquet             one row an arm: means and 95% intervals
+        differences.csv .md .parquet       every arm minus the reference
+        equal_budgets.csv .md .parquet     loss at equal tokens, FLOPs and seconds
+        runs.csv .md .parquet              one row a run, as `load_study` gives it
 
 What is uncertain, missing, failed or confounded stands on the page; nothing is dropped in silence.
 """
@@ -25,8 +26,16 @@ import pandas as pd
 from rich.table import Table
 
 from ablate.report.confounds import Confound, confounds, si
-from ablate.report.frames import load_details, load_metrics, load_study, missing_cells
+from ablate.report.frames import load_details, load_metrics, load_study, missing_cells, records
 from ablate.report.plots import Plot, plot_curves, plot_outcomes
+from ablate.report.stats import Estimate
+from ablate.report.tables import (
+    COMPARED,
+    arm_table,
+    difference_table,
+    equal_budgets,
+    write_tables,
+)
 from ablate.report.verdicts import (
     BITS,
     LOSS,
@@ -35,6 +44,7 @@ from ablate.report.verdicts import (
     RECALL,
     Analysis,
     Comparison,
+    Metric,
     Verdict,
     analyse,
     judge,
@@ -65,13 +75,18 @@ def write_report(
     folder = path / "report"
     folder.mkdir(parents=True, exist_ok=True)
 
-    arms, differences = arm_table(analysis), difference_table(analysis)
-    tables = {"table": arms, "differences": differences, "runs": frame}
-    _write_tables(tables, folder, say)
-    plots = [plot_outcomes(analysis, folder), plot_curves(analysis, load_metrics(path), folder)]
+    metrics = load_metrics(path)
+    tables = {
+        "table": arm_table(analysis),
+        "differences": difference_table(analysis, path),
+        "equal_budgets": equal_budgets(analysis, metrics),
+        "runs": frame,
+    }
+    write_tables(tables, folder, say)
+    plots = [plot_outcomes(analysis, folder), plot_curves(analysis, metrics, folder)]
     details = load_details(path)
     found = confounds(frame, details)
-    text = _page(analysis, [p for p in plots if p], found, details, path)
+    text = _page(analysis, [p for p in plots if p], found, details, tables, path)
     page = folder / "index.html"
     atomic_write(page, text)
     return page
@@ -99,77 +114,6 @@ def summary(frame: pd.DataFrame) -> Table:
     return table
 
 
-# --- tables as frames ----------------------------------------------------------------------------
-
-
-def arm_table(analysis: Analysis) -> pd.DataFrame:
-    """One row an arm: where it stands, its architecture and cost, and each metric's mean with the
-    95% interval (`<metric>`, `<metric>_low`, `<metric>_high`, `<metric>_n`)."""
-    table = analysis.arms.drop(columns=["series"]).rename(columns={"n": "runs"})
-    for column, comparison in analysis.comparisons.items():
-        fit = comparison.fit
-        means = {a: fit.mean(a) for a in fit.arms}
-        table[column] = pd.Series({a: m.value for a, m in means.items()})
-        table[f"{column}_low"] = pd.Series({a: m.low for a, m in means.items()})
-        table[f"{column}_high"] = pd.Series({a: m.high for a, m in means.items()})
-        table[f"{column}_n"] = pd.Series(dict(zip(fit.arms, fit.counts, strict=True)))
-    return table.reset_index()
-
-
-def difference_table(analysis: Analysis) -> pd.DataFrame:
-    """Each arm minus the reference for recall and loss: unadjusted and Dunnett intervals, p-values."""
-    parts = []
-    for metric in _shown(analysis):
-        comparison = analysis.comparisons[metric.column]
-        if metric in (RECALL, LOSS, LOSS_A) and len(comparison.table):
-            part = comparison.table.copy()
-            part.insert(0, "metric", metric.column)
-            part["among_best"] = part["arm"].isin(comparison.best)
-            parts.append(part)
-    columns = ["metric", "arm", "reference", "difference"]
-    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=columns)
-
-
-def _write_tables(
-    tables: dict[str, pd.DataFrame], folder: Path, say: Callable[[str], object]
-) -> None:
-    parquet = True
-    for name, table in tables.items():
-        atomic_write(folder / f"{name}.csv", table.to_csv(index=False))
-        if name != "runs":
-            atomic_write(folder / f"{name}.md", _markdown(table))
-        if parquet:
-            try:
-                _plain(table).to_parquet(folder / f"{name}.parquet", index=False)
-            except ImportError:
-                parquet = False
-                say("pyarrow is not installed: the tables are written as CSV only, not as Parquet")
-
-
-def _plain(table: pd.DataFrame) -> pd.DataFrame:
-    """Columns of one type each, as Parquet wants them: a factor of numbers and words becomes text."""
-    table = table.copy()
-    table.attrs = {}
-    for column in table.columns:
-        if table[column].dtype == object:
-            known = table[column].dropna()
-            if known.map(type).nunique() > 1:
-                table[column] = table[column].map(lambda v: v if v is None else str(v))
-    return table
-
-
-def _markdown(table: pd.DataFrame) -> str:
-    def show(value: Any) -> str:
-        if isinstance(value, float):
-            return "" if math.isnan(value) else f"{value:.6g}"
-        return str(value).replace("|", "\\|")
-
-    lines = ["| " + " | ".join(map(str, table.columns)) + " |", "|---" * len(table.columns) + "|"]
-    for row in table.itertuples(index=False):
-        lines.append("| " + " | ".join(show(v) for v in row) + " |")
-    return "\n".join(lines) + "\n"
-
-
 # --- the page ------------------------------------------------------------------------------------
 
 
@@ -178,17 +122,20 @@ def _page(
     plots: Sequence[Plot],
     found: Sequence[Confound],
     details: pd.DataFrame,
+    tables: dict[str, pd.DataFrame],
     path: Path,
 ) -> str:
     study = analysis.study
     name = str(study.get("name") or path.name)
     question = str(study.get("question") or f"Runs of {name}")
+    css = Path(__file__).with_name("page.css").read_text()
     by_name = {plot.name: plot for plot in plots}
     sections = [
         _verdict_section(judge(analysis)),
         _figure(by_name.get("outcomes")),
-        _section("Results", _results(analysis) + _differences(analysis)),
+        _section("Results", _results(analysis) + _differences(analysis, tables["differences"])),
         _section("Learning curves", _figure(by_name.get("learning_curves"))),
+        _section("At equal budgets", _budgets(analysis, tables["equal_budgets"])),
         _section("Confounds", _confounds(found, analysis)),
         _section("Failures and gaps", _failures(analysis)),
         _section("Cost", _cost(analysis)),
@@ -203,7 +150,7 @@ def _page(
         "<!doctype html>\n"
         f'<html lang="en"><head><meta charset="utf-8"><title>{_e(question)}</title>\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<style>{_CSS}</style></head>\n<body><main>\n"
+        f"<style>\n{css}</style></head>\n<body><main>\n"
         f'<header><p class="kicker">{kicker}</p><h1>{_e(question)}</h1></header>\n'
         + "\n".join(s for s in sections if s)
         + "\n</main></body></html>\n"
@@ -244,57 +191,82 @@ def _results(analysis: Analysis) -> str:
         if shares["mlp_of_layers"] > 0:
             cells.append(_share(row["mlp_of_layers"]))
         rows.append([*cells, f"<code>{_e(_breakable(str(row['pattern'])))}</code>"])
-    note = f"<p class='note'>{_e(_interval_note(metrics))}</p>"
-    return _table(header, rows, text_columns={0, len(header) - 1}) + note
+    note = _interval_note(metrics)
+    if "<b>" in "".join(cell for row in rows for cell in row):
+        note += " Bold: not distinguishable from the best."
+    note = f"<p class='note'>{_e(note)}</p>"
+    return _table(header, rows, {0, len(header) - 1}) + note
 
 
-def _differences(analysis: Analysis) -> str:
+def _differences(analysis: Analysis, table: pd.DataFrame) -> str:
     parts = []
-    for metric in _shown(analysis):
-        if metric not in (RECALL, LOSS, LOSS_A):
+    for metric in COMPARED:
+        comparison = analysis.comparisons.get(metric.column)
+        own = table[table["metric"] == metric.column]
+        if comparison is None or not comparison.has_interval or own.empty:
             continue
-        comparison = analysis.comparisons[metric.column]
-        if not comparison.has_interval or not len(comparison.table):
-            continue
-        scale, unit = (100.0, "points") if metric.percent else (1.0, "nats")
-        rows = []
-        for row in comparison.table.to_dict("records"):
-            half = (row["dunnett_high"] - row["dunnett_low"]) / 2
-            digits = 1 if metric.percent else metric.digits(half)
-
-            def signed(value: float, digits: int = digits, scale: float = scale) -> str:
-                return f"{scale * value:+.{digits}f}".replace("-", "−")
-
-            told = "different" if row["dunnett_p"] < 0.05 else "not\u00a0distinguishable"
-            rows.append(
-                [
-                    _e(row["arm"]),
-                    signed(row["difference"]),
-                    f"{signed(row['low'])} to {signed(row['high'])}",
-                    f"{signed(row['dunnett_low'])} to {signed(row['dunnett_high'])}",
-                    _p(row["dunnett_p"]),
-                    _p(row["holm_p"]),
-                    told,
-                ]
-            )
+        items = bool(own["items_low"].notna().any())
+        rows = [_difference_row(metric, row, items) for row in records(own)]
         header = [
-            f"{metric.name}, {unit}",
-            "Difference",
-            "95% interval",
-            "95% for all together (Dunnett)",
-            "p (Dunnett)",
-            "p (Holm)",
+            *("Arm", "Difference", "95% interval", "95%, all together (Dunnett)"),
+            *("p (Dunnett)", "p (Holm)"),
+            *([f"95%, other {'rows' if metric is RECALL else 'documents'} only"] if items else []),
             "Verdict",
         ]
-        parts.append(
-            f"<h3>{metric.name}: difference from {_e(comparison.reference)}</h3>"
-            + _table(header, rows, text_columns={0, 6})
-        )
+        unit = "points" if metric.percent else "nats a token"
+        title = f"{metric.name}: difference from {comparison.reference}, in {unit}"
+        parts.append(f"<h3>{_e(title)}</h3>" + _table(header, rows, {0, len(header) - 1}))
     if not parts:
         return ""
     return "".join(parts) + (
-        "<p class='note'>Differences are taken within seeds (paired) where arms share seeds, with one noise "
-        "variance pooled over all arms.</p>"
+        "<p class='note'>Differences are taken within seeds (paired) where arms share seeds, with "
+        "one noise variance pooled over all arms. The verdict is Dunnett's at 5%.</p>"
+    )
+
+
+def _difference_row(metric: Metric, row: dict[str, Any], items: bool) -> list[str]:
+    digits = 1 if metric.percent else metric.digits((row["dunnett_high"] - row["dunnett_low"]) / 2)
+    scale = 100.0 if metric.percent else 1.0
+
+    def signed(value: float) -> str:
+        return f"{scale * value:+.{digits}f}".replace("-", "−") if math.isfinite(value) else "–"
+
+    def between(name: str) -> str:
+        return f"{signed(row[f'{name}low'])} to {signed(row[f'{name}high'])}"
+
+    return [
+        _e(row["arm"]),
+        signed(row["difference"]),
+        *(between(""), between("dunnett_")),
+        *(_p(row["dunnett_p"]), _p(row["holm_p"])),
+        *([between("items_")] if items else []),
+        "different" if row["dunnett_p"] < 0.05 else "not\u00a0distinguishable",
+    ]
+
+
+def _budgets(analysis: Analysis, table: pd.DataFrame) -> str:
+    if table.empty:
+        return ""
+    kinds = list(dict.fromkeys(table["budget"]))
+    at = {k: float(table.loc[table["budget"] == k, "at"].iloc[0]) for k in kinds}
+    shown = {
+        "tokens": f"at {si(at.get('tokens', math.nan))} tokens",
+        "flops": f"at {si(at.get('flops', math.nan))} FLOPs",
+        "seconds": f"after {_duration(at.get('seconds', math.nan))}",
+    }
+    rows = []
+    for arm in analysis.arms.index:
+        cells = [_e(str(arm))]
+        for kind in kinds:
+            row = table[(table["budget"] == kind) & (table["arm"] == arm)].iloc[0]
+            mean = Estimate(row["loss"], low=row["low"], high=row["high"])
+            cells.append(_e(LOSS.show_mean(mean)))
+        rows.append(cells)
+    header = ["Arm", *(f"Loss {shown[k]}" for k in kinds)]
+    return _table(header, rows, {0}) + (
+        "<p class='note'>Validation A loss, in nats a token, where the run that had least of a "
+        "budget ends; the others are read there between two validations, before their learning "
+        "rate has come down, which is to their disadvantage. Seconds: on the hardware below.</p>"
     )
 
 
@@ -310,8 +282,8 @@ def _confounds(found: Sequence[Confound], analysis: Analysis) -> str:
         f'<li class="{"red" if c.between_arms else "mild"}">{_e(c.text)}.</li>' for c in found
     )
     return (
-        "<p>Besides the factors, this is not the same everywhere; a difference between arms may come "
-        f'from what is red.</p><ul class="confounds">{items}</ul>'
+        "<p>Besides the factors, this is not the same everywhere; a difference between arms may "
+        f'come from what is red.</p><ul class="confounds">{items}</ul>'
     )
 
 
@@ -329,40 +301,35 @@ def _failures(analysis: Analysis) -> str:
                 _e(str(r["cause"] or "–")),
                 _key(r["key"]),
             ]
-            for r in bad.to_dict("records")
+            for r in records(bad)
         ]
         parts.append(
             "<h3>Runs without a usable result</h3>"
-            + _table(["Arm", "Seed", "State", "Cause", "Run"], rows, text_columns={0, 2, 3, 4})
+            + _table(["Arm", "Seed", "State", "Cause", "Run"], rows, {0, 2, 3, 4})
         )
     skipped = own[own["skipped_steps"] > 0]
     if len(skipped):
         rows = [
             [_e(r["arm"]), str(r["seed"]), str(int(r["skipped_steps"])), _key(r["key"])]
-            for r in skipped.to_dict("records")
+            for r in records(skipped)
         ]
         parts.append(
             "<h3>Runs that skipped steps (a gradient was not finite)</h3>"
-            + _table(["Arm", "Seed", "Steps", "Run"], rows, text_columns={0, 3})
+            + _table(["Arm", "Seed", "Steps", "Run"], rows, {0, 3})
         )
     missing = missing_cells(frame)
     if len(missing):
-        rows = [
-            [_e(str(r["arm"])), str(r["seed"]), _key(r["key"])] for r in missing.to_dict("records")
-        ]
-        parts.append(
-            "<h3>Planned, not started</h3>"
-            + _table(["Arm", "Seed", "Run"], rows, text_columns={0, 2})
-        )
+        rows = [[_e(str(r["arm"])), str(r["seed"]), _key(r["key"])] for r in records(missing)]
+        parts.append("<h3>Planned, not started</h3>" + _table(["Arm", "Seed", "Run"], rows, {0, 2}))
     orphans = frame[frame["orphan"]]
     if len(orphans):
         rows = [
             [_e(r["arm"]), str(r["seed"]), _e(r["state"]), _loss(r), _key(r["key"])]
-            for r in orphans.to_dict("records")
+            for r in records(orphans)
         ]
         parts.append(
             "<h3>Orphans: runs that the study no longer asks for, left out above</h3>"
-            + _table(["Arm", "Seed", "State", "Loss", "Run"], rows, text_columns={0, 2, 4})
+            + _table(["Arm", "Seed", "State", "Loss", "Run"], rows, {0, 2, 4})
         )
     return "".join(parts) or "<p>None: every planned run finished with finite figures.</p>"
 
@@ -396,7 +363,7 @@ def _cost(analysis: Analysis) -> str:
         f"the training length. All finished runs together: {_duration(total)} of training, "
         f"{si(flops)} FLOPs.</p>"
     )
-    return _table(header, rows, text_columns={0}) + note
+    return _table(header, rows, {0}) + note
 
 
 def _noise(analysis: Analysis) -> str:
@@ -406,7 +373,7 @@ def _noise(analysis: Analysis) -> str:
     for metric in _shown(analysis):
         comparison = analysis.comparisons[metric.column]
         fit = comparison.fit
-        if metric not in (RECALL, LOSS, LOSS_A) or not comparison.has_interval or len(fit.arms) < 2:
+        if metric not in COMPARED or not comparison.has_interval or len(fit.arms) < 2:
             continue
         correlation = fit.seed_correlation()
         told = "–"
@@ -431,13 +398,13 @@ def _noise(analysis: Analysis) -> str:
         "5%, for one planned comparison and for all arms against the reference (Bonferroni). Seed "
         "correlation: the share of a run's variance that its seed carries into every arm.</p>"
     )
-    return _table(header, rows, text_columns={0}) + note
+    return _table(header, rows, {0}) + note
 
 
 def _environment(details: pd.DataFrame) -> str:
     rows = []
     for column in details.columns:
-        if column.startswith("environment."):
+        if column.startswith("environment.") and "parameter_groups" not in column:
             values = details[column].dropna()
             shown = list(dict.fromkeys(str(v) for v in values))
             if shown:
@@ -445,7 +412,7 @@ def _environment(details: pd.DataFrame) -> str:
                 rows.append([_e(name), _e("; ".join(shown[:6]) + (" …" if len(shown) > 6 else ""))])
     if not rows:
         return "<p>No run recorded its environment.</p>"
-    table = _table(["Recorded", "Value"], rows, text_columns={0, 1})
+    table = _table(["Recorded", "Value"], rows, {0, 1})
     return f"<details><summary>{len(rows)} recorded values</summary>{table}</details>"
 
 
@@ -460,7 +427,7 @@ def _reproduce(study: dict[str, Any], name: str, path: Path) -> str:
 # --- small parts ---------------------------------------------------------------------------------
 
 
-def _shown(analysis: Analysis) -> list[Any]:
+def _shown(analysis: Analysis) -> list[Metric]:
     shown = [m for m in _SHOWN if m.column in analysis.comparisons]
     if LOSS not in shown and LOSS_A.column in analysis.comparisons:
         shown.append(LOSS_A)
@@ -477,8 +444,8 @@ def _heading(comparison: Comparison) -> str:
 def _interval_note(metrics: Sequence[Comparison]) -> str:
     if any(c.has_interval for c in metrics):
         return (
-            "± is half of a 95% t interval of the arm's mean over seeds like these; variance pooled "
-            "over arms."
+            "± is half of a 95% t interval of the arm's mean over seeds like these, with one "
+            "variance pooled over arms."
         )
     return "One seed an arm: no interval can be given." if metrics else "No finished run yet."
 
@@ -551,50 +518,3 @@ def _duration(seconds: float) -> str:
 
 def _e(text: str) -> str:
     return html.escape(text, quote=True)
-
-
-_CSS = """
-:root{--ink:#1a1a1a;--soft:#5c5c5c;--line:#d8d8d8;--ground:#fff;--card:#f6f7f9;--red:#b3261e;
---redground:#fdecea;--blue:#0060a0;--amber:#8a5a00;color-scheme:light dark}
-@media (prefers-color-scheme:dark){:root{--ink:#e8e8e8;--soft:#a8a8a8;--line:#3c3f44;
---ground:#16181b;--card:#1f2226;--red:#ff8a80;--redground:#3a1d1b;--blue:#7cc0f5;--amber:#f0c060}}
-*{box-sizing:border-box}
-body{margin:0;background:var(--ground);color:var(--ink);
-font:16px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue",Arial,sans-serif}
-main{max-width:60rem;margin:0 auto;padding:1.25rem 1rem 3rem}
-h1{font-size:1.6rem;line-height:1.25;margin:.1rem 0 1rem}
-h2{font-size:1.15rem;margin:2.2rem 0 .6rem;padding-bottom:.25rem;border-bottom:1px solid var(--line)}
-h3{font-size:.95rem;margin:1.2rem 0 .4rem}
-.kicker,.note,figcaption{color:var(--soft);font-size:.85rem}
-.kicker{margin:0}
-.note{margin:.4rem 0}
-ul.verdicts,ul.confounds{list-style:none;margin:0;padding:0}
-.verdicts li{border-left:4px solid var(--line);background:var(--card);margin:.5rem 0;
-padding:.55rem .8rem;border-radius:0 4px 4px 0}
-.verdicts .result{border-color:var(--blue)}
-.verdicts .state,.verdicts .limit{border-color:var(--amber)}
-.verdicts .limit,.verdicts .null{font-size:.94rem}
-.confounds li{margin:.35rem 0;padding:.4rem .7rem;border-left:4px solid var(--line)}
-.confounds .red{color:var(--red);background:var(--redground);border-color:var(--red)}
-figure{margin:1.2rem 0}
-figure img{display:block;width:100%;max-width:38rem;height:auto;margin:0 auto;background:#fff;
-border-radius:4px;padding:.4rem}
-figcaption{max-width:38rem;margin:.4rem auto 0}
-.scroll{overflow-x:auto;margin:.5rem 0}
-table{border-collapse:collapse;font-size:.85rem;font-variant-numeric:tabular-nums;min-width:100%}
-th,td{padding:.3rem .6rem;border-bottom:1px solid var(--line);vertical-align:top}
-th{font-weight:600;border-bottom:2px solid var(--ink);vertical-align:bottom;line-height:1.25}
-.number{text-align:right;white-space:nowrap}
-th.number{white-space:normal}
-.text{text-align:left}
-code,pre{font:.85em/1.4 ui-monospace,"DejaVu Sans Mono",Menlo,Consolas,monospace}
-td code{white-space:pre-wrap}
-td:first-child,th:first-child{position:sticky;left:0;background:var(--ground)}
-pre{background:var(--card);padding:.7rem .9rem;border-radius:4px;overflow-x:auto}
-summary{cursor:pointer}
-@media (max-width:480px){main{padding:1rem .75rem 2rem}h1{font-size:1.3rem}th,td{padding:.25rem .4rem}}
-@media print{:root{--ink:#000;--soft:#444;--line:#bbb;--ground:#fff;--card:#fff;--red:#a00;
---redground:#fff;--blue:#0060a0;--amber:#8a5a00}body{font-size:10.5pt}main{max-width:none;padding:0}
-section{break-inside:auto}figure,tr,li{break-inside:avoid}h2,h3{break-after:avoid}
-.scroll{overflow:visible}table{font-size:8pt}details>*{display:block}figure img{max-width:13cm}}
-""".replace("\n", "")

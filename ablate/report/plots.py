@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -22,7 +23,7 @@ from matplotlib.transforms import ScaledTranslation
 from ablate.report.confounds import si
 from ablate.report.verdicts import LOSS, LOSS_A, PRIMARY, Analysis, Comparison, Metric
 
-STYLE = {
+STYLE: Any = {
     "font.family": "DejaVu Sans",
     "font.size": 9,
     "axes.labelsize": 9,
@@ -128,7 +129,9 @@ class _Layout:
         ax.set_xlabel(self.axis.label if self.axis.label != "arm" else "")
         if not self.axis.numeric:
             ax.set_xticks(range(len(self.labels)))
-            turn = {"rotation": 35, "ha": "right", "rotation_mode": "anchor"} if self.tilted else {}
+            turn: dict[str, Any] = (
+                {"rotation": 35, "ha": "right", "rotation_mode": "anchor"} if self.tilted else {}
+            )
             ax.set_xticklabels([_cut(label, 30) for label in self.labels], **turn)
             ax.set_xlim(-0.5, len(self.labels) - 0.5)
         elif self.axis.share:
@@ -152,8 +155,13 @@ def _outcome(ax: Axes, analysis: Analysis, comparison: Comparison, lay: _Layout)
             single = runs.loc[runs["arm"] == arm, metric.column].dropna()
             beside = ax.transData + ScaledTranslation(5 / 72, 0, ax.figure.dpi_scale_trans)
             ax.scatter(
-                *([lay.at(arm)] * len(single), single),
-                **{"s": 11, "color": colour, "alpha": 0.4, "linewidths": 0, "zorder": 2},
+                [lay.at(arm)] * len(single),
+                single,
+                s=11,
+                color=colour,
+                alpha=0.4,
+                linewidths=0,
+                zorder=2,
                 transform=beside,
             )
         x = [lay.at(arm) for arm in arms]

@@ -1,11 +1,11 @@
 """Statistics of a comparison: arms, paired seeds, curves, and what could have been seen.
 
-`ArmFit` is the additive model  value = arm + seed + noise  with one pooled noise variance. Seeds are
-paired: the same seed gives the same data order and the same initial stream in every arm, so a seed
-that is lucky in one arm tends to be lucky in all, and differences between arms are sharper than the
-arms' own means. Differences use the noise variance within seeds (intra-block analysis, exact t);
-means are meant for new seeds, so their variance has the seeds' variance in it (Satterthwaite).
-Where no seed links the arms the model falls back to arm + noise, and `paired` says so.
+`ArmFit` is the additive model  value = arm + seed + noise  with one pooled noise variance. Seeds
+are paired: the same seed gives the same data order and the same initial stream in every arm, so a
+seed that is lucky in one arm tends to be lucky in all, and differences are sharper than the arms'
+own means. Differences use the noise variance within seeds (intra-block analysis, exact t); means
+are meant for new seeds, so their variance has the seeds' variance in it (Satterthwaite). Where no
+seed links the arms the model falls back to arm + noise, and `paired` says so.
 
 Intervals are two-sided at `level`. Where the degrees of freedom are zero (one seed) limits are NaN:
 there is no interval, and nothing here invents one.
@@ -30,7 +30,7 @@ NAN = float("nan")
 
 @dataclass(frozen=True)
 class Estimate:
-    """A figure with its standard error, degrees of freedom and interval (NaN where there is none)."""
+    """A figure with standard error, degrees of freedom and interval; NaN where there is none."""
 
     value: float
     se: float = NAN
@@ -113,8 +113,8 @@ class ArmFit:
         return covariance / np.outer(scale, scale)
 
     def against(self, reference: str, level: float = 0.95) -> pd.DataFrame:
-        """Every other arm minus `reference`: arm, difference, se, p and its 95% interval, and
-        Dunnett's simultaneous interval (`dunnett_low`, `dunnett_high`), `dunnett_p` and `holm_p`."""
+        """Every other arm minus `reference`: arm, difference, se, p, its interval (low, high), and
+        adjusted: Dunnett's interval (dunnett_low, dunnett_high), dunnett_p and holm_p."""
         r = self.index(reference)
         others = [i for i in range(len(self.arms)) if i != r]
         estimates = [self.difference(self.arms[i], reference, level) for i in others]
@@ -244,7 +244,7 @@ def fit_arms(arm: Sequence[Any], seed: Sequence[Any], value: ArrayLike) -> ArmFi
             arm_mean_square=between / max(1, len(arms) - 1),
         )
 
-    # Seeds as deviations that sum to zero, so that the arms' coefficients are means at the average seed.
+    # Seeds as deviations that sum to zero: the arms' coefficients are means at the average seed.
     Z = np.eye(len(seeds))[s]
     deviations = Z[:, 1:] - Z[:, :1]
     D = np.hstack([X, deviations])
@@ -282,22 +282,28 @@ def _connected(a: NDArray[np.int_], s: NDArray[np.int_], n_arms: int, n_seeds: i
 # --- many comparisons ----------------------------------------------------------------------------
 
 
-def _loadings(correlation: Array) -> Array:
+def _cells(correlation: Array) -> tuple[float, ...]:
+    return tuple(float(x) for x in np.round(correlation, 9).ravel())
+
+
+@functools.lru_cache(maxsize=256)
+def _loadings(cells: tuple[float, ...]) -> tuple[float, ...]:
     """The l with correlation_ij = l_i l_j off the diagonal (principal factor iteration).
 
     Exact for differences from a common reference in a complete design and in one without seeds; the
     usual factor-analytic approximation (Hsu 1992) in an incomplete one.
     """
-    shared = np.full(len(correlation), 0.5)
+    k = math.isqrt(len(cells))
+    matrix = np.array(cells).reshape(k, k)
+    shared = np.full(k, 0.5)
     for _ in range(200):
-        matrix = correlation.copy()
         np.fill_diagonal(matrix, shared)
         values, vectors = np.linalg.eigh(matrix)
         loadings = np.abs(vectors[:, -1]) * math.sqrt(max(0.0, float(values[-1])))
         before, shared = shared, np.minimum(loadings**2, 0.999)
         if np.abs(shared - before).max() < 1e-10:
             break
-    return np.sqrt(shared)
+    return tuple(np.sqrt(shared))
 
 
 def _inside(t: float, correlation: Array, df: float, sides: int) -> float:
@@ -308,7 +314,7 @@ def _inside(t: float, correlation: Array, df: float, sides: int) -> float:
     """
     if len(correlation) == 1:
         return float(stats.t.cdf(t, df) - (stats.t.cdf(-t, df) if sides == 2 else 0.0))
-    loadings = _loadings(correlation)
+    loadings = np.array(_loadings(_cells(correlation)))
     z, z_weight = np.polynomial.hermite_e.hermegauss(48)
     ends = np.sqrt(stats.chi2.ppf([1e-13, 1 - 1e-13], df) / df)
     node, node_weight = np.polynomial.legendre.leggauss(48)
@@ -342,8 +348,7 @@ def many_to_one_quantile(
     correlation: Array, df: float, level: float = 0.95, sides: int = 2
 ) -> float:
     """Dunnett's critical value for differences with this correlation."""
-    cells = tuple(float(x) for x in np.round(correlation, 9).ravel())
-    return _quantile(cells, float(df), level, sides)
+    return _quantile(_cells(correlation), float(df), level, sides)
 
 
 def adjust(p: Sequence[float] | pd.Series, method: Literal["holm", "bh"] = "holm") -> Array:
@@ -448,16 +453,16 @@ def bootstrap_ratio(
     """sum(total) / sum(weight) with a percentile interval over resampled clusters.
 
     For nats a token over documents: `total` nats of each document (or the difference of two
-    runs' nats), `weight` its tokens. For accuracy over items: correct, queries. `clusters` names the
-    group that each element belongs to (a document of several pieces, a book of several questions);
-    whole clusters are drawn. The interval speaks of other texts, not of other seeds.
+    runs' nats), `weight` its tokens. For accuracy over items: correct, queries. `clusters` names
+    the group of each element (a document of several pieces, a book of several questions); whole
+    clusters are drawn. The interval speaks of other texts, not of other seeds.
     """
     numerator = np.asarray(total, dtype=np.float64)
     denominator = np.asarray(weight, dtype=np.float64)
     if clusters is not None:
         _, group = np.unique(np.asarray(clusters), return_inverse=True)
-        numerator = np.bincount(group, numerator)
-        denominator = np.bincount(group, denominator)
+        numerator = np.bincount(group, numerator).astype(np.float64)
+        denominator = np.bincount(group, denominator).astype(np.float64)
     value = float(numerator.sum() / denominator.sum())
     n = len(numerator)
     if n < 2:
@@ -475,7 +480,7 @@ def bootstrap_ratio(
 
 # --- a curve over shares -------------------------------------------------------------------------
 
-# Loss over the share s of attention: a gain that saturates plus a cost that grows. Given c, both forms are linear.
+# Loss over the share s of attention: a gain that saturates plus a cost that grows. Linear, given c.
 FORMS: dict[str, str] = {
     "exponential": "a + b·exp(−s/c) + d·s²",
     "hyperbolic": "a + b/(1 + s/c) + d·s²",
@@ -487,20 +492,19 @@ def _gain(form: str, x: Array, c: ArrayLike) -> Array:
     return np.exp(-scaled) if form == "exponential" else 1 / (1 + scaled)
 
 
+_ACTIVE = ([0, 1, 3], [0, 1], [0, 3], [0])  # places in (a, b, c, d) that are free, given c
+
+
 @functools.lru_cache(maxsize=16)
 def _designs(
     form: str, shares: tuple[float, ...], roots: tuple[float, ...], scales: tuple[float, ...]
-) -> list[tuple[float, list[int], Array, Array]]:
-    """For each c and each set of free parameters: c, their places in (a, b, c, d), the weighted
-    design (A, k) and its pseudo-inverse (k, A)."""
-    x = np.array(shares)
-    designs = []
-    for c in scales:
-        columns = np.stack([np.ones_like(x), _gain(form, x, c), x**2], axis=1)
-        for active in ([0, 1, 2], [0, 1], [0, 2], [0]):
-            design = columns[:, active] * np.array(roots)[:, None]
-            designs.append((c, [(0, 1, 3)[i] for i in active], design, np.linalg.pinv(design)))
-    return designs
+) -> list[tuple[Array, Array]]:
+    """For each set of free parameters the weighted designs (K, A, k) at every c of the grid, and
+    their pseudo-inverses (K, k, A)."""
+    x = np.broadcast_to(np.array(shares), (len(scales), len(shares)))
+    columns = np.stack([np.ones_like(x), _gain(form, x, np.array(scales)), x, x**2], axis=2)
+    columns = columns * np.array(roots)[:, None]
+    return [(columns[..., free], np.linalg.pinv(columns[..., free])) for free in _ACTIVE]
 
 
 def _least_squares(
@@ -508,22 +512,26 @@ def _least_squares(
 ) -> tuple[Array, Array]:
     """Best (a, b, c, d) with b, d >= 0 for each row of y (R, A); also the weighted residual sums.
 
-    For each c of the grid the rest is linear: the unconstrained solution where it is feasible, else the
-    best of the solutions with b, d or both at zero (which is where the constrained optimum then is).
+    For each c of the grid the rest is linear: the unconstrained solution where it is feasible, else
+    the best of those with b, d or both at zero (which is where the constrained optimum then is).
     """
     root = np.sqrt(weight)
     scaled = y * root
+    rows = np.arange(len(y))
     best = np.full(len(y), np.inf)
     parameters = np.zeros((len(y), 4))
-    for c, places, design, inverse in _designs(form, tuple(x), tuple(root), tuple(scales)):
-        solution = scaled @ inverse.T  # (R, k)
-        rss = ((scaled - solution @ design.T) ** 2).sum(axis=1)
-        better = (rss < best - 1e-15) & (solution[:, 1:] >= 0).all(axis=1)
-        best[better] = rss[better]
-        chosen = np.zeros((int(better.sum()), 4))
-        chosen[:, places] = solution[better]
-        chosen[:, 2] = c
-        parameters[better] = chosen
+    designs = _designs(form, tuple(x), tuple(root), tuple(scales))
+    for free, (design, inverse) in zip(_ACTIVE, designs, strict=True):
+        solution = scaled @ inverse.transpose(0, 2, 1)  # (K, R, k)
+        rss = ((scaled - solution @ design.transpose(0, 2, 1)) ** 2).sum(axis=2)  # (K, R)
+        rss[(solution[..., 1:] < 0).any(axis=2)] = np.inf
+        at = rss.argmin(axis=0)
+        better = rss[at, rows] < best - 1e-15
+        best[better] = rss[at, rows][better]
+        chosen = np.zeros((len(y), 4))
+        chosen[:, free] = solution[at, rows]
+        chosen[:, 2] = scales[at]
+        parameters[better] = chosen[better]
     return parameters, best
 
 
@@ -565,21 +573,22 @@ def fit_curve(
     """A saturating gain plus a convex cost through the arms' means; lower is better.
 
     `x`: share of each arm, in [0, 1]. The interval of the optimum and the flat range come from a
-    parametric bootstrap: the fitted curve plus noise of the arms' means, the noise variance itself drawn.
+    parametric bootstrap: the fitted curve plus noise of the arms' means, its variance drawn too.
     Needs five distinct shares. ValueError otherwise.
     """
     shares = np.array([float(x[arm]) for arm in fit.arms])
     if len(np.unique(shares)) < 5 or shares.min() < 0 or shares.max() > 1:
         raise ValueError("a curve needs at least five distinct shares between 0 and 1")
     span = float(shares.max() - shares.min())
-    scales = np.geomspace(0.02 * span, 2 * span, 48)
+    scales = np.geomspace(0.02 * span, 2 * span, 96)
     weight = 1 / np.diag(fit.unscaled)
     parameters, rss = _least_squares(form, shares, fit.means[None], weight, scales)
     grid = np.linspace(shares.min(), shares.max(), 401)
     line = _evaluate(form, parameters, grid)[0]
     at = int(np.argmin(line))
     optimum = float(grid[at])
-    named: tuple[float, float, float, float] = tuple(float(v) for v in parameters[0])  # type: ignore[assignment]
+    a, b, c, d = (float(v) for v in parameters[0])
+    named = (a, b, c, d)
     if not fit.df > 0 or not fit.sigma > 0:
         return Curve(form, named, Estimate(optimum), (NAN, NAN), float(rss[0]), NAN)
 

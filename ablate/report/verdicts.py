@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 
 from ablate.report.confounds import si
-from ablate.report.frames import arm_label, missing_cells, usable
+from ablate.report.frames import arm_label, missing_cells, usable, varies
 from ablate.report.stats import ArmFit, Curve, Estimate, fit_arms, fit_curve
 
 
@@ -145,25 +145,31 @@ class Analysis:
         return dict(self.frame.attrs.get("study", {}))
 
     def describe(self, arm: str) -> str:
-        """'without attention', 'with one attention layer of 6 (17%)', 'at window 512', 'in samba'."""
-        row = self.arms.loc[arm]
-        if row["series"] or not self.axis.numeric:
+        """'without attention', 'with one attention layer of 6 (16.7%)', 'at window 512'."""
+        x = self._place(arm)
+        if x is None:
             return f"in {arm}"
         if not self.axis.share:
-            return f"at {self.axis.label} {row['x']:.6g}"
-        kind, layers = self.axis.kind, int(row["n_layers"])
-        count = round(row["x"] * layers)
+            return f"at {self.axis.label} {x:.6g}"
+        kind, layers = self.axis.kind, int(self.arms["n_layers"].to_dict()[arm])
+        count = round(x * layers)
         if count == 0:
             return f"without {kind}"
         number = "one" if count == 1 else str(count)
-        return f"with {number} {kind} layer{'s' * (count > 1)} of {layers} ({_percent(row['x'])})"
+        return f"with {number} {kind} layer{'s' * (count > 1)} of {layers} ({_percent(x)})"
 
     def short(self, arm: str) -> str:
         """'17%', '512' or the arm's name."""
-        row = self.arms.loc[arm]
-        if row["series"] or not self.axis.numeric:
+        x = self._place(arm)
+        if x is None:
             return arm
-        return _percent(row["x"]) if self.axis.share else f"{row['x']:.6g}"
+        return _percent(x) if self.axis.share else f"{x:.6g}"
+
+    def _place(self, arm: str) -> float | None:
+        """Where the arm stands on the axis, when that is enough to name it."""
+        if not self.axis.numeric or self.arms["series"].to_dict()[arm]:
+            return None
+        return float(self.arms["x"].to_dict()[arm])
 
 
 def analyse(frame: pd.DataFrame, *, reference: str | None = None) -> Analysis:
@@ -196,12 +202,12 @@ def _axis(runs: pd.DataFrame, study: dict[str, Any]) -> tuple[Axis, pd.Series]:
     if name in _SHARES:
         column, kind = _SHARES[name]
         share = pd.to_numeric(runs[column], errors="coerce")
-        if share.notna().all() and share.nunique() > 1:
+        if share.notna().all() and varies(share):
             return Axis(name, f"share of layers that are {kind}", True, True, kind), share
     values = runs[name]
     is_number = values.map(lambda v: isinstance(v, int | float) and not isinstance(v, bool))
     numbers = pd.to_numeric(values.where(is_number), errors="coerce")
-    numeric = bool(numbers.notna().all()) and numbers.nunique() > 1
+    numeric = bool(numbers.notna().all()) and varies(numbers)
     label = _AXES.get(name, name)
     if not numeric:
         return Axis(name, "arm" if len(factors) > 1 else label, False), places
@@ -211,8 +217,8 @@ def _axis(runs: pd.DataFrame, study: dict[str, Any]) -> tuple[Axis, pd.Series]:
 def _arms(
     runs: pd.DataFrame, order: Sequence[str], axis: Axis, x: pd.Series, factors: list[str]
 ) -> pd.DataFrame:
-    """One row an arm: x, series (the other factors that vary), runs, and its architecture's figures."""
-    others = [f for f in factors if f != axis.field and f in runs and runs[f].nunique() > 1]
+    """One row an arm: x, series (the other factors that vary), n, figures of its architecture."""
+    others = [f for f in factors if f != axis.field and f in runs and varies(runs[f])]
     rows = []
     for arm in order:
         own = runs[runs["arm"] == arm]
@@ -246,7 +252,7 @@ def _compare(
     fit = fit_arms(rows["arm"].tolist(), rows["seed"].tolist(), rows[metric.column])
     first = reference if reference in present else present[0]
     curves = []
-    single = arms["series"].nunique() == 1
+    single = not varies(arms["series"])
     if axis.share and single and metric is LOSS and arms["x"][present].nunique() >= 5:
         places = {arm: float(arms["x"][arm]) for arm in present}
         curves = [fit_curve(fit, places, form=form) for form in ("exponential", "hyperbolic")]
@@ -332,8 +338,8 @@ def _without_interval(analysis: Analysis, comparison: Comparison) -> Verdict:
         )
     else:
         text = (
-            f"{metric.name} ranges between {told}. One seed an arm: no interval can be given, and a "
-            "difference may be noise."
+            f"{metric.name} ranges between {told}. One seed an arm: no interval can be given, and "
+            "a difference may be noise."
         )
     return Verdict("null", text)
 
@@ -345,13 +351,13 @@ def _nothing(analysis: Analysis, comparison: Comparison) -> list[Verdict]:
     detect = metric.show_size(effect, effect)
     if p < 0.05:
         text = (
-            f"{metric.name}: the arms are not all equal (F test, p = {_p(p)}), but none can be told "
-            f"from the one {analysis.describe(comparison.reference)} ({_seeds(fit)})."
+            f"{metric.name}: the arms are not all equal (F test, p = {_p(p)}), but none can be "
+            f"told from the one {analysis.describe(comparison.reference)} ({_seeds(fit)})."
         )
         return [Verdict("result", text), *_best(analysis, comparison)]
     text = (
-        f"{metric.name}: the arms are not distinguishable at this size ({_seeds(fit)}): a difference "
-        f"from the arm {analysis.describe(comparison.reference)} would have had to be "
+        f"{metric.name}: the arms are not distinguishable at this size ({_seeds(fit)}): a "
+        f"difference from the arm {analysis.describe(comparison.reference)} would have had to be "
         f"{detect} to be found with 80% power."
     )
     return [Verdict("null", text)]
@@ -360,7 +366,7 @@ def _nothing(analysis: Analysis, comparison: Comparison) -> list[Verdict]:
 def _difference(analysis: Analysis, comparison: Comparison, different: pd.DataFrame) -> Verdict:
     """The first arm in order that differs from the reference in the direction of most of them."""
     metric, fit, reference = comparison.metric, comparison.fit, comparison.reference
-    strongest = different.loc[different["difference"].abs().idxmax()]
+    strongest = different.iloc[int(different["difference"].abs().argmax())]
     same_sign = different[np.sign(different["difference"]) == np.sign(strongest["difference"])]
     chosen = same_sign.iloc[0] if analysis.axis.numeric else strongest
     arm = str(chosen["arm"])

@@ -128,6 +128,20 @@ def curve(folder: RunFolder, loss: float, accuracy: float | None, tokens: int, s
             folder.append_metrics(row)
 
 
+def _items(folder: RunFolder, content: Mapping[str, Any], seed: int) -> None:
+    """Scores of 40 documents and 64 recall rows that add up to the result's figures."""
+    rng = np.random.default_rng(7)
+    tokens = rng.integers(50, 3000, 40)
+    level = rng.normal(0, 0.3, 40)  # documents are hard or easy for every run
+    for split in ("val_a", "val_b"):
+        nats = tokens * (content[split]["loss"] + level - np.average(level, weights=tokens))
+        folder.write_evaluation(split, {"nats": nats.tolist(), "tokens": tokens.tolist()})
+    if "mqar" in content:
+        rows = np.random.default_rng(seed).binomial(8, content["mqar"]["accuracy"], 64)
+        part = {"queries_per_row": 8, "correct": rows.tolist(), "nats": [1.0] * 64}
+        folder.write_evaluation("mqar", {"by_pairs": {"8": part}})
+
+
 def write_run(
     study: Path,
     key: str,
@@ -147,11 +161,11 @@ def write_run(
         return folder
     generation = folder.begin()
     if content is not None:
-        architecture, val = content["architecture"], content["val_b"]["loss"]
-        del architecture
+        val = content["val_b"]["loss"]
         accuracy = content.get("mqar", {}).get("accuracy")
         if val is not None and np.isfinite(val):
             curve(folder, val, accuracy, content["train"]["tokens"], seed)
+        _items(folder, content, seed)
         folder.write_result(content, generation)
     if state != "running":
         folder.end(state, generation, cause)  # type: ignore[arg-type]
@@ -172,7 +186,7 @@ def write_study(
     random: int = 0,
     **common: Any,
 ) -> Path:
-    """A finished study of the share of attention; losses and accuracies are the arms' true means."""
+    """A finished study of the share of attention; losses and accuracies: the arms' true means."""
     rng = np.random.default_rng(random)
     losses = losses or [2.3] * len(shares)
     lucky = rng.normal(0, noise * correlation**0.5, len(seeds))

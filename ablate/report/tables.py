@@ -1,0 +1,182 @@
+"""The report's tables as frames, and as CSV, Parquet and Markdown files."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from ablate.report.frames import load_evaluation, records
+from ablate.report.stats import Estimate, bootstrap_ratio, fit_arms
+from ablate.report.verdicts import LOSS, LOSS_A, RECALL, Analysis, Metric
+from ablate.run import atomic_write
+
+COMPARED = (RECALL, LOSS, LOSS_A)  # metrics with a table of differences
+_ITEMS = {RECALL.column: "mqar", LOSS.column: "val_b", LOSS_A.column: "val_a"}
+_NO_PARQUET = "pyarrow is not installed: the tables are written as CSV and Markdown, not as Parquet"
+
+
+def arm_table(analysis: Analysis) -> pd.DataFrame:
+    """One row an arm: where it stands, its architecture and cost, and each metric's mean with the
+    95% interval (`<metric>`, `<metric>_low`, `<metric>_high`, `<metric>_n`)."""
+    table = analysis.arms.drop(columns=["series"]).rename(columns={"n": "runs"})
+    for column, comparison in analysis.comparisons.items():
+        fit = comparison.fit
+        means = {arm: fit.mean(arm) for arm in fit.arms}
+        table[column] = pd.Series({a: m.value for a, m in means.items()})
+        table[f"{column}_low"] = pd.Series({a: m.low for a, m in means.items()})
+        table[f"{column}_high"] = pd.Series({a: m.high for a, m in means.items()})
+        table[f"{column}_n"] = pd.Series(dict(zip(fit.arms, fit.counts, strict=True)))
+    return table.reset_index()
+
+
+def difference_table(analysis: Analysis, path: Path) -> pd.DataFrame:
+    """Each arm minus the reference for recall and loss (`ArmFit.against`), with `among_best`, and
+    `items_low`, `items_high`: the interval over documents (loss) or rows (recall) alone, which
+    takes these runs as given and asks about other texts."""
+    parts: list[pd.DataFrame] = []
+    for metric in COMPARED:
+        comparison = analysis.comparisons.get(metric.column)
+        if comparison is None or comparison.table.empty or (metric is LOSS_A and parts):
+            continue
+        part = comparison.table.copy()
+        part.insert(0, "metric", metric.column)
+        part["among_best"] = part["arm"].isin(comparison.best)
+        items = _over_items(analysis, metric, path, comparison.reference)
+        part["items_low"] = [items[a].low if a in items else math.nan for a in part["arm"]]
+        part["items_high"] = [items[a].high if a in items else math.nan for a in part["arm"]]
+        parts.append(part)
+    columns = ["metric", "arm", "reference", "difference"]
+    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=columns)
+
+
+def _over_items(
+    analysis: Analysis, metric: Metric, path: Path, reference: str
+) -> dict[str, Estimate]:
+    """Differences from the reference with a bootstrap interval over documents or recall rows.
+
+    Empty where runs kept no items, or did not score the same ones.
+    """
+    scores = load_evaluation(path, _ITEMS[metric.column])
+    totals: dict[str, list[np.ndarray]] = {}
+    weight: np.ndarray | None = None
+    for row in records(analysis.runs):
+        items = _items(scores.get(row["key"], {}), metric)
+        if items is None or (weight is not None and not np.array_equal(items[1], weight)):
+            return {}
+        totals.setdefault(str(row["arm"]), []).append(items[0])
+        weight = items[1]
+    if weight is None or reference not in totals:
+        return {}
+    mean = {arm: np.mean(values, axis=0) for arm, values in totals.items()}
+    return {
+        arm: bootstrap_ratio(total - mean[reference], weight, draws=1000)
+        for arm, total in mean.items()
+        if arm != reference
+    }
+
+
+def _items(score: dict[str, Any], metric: Metric) -> tuple[np.ndarray, np.ndarray] | None:
+    """Per item the total and the weight whose ratio is the metric: (nats, tokens) of documents, or
+    (correct, queries) of recall rows."""
+    if metric is not RECALL:
+        if not score.get("nats") or not score.get("tokens"):
+            return None
+        return np.asarray(score["nats"], dtype=float), np.asarray(score["tokens"], dtype=float)
+    groups = [g for g in (score.get("by_pairs") or {}).values() if isinstance(g, dict)]
+    if not groups:
+        return None
+    correct = np.concatenate([np.asarray(g["correct"], dtype=float) for g in groups])
+    asked = [np.full(len(g["correct"]), float(g["queries_per_row"])) for g in groups]
+    return correct, np.concatenate(asked)
+
+
+def equal_budgets(analysis: Analysis, metrics: pd.DataFrame) -> pd.DataFrame:
+    """Validation A loss of each arm where all runs have used the same tokens, FLOPs or seconds.
+
+    Long: budget ('tokens', 'flops', 'seconds'), at (the most that every run used), arm, loss, low,
+    high. Interpolated between validations in the logarithm of the budget. Empty where fewer than
+    two validations were logged, or for a budget that some run lacks.
+    """
+    rows = []
+    lines = metrics[metrics["key"].isin(set(analysis.runs["key"]))]
+    if "val_a_loss" not in lines or len(analysis.arms) < 2:
+        return pd.DataFrame(columns=["budget", "at", "arm", "loss", "low", "high"])
+    curves = {key: _with_seconds(run) for key, run in lines.groupby("key")}
+    runs = analysis.runs[analysis.runs["key"].isin(set(curves))]
+    for budget in ("tokens", "flops", "seconds"):
+        tracks = {}
+        for key in runs["key"]:
+            track = curves[key]
+            track = track[np.isfinite(track[budget]) & (track[budget] > 0)]
+            if len(track) < 2 or not track[budget].is_monotonic_increasing:
+                break
+            tracks[key] = track
+        if len(tracks) < len(runs) or not tracks:
+            continue
+        at = min(float(t[budget].iloc[-1]) for t in tracks.values())
+        losses = [
+            float(np.interp(np.log(at), np.log(tracks[k][budget]), tracks[k]["val_a_loss"]))
+            for k in runs["key"]
+        ]
+        fit = fit_arms(runs["arm"].tolist(), runs["seed"].tolist(), losses)
+        for arm in analysis.arms.index:
+            mean = fit.mean(str(arm))
+            rows.append((budget, at, str(arm), mean.value, mean.low, mean.high))
+    return pd.DataFrame(rows, columns=["budget", "at", "arm", "loss", "low", "high"])
+
+
+def _with_seconds(run: pd.DataFrame) -> pd.DataFrame:
+    """A run's validation lines in order, the seconds taken from the training lines around them."""
+    run = run.sort_values("step", kind="stable")
+    validations = run[run["val_a_loss"].notna()].drop_duplicates("step", keep="last").copy()
+    timed = run[run["seconds"].notna()] if "seconds" in run else run.iloc[:0]
+    validations["seconds"] = (
+        np.interp(validations["step"], timed["step"], timed["seconds"]) if len(timed) else math.nan
+    )
+    return validations
+
+
+# --- files ---------------------------------------------------------------------------------------
+
+
+def write_tables(
+    tables: dict[str, pd.DataFrame], folder: Path, say: Callable[[str], object]
+) -> None:
+    """`<name>.csv`, `.md` and `.parquet` of each; without pyarrow `say` gets one line instead."""
+    parquet = True
+    for name, table in tables.items():
+        atomic_write(folder / f"{name}.csv", table.to_csv(index=False))
+        atomic_write(folder / f"{name}.md", _markdown(table))
+        if parquet:
+            try:
+                _plain(table).to_parquet(folder / f"{name}.parquet", index=False)
+            except ImportError:
+                parquet = False
+                say(_NO_PARQUET)
+
+
+def _plain(table: pd.DataFrame) -> pd.DataFrame:
+    """Columns of one type each, as Parquet wants them: numbers mixed with words become text."""
+    table = table.copy()
+    table.attrs = {}
+    for column in table.columns:
+        if table[column].dtype == object and len({type(v) for v in table[column].dropna()}) > 1:
+            table[column] = table[column].map(lambda v: v if v is None else str(v))
+    return table
+
+
+def _markdown(table: pd.DataFrame) -> str:
+    def show(value: Any) -> str:
+        if isinstance(value, float):
+            return "" if math.isnan(value) else f"{value:.6g}"
+        return str(value).replace("|", "\\|")
+
+    lines = ["| " + " | ".join(map(str, table.columns)) + " |", "|---" * len(table.columns) + "|"]
+    for row in table.itertuples(index=False):
+        lines.append("| " + " | ".join(show(v) for v in row) + " |")
+    return "\n".join(lines) + "\n"
