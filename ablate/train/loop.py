@@ -10,6 +10,7 @@ validation, checkpoint or log line never changes what the next step computes.
 
 from __future__ import annotations
 
+import logging
 import resource
 import sys
 import tempfile
@@ -38,6 +39,8 @@ from ablate.train.step import Stepper
 from ablate.train.stop import Interrupts, Pruned, TrialFailed, cause_of
 from ablate.train.tracker import Tracker
 from ablate.train.validation import RecallScore, TextScore, Validator
+
+log = logging.getLogger(__name__)
 
 VALIDATIONS = 5  # over the budget, unless train.eval_every says otherwise
 MAX_SKIPPED = 20  # steps in a row that are not finite, after which the run has diverged
@@ -200,6 +203,8 @@ class _Run:
         self.last_validation_seconds = 0.0
         self.last_checkpoint, self.checkpoint_time, self.checkpoint_cost = 0, 0.0, 0.0
         self.peak_memory = 0
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
         self.warmup = cfg.train.warmup
         self.branch: dict[str, Any] | None = None
         self.lr_scale = 0.0  # of the last step
@@ -411,6 +416,12 @@ class _Run:
         data = {"fingerprint": self.token_set.fingerprint, "splits": meta.get("splits")}
         groups = {"parameter_groups": self.group_rows}
         self.folder.write_environment({**surroundings, "commits": commits, "data": data, **groups})
+        for row in self.group_rows:
+            log.info(
+                "AdamW %s: weight decay %g, %d parameters in %d tensors, %s: %s",
+                *(row[name] for name in ("group", "weight_decay", "params", "tensors", "dtype")),
+                ", ".join(row["names"]),
+            )
 
     @contextmanager
     def batches(self) -> Iterator[Iterator[Batch]]:

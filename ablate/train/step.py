@@ -18,7 +18,7 @@ from ablate.config import TrainConfig
 from ablate.data import Batch
 from ablate.train.optim import apply_step, set_lr
 
-# Positions in the vector of running figures.
+# Positions in the vector of running figures; those before _NORM begin anew with each reading.
 _LOSS, _COUNT, _NORM, _SKIPPED, _STREAK, _WORST = range(6)
 
 
@@ -92,6 +92,5 @@ class Stepper:
     def read(self) -> Reading:
         """Wait for the device, read the figures, and begin a new interval."""
         total, count, norm, skipped, _, worst = self.running.tolist()
-        self.running[_LOSS] = 0
-        self.running[_COUNT] = 0
+        self.running[:_NORM].zero_()  # an assignment of a number would wait for the device
         return Reading(total / count if count else math.nan, norm, int(skipped), int(worst))

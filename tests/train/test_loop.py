@@ -390,3 +390,45 @@ def test_settings_come_back(tiny: Make) -> None:
     after = (torch.get_num_threads(), torch.are_deterministic_algorithms_enabled())
     assert after == before
     assert signal.getsignal(signal.SIGTERM) is handler
+
+
+def test_bf16_keeps_fp32_master_weights(tiny: Make, folder: RunFolder) -> None:
+    result = train(tiny(train={"precision": "bf16", "keep": "all"}), folder)
+    assert {t.dtype for t in checkpoint.load(folder.checkpoint, 20).model.values()} == {
+        torch.float32
+    }
+    assert folder.environment()["numerics"]["precision"] == "bf16"
+    full = train(tiny())
+    assert result["val_b"]["loss"] != full["val_b"]["loss"]
+    assert result["val_b"]["loss"] == pytest.approx(full["val_b"]["loss"], rel=0.02)
+
+
+def test_the_groups_are_said(
+    tiny: Make, folder: RunFolder, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO", logger="ablate"):
+        train(tiny(train={"tokens": 64}), folder)
+    said = [r.message for r in caplog.records if r.message.startswith("AdamW")]
+    assert [line.split(":")[0] for line in said] == ["AdamW decay", "AdamW no_decay"]
+    assert "A_log" in said[1]
+    assert len(folder.environment()["parameter_groups"]) == 2
+
+
+def test_killed_right_after_the_result(tiny: Make, folder: RunFolder) -> None:
+    result = train(tiny(), folder)
+    checkpoint.save(folder.checkpoint, 20, {"a": torch.ones(1)}, {"b": torch.ones(1)}, {})
+    folder.begin()
+    assert train(tiny(), folder) == json.loads(json.dumps(result))
+    assert folder.status()["state"] == "done"
+    assert not folder.checkpoint.exists()
+
+
+def test_a_torn_line_is_dropped_and_logged_again(tiny: Make, tmp_path: Path) -> None:
+    unbroken, broken = RunFolder(tmp_path / "unbroken"), RunFolder(tmp_path / "broken")
+    train(tiny(), unbroken)
+    with pytest.raises(KeyboardInterrupt):
+        train(tiny(), broken, on_progress=Stop(6))
+    with (broken.path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 7, "tok')
+    train(tiny(), broken)
+    assert curve(broken.metrics()) == curve(unbroken.metrics())
