@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 # pip knows where wheels may lie on this machine; uv has to be told.
 FIND_LINKS := $(shell $(PYTHON) -m pip config get global.find-links 2>/dev/null)
-INSTALL = $(if $(FIND_LINKS),UV_FIND_LINKS="$(FIND_LINKS)") $(BIN)/uv pip install -q --python $(BIN)/python -c constraints.txt
+INSTALL = $(if $(FIND_LINKS),UV_FIND_LINKS="$(FIND_LINKS)") $(BIN)/uv pip install -q --compile-bytecode --python $(BIN)/python -c constraints.txt
 
 .PHONY: sweep test test-all lint format clean
 

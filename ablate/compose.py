@@ -8,7 +8,7 @@ Hydra only composes: it changes no directory, writes no folder and configures no
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,15 +33,27 @@ def shipped(name: str) -> Path:
     return inside if inside.is_dir() else _PACKAGE.parent / name
 
 
+_OPEN = ("study.grid=", "study.arms=", "study.search=")
+
 # What sweep and scale files may compute from other fields, as ${name:a,b}.
-_RESOLVERS = {
-    "div": lambda a, b: int(a) // int(b),
+_RESOLVERS: dict[str, Callable[..., float]] = {
+    "div": lambda a, b: a // b,
     "times": lambda a, b: a * b,
-    "up": lambda a, b: -(-int(a) // int(b)) * int(b),  # rounded up to a multiple
+    "up": lambda a, b: -(-a // b) * b,  # rounded up to a multiple
     "index": lambda n, share: round(share * (n - 1)),  # position in a stack of n layers
     # d_model scaled, to a multiple that Mamba-2's heads (head_dim of 2 * d_model) divide
     "width": lambda d, factor, head_dim: max(1, round(2 * d * factor / head_dim)) * head_dim // 2,
 }
+
+
+def _numbers_only(resolver: Callable[..., float]) -> Callable[..., Any]:
+    """Computes with numbers; anything else is passed on, for the typed config to refuse by name."""
+
+    def resolve(*args: Any) -> Any:
+        numbers = all(isinstance(a, int | float) and not isinstance(a, bool) for a in args)
+        return resolver(*args) if numbers and all(args[1:]) else args[0]
+
+    return resolve
 
 
 @dataclass(frozen=True)
@@ -55,9 +67,10 @@ class Composed:
 
 def compose(overrides: Sequence[str]) -> Composed:
     """Compose `conf/config.yaml` with override words; `UserError` for a word that is wrong."""
-    words = list(overrides)
-    for word in words:
+    for word in overrides:
         _check_word(word)
+    # The keys of these are the user's own: setting one adds to what the sweep has.
+    words = [f"++{w}" if w.startswith(_OPEN) else w for w in overrides]
     tree, choices = _compose(words)
     notes = []
     if choices.get("scale") == "auto":
@@ -92,7 +105,7 @@ def choices_of(group: str) -> list[str]:
 def _compose(words: list[str]) -> tuple[dict[str, Any], dict[str, str]]:
     register_sweeps()
     for name, resolver in _RESOLVERS.items():
-        OmegaConf.register_new_resolver(name, resolver, replace=True)
+        OmegaConf.register_new_resolver(name, _numbers_only(resolver), replace=True)
     GlobalHydra.instance().clear()
     own = Path.cwd() / "conf"
     search: list[str] = []

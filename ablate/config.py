@@ -166,9 +166,11 @@ class DataConfig(Section):
 
     @model_validator(mode="after")
     def _cross(self) -> DataConfig:
-        if (self.source == "files") != (self.path is not None):
+        if self.source == "files" and self.path is None:
+            raise ValueError("data.path is missing: data=files needs data.path=FOLDER_OR_FILE")
+        if self.source != "files" and self.path is not None:
             raise ValueError(
-                "'path' must be given when source is 'files' (data=files), and only then"
+                f"data.path is given, but data.source is '{self.source}': add data=files"
             )
         length = self.mqar.length or self.seq_len
         if self.mqar.share and length > self.seq_len:
@@ -364,7 +366,8 @@ def _sentence(error: ValidationError) -> str:
     if first["type"] == "missing":
         return f"field '{field}' is missing"
     if first["type"] == "value_error":
-        return f"{field}: {message}" if field else message
+        named = not field or f"{field}." in message
+        return message if named else f"{field}: {message}"
     return f"field '{field}' is {first['input']!r}: {message[0].lower()}{message[1:]}"
 
 

@@ -8,6 +8,7 @@ O(L * window) time and memory; on CUDA it is FlexAttention with a block mask.
 from __future__ import annotations
 
 import functools
+import weakref
 from typing import Any
 
 import torch
@@ -101,7 +102,36 @@ def _document_block_mask(doc_start_BL: torch.Tensor, window: int | None) -> Any:
         mask = (k <= q) & (k >= doc_start_BL[b, q])
         return mask if window is None else mask & (k > q - window)
 
-    return create_block_mask(visible, batch, None, length, length, device=doc_start_BL.device)
+    make = create_block_mask if torch.compiler.is_compiling() else _compiled_mask_maker()
+    return make(visible, batch, None, length, length, device=doc_start_BL.device)
+
+
+_MASKS: dict[tuple[int, int | None], tuple[Any, int, Any]] = {}
+
+
+def _shared_document_mask(doc_start_BL: torch.Tensor, window: int | None) -> Any:
+    """The block mask of this tensor, made once for all layers of a step.
+
+    Inside torch.compile the compiler shares it, and inside a graph capture it must be made by the
+    graph itself, because a replay sees other documents in the same tensor.
+    """
+    if torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing():
+        return _document_block_mask(doc_start_BL, window)
+    key = (id(doc_start_BL), window)
+    reference, version, mask = _MASKS.get(key, (None, -1, None))
+    if reference is None or reference() is not doc_start_BL or version != doc_start_BL._version:
+        for old in [k for k, (ref, _, _) in _MASKS.items() if ref() is None]:
+            del _MASKS[old]
+        mask = _document_block_mask(doc_start_BL, window)
+        _MASKS[key] = (weakref.ref(doc_start_BL), doc_start_BL._version, mask)
+    return mask
+
+
+@functools.cache
+def _compiled_mask_maker() -> Any:
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    return torch.compile(create_block_mask)
 
 
 @functools.cache
@@ -126,7 +156,7 @@ def _flex(
         assert window is not None
         mask = _window_block_mask(q.shape[2], window, q.device)
     else:
-        mask = _document_block_mask(doc_start_BL, window)
+        mask = _shared_document_mask(doc_start_BL, window)
     run = flex_attention if torch.compiler.is_compiling() else _compiled_flex()
     y: torch.Tensor = run(q, k, v, block_mask=mask, scale=scale, enable_gqa=gqa)
     return y

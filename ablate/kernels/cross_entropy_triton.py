@@ -200,6 +200,15 @@ def _fake_token_losses(
     return x.new_empty(x.shape[0], dtype=torch.float32)
 
 
+def _scaled(t: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """t * scale in another dtype, in one pass; one dimension keeps the scale in float32."""
+    return torch.mul(t, scale.reshape(1), out=torch.empty(t.shape, dtype=dtype, device=t.device))
+
+
+def _fake_scaled(t: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return t.new_empty(t.shape, dtype=dtype)
+
+
 _forward_op = define_op(
     "linear_cross_entropy(Tensor x, Tensor weight, Tensor target, float z_loss, int ignore_index,"
     " bool need_x, bool need_weight) -> (Tensor, Tensor, Tensor)",
@@ -211,6 +220,13 @@ _token_losses_op = define_op(
     " -> Tensor",
     _token_losses,
     _fake_token_losses,
+)
+
+
+_scaled_op = define_op(
+    "linear_cross_entropy_scaled(Tensor t, Tensor scale, ScalarType dtype) -> Tensor",
+    _scaled,
+    _fake_scaled,
 )
 
 
@@ -244,10 +260,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         d_x, d_weight, share = ctx.saved_tensors
         scale = grads[0] if share is None else grads[0] * share
         need_x, need_weight = ctx.need
-        out_x = d_x * scale if need_x else None  # a 0-dim scale keeps d_x's dtype
-        out_weight = None
-        if need_weight:
-            out_weight = (d_weight * scale).to(ctx.weight_dtype)
+        out_x = _scaled_op(d_x, scale, d_x.dtype) if need_x else None
+        out_weight = _scaled_op(d_weight, scale, ctx.weight_dtype) if need_weight else None
         return out_x, out_weight, None, None, None, None
 
 

@@ -2,8 +2,8 @@
 
 Everything works on chunks of Q = 64 tokens. Forward, three launches:
 
-1. `_dt_kernel`: step sizes after bias and softplus, and the sums of dt A within each chunk, in units
-   of log2 and with time last, so that later kernels read them in one piece and call exp2 alone.
+1. `_dt_kernel`: step sizes after bias and softplus, and the sums of dt A within each chunk, in
+   units of log2 and with time last: later kernels read them in one piece and call exp2 alone.
 2. `_state_kernel`: walks the chunks of one head in order with the state in registers and writes the
    state that enters each chunk. Short of parallel work it runs twice over segments of the sequence:
    first only their end states, then, started from the states before them, the whole.
@@ -19,6 +19,8 @@ cancellation of a sum over the whole sequence. Each result is a fixed order of a
 agree bit for bit.
 """
 
+# mypy: disallow-untyped-defs=False
+
 from __future__ import annotations
 
 from typing import Any
@@ -29,6 +31,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ablate.kernels.dispatch import define_op
+from ablate.kernels.sum_rows_triton import sum_rows
 
 Q = 64
 
@@ -64,7 +67,7 @@ def _store(
 def _dt_kernel(
     dt_ptr, bias_ptr, A_ptr, dts_ptr, dt_stride_b, length, plane,
     DT_STRIDE_L: tl.constexpr, H: tl.constexpr, BH: tl.constexpr, Q: tl.constexpr,
-    HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr,
+    HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr, LOG_A: tl.constexpr,
 ):  # fmt: skip
     """dts[0] = dt, dts[1] = log2(e) * sums of dt A within the chunk; both (B, H, padded L)."""
     c, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
@@ -85,8 +88,10 @@ def _dt_kernel(
         series = 2.0 * z * (1.0 + zz * (1.0 / 3.0 + zz * (0.2 + zz / 7.0)))
         dt = tl.where(dt > 20.0, dt, tl.where(e < 0.3, series, tl.log(1.0 + e)))
     dt = tl.where(mask, dt, 0.0)
-    rate = tl.load(A_ptr + heads, mask=heads < H, other=0.0).to(tl.float32) * 1.4426950408889634
-    cum = tl.cumsum(dt * rate[None, :], axis=0)
+    rate = tl.load(A_ptr + heads, mask=heads < H, other=0.0).to(tl.float32)
+    if LOG_A:
+        rate = -tl.exp(rate)
+    cum = tl.cumsum(dt * (rate * 1.4426950408889634)[None, :], axis=0)
     out = dts_ptr + (b * H + heads[:, None]) * padded + c * Q + rows[None, :]
     tl.store(out, tl.trans(dt), mask=heads[:, None] < H)
     tl.store(out + plane, tl.trans(cum), mask=heads[:, None] < H)
@@ -235,11 +240,12 @@ def _scan_kernel(
 
 @triton.jit
 def _dx_kernel(
-    x_ptr, dy_ptr, b_ptr, c_ptr, d_ptr, dts_ptr, doc_ptr, dstates_ptr, dx_ptr, dpairs_ptr,
-    parts_ptr, x_stride_b, b_stride_b, c_stride_b, length, plane, n_chunks,
+    x_ptr, dy_ptr, b_ptr, c_ptr, d_ptr, dts_ptr, doc_ptr, dstates_ptr, dx_ptr,
+    parts_ptr, x_stride_b, b_stride_b, c_stride_b, dx_stride_b, length, plane, n_chunks,
     UNIT: tl.constexpr, X_STRIDE_L: tl.constexpr,
-    B_STRIDE_L: tl.constexpr, C_STRIDE_L: tl.constexpr,
-    H: tl.constexpr, G: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
+    B_STRIDE_L: tl.constexpr, C_STRIDE_L: tl.constexpr, DX_UNIT: tl.constexpr,
+    DX_STRIDE_L: tl.constexpr,
+    H: tl.constexpr, G: tl.constexpr, HEADS: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
     BP: tl.constexpr, BN: tl.constexpr, Q: tl.constexpr,
     D_RANK: tl.constexpr, HAS_DOC: tl.constexpr, FULL: tl.constexpr, PREC: tl.constexpr,
     STAGES: tl.constexpr,
@@ -251,7 +257,8 @@ def _dx_kernel(
     there (1), the direct part of dt from what leaves with the state (2) and what stays (3), and
     <x, dy> (4).
     """
-    chunk = tl.program_id(0)
+    SPLITS: tl.constexpr = H // G // HEADS
+    chunk = tl.program_id(0) // SPLITS
     b = (tl.program_id(1) // G).to(tl.int64)
     group = tl.program_id(1) % G
     padded = n_chunks * Q
@@ -261,16 +268,15 @@ def _dx_kernel(
     rows, p, n = tl.arange(0, Q), tl.arange(0, BP), tl.arange(0, BN)
     FULL_P: tl.constexpr = P == BP
     FULL_N: tl.constexpr = N == BN
-    PER_GROUP: tl.constexpr = H // G
+    head = group * (H // G) + tl.program_id(0) % SPLITS * HEADS
     b_ptr += b * b_stride_b * UNIT + wide * B_STRIDE_L + group * N
     c_ptr += b * c_stride_b * UNIT + wide * C_STRIDE_L + group * N
     x_ptr += b * x_stride_b * UNIT + wide * X_STRIDE_L
     dy_ptr += (b * length + wide) * (H * P)
-    dx_ptr += (b * length + wide) * (H * P)
+    dx_ptr += b * dx_stride_b * DX_UNIT + wide * DX_STRIDE_L
     dts_ptr += b * H * padded + start
     parts_ptr += b * H * padded + start
     dstates_ptr += (b * n_chunks + chunk) * (H * P * N)
-    dpairs_ptr += ((b * n_chunks + chunk) * G + group) * (Q * Q)
 
     B = _load(b_ptr, rows, n, left, N, B_STRIDE_L, FULL, FULL_N)
     C = _load(c_ptr, rows, n, left, N, C_STRIDE_L, FULL, FULL_N)
@@ -280,8 +286,7 @@ def _dx_kernel(
         doc_last = tl.load(doc_ptr + b * length + tl.minimum(start + Q, length) - 1)
         allowed = allowed & (start + rows[:, None] >= doc[None, :])
     pairs = tl.where(allowed, tl.dot(B, tl.trans(C), input_precision=PREC), 0.0)
-    dpairs = tl.zeros((Q, Q), tl.float32)
-    for h in tl.range(group * PER_GROUP, (group + 1) * PER_GROUP, num_stages=STAGES):
+    for h in tl.range(head, head + HEADS, num_stages=STAGES):
         x = _load(x_ptr + h * P, rows, p, left, P, X_STRIDE_L, FULL, FULL_P)
         dy = _load(dy_ptr + h * P, rows, p, left, P, H * P, FULL, FULL_P)
         dstate = _load(dstates_ptr + h * (P * N), p, n, P, N, N, FULL_P, FULL_N)
@@ -300,7 +305,6 @@ def _dx_kernel(
             own = tl.where(rows[:, None] == rows[None, :], xdy, 0.0)
             tl.store(out + 4 * plane, tl.sum(own, axis=1))
         xdy *= dt[:, None]
-        dpairs += xdy * decay
         # a pair of a position with itself spans no decay
         spans = tl.where(rows[:, None] < rows[None, :], xdy * weight, 0.0)
         tl.store(out, tl.sum(spans, axis=0))
@@ -316,18 +320,17 @@ def _dx_kernel(
         if D_RANK == 2:
             d = tl.load(d_ptr + h * P + p, mask=p < P, other=0.0).to(tl.float32)
             dx += d[None, :] * dy.to(tl.float32)
-        _store(dx_ptr + h * P, dx.to(x.dtype), rows, p, left, P, H * P, FULL, FULL_P)
-    dpairs = tl.where(allowed, dpairs, 0.0).to(x_ptr.dtype.element_ty)
-    tl.store(dpairs_ptr + rows[:, None] * Q + rows[None, :], dpairs)
+        _store(dx_ptr + h * P, dx.to(x.dtype), rows, p, left, P, DX_STRIDE_L, FULL, FULL_P)
 
 
 @triton.jit
 def _bc_grad_kernel(
-    x_ptr, dy_ptr, b_ptr, c_ptr, dts_ptr, doc_ptr, states_ptr, dstates_ptr, dpairs_ptr,
+    x_ptr, dy_ptr, b_ptr, c_ptr, dts_ptr, doc_ptr, states_ptr, dstates_ptr,
     db_ptr, dc_ptr, parts_ptr, through_ptr,
-    x_stride_b, b_stride_b, c_stride_b, length, plane, n_chunks,
+    x_stride_b, b_stride_b, c_stride_b, db_stride_b, length, plane, n_chunks,
     UNIT: tl.constexpr, X_STRIDE_L: tl.constexpr,
-    B_STRIDE_L: tl.constexpr, C_STRIDE_L: tl.constexpr,
+    B_STRIDE_L: tl.constexpr, C_STRIDE_L: tl.constexpr, DB_UNIT: tl.constexpr,
+    DB_STRIDE_L: tl.constexpr,
     H: tl.constexpr, G: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
     BP: tl.constexpr, BN: tl.constexpr, Q: tl.constexpr,
     HAS_DOC: tl.constexpr, FULL: tl.constexpr, PREC: tl.constexpr, STAGES: tl.constexpr,
@@ -353,12 +356,15 @@ def _bc_grad_kernel(
     parts_ptr += b * H * padded + start
     states_ptr += (b * n_chunks + chunk) * (H * P * N)
     dstates_ptr += (b * n_chunks + chunk) * (H * P * N)
-    dpairs_ptr += ((b * n_chunks + chunk) * G + group) * (Q * Q)
 
     C = _load(c_ptr, rows, n, left, N, C_STRIDE_L, FULL, FULL_N)
     if HAS_DOC:
         doc = tl.load(doc_ptr + b * length + start + rows, mask=rows < left, other=0)
         doc_last = tl.load(doc_ptr + b * length + tl.minimum(start + Q, length) - 1)
+    allowed = rows[:, None] <= rows[None, :]
+    if HAS_DOC:
+        allowed = allowed & (start + rows[:, None] >= doc[None, :])
+    dpairs = tl.zeros((Q, Q), tl.float32)
     dB = tl.zeros((Q, BN), tl.float32)
     dC = tl.zeros((Q, BN), tl.float32)
     for h in tl.range(group * PER_GROUP, (group + 1) * PER_GROUP, num_stages=STAGES):
@@ -376,6 +382,8 @@ def _bc_grad_kernel(
             seen = tl.where(doc < start, seen, 0.0)
             leaves = tl.where(start + rows >= doc_last, leaves, 0.0)
             keep = tl.where(doc_last < start, keep, 0.0)
+        decay = tl.exp2(tl.minimum(cum[None, :] - cum[:, None], 0.0)) * dt[:, None]
+        dpairs += tl.dot(x, tl.trans(dy), input_precision=PREC) * decay
         dB += tl.dot(x, dstate, input_precision=PREC) * leaves[:, None]
         dC_h = tl.dot(dy, state, input_precision=PREC) * seen[:, None]
         dC += dC_h
@@ -385,22 +393,23 @@ def _bc_grad_kernel(
         both = tl.dot(state, tl.trans(dstate), input_precision=PREC)
         passed = tl.sum(tl.where(p[:, None] == p[None, :], both, 0.0)) * keep
         tl.store(through_ptr + (b * n_chunks + chunk) * H + h, passed)
-    dpairs = tl.load(dpairs_ptr + rows[:, None] * Q + rows[None, :])
+    pairs = tl.where(allowed, dpairs, 0.0).to(C.dtype)
     B = _load(b_ptr, rows, n, left, N, B_STRIDE_L, FULL, FULL_N)
-    dB = tl.dot(dpairs, C, dB, input_precision=PREC)
-    dC = tl.dot(tl.trans(dpairs), B, dC, input_precision=PREC)
-    out = (b * length + wide) * (G * N) + group * N
-    _store(db_ptr + out, dB.to(B.dtype), rows, n, left, N, G * N, FULL, FULL_N)
-    _store(dc_ptr + out, dC.to(B.dtype), rows, n, left, N, G * N, FULL, FULL_N)
+    dB = tl.dot(pairs, C, dB, input_precision=PREC)
+    dC = tl.dot(tl.trans(pairs), B, dC, input_precision=PREC)
+    out = b * db_stride_b * DB_UNIT + wide * DB_STRIDE_L + group * N
+    _store(db_ptr + out, dB.to(B.dtype), rows, n, left, N, DB_STRIDE_L, FULL, FULL_N)
+    _store(dc_ptr + out, dC.to(B.dtype), rows, n, left, N, DB_STRIDE_L, FULL, FULL_N)
 
 
 @triton.jit
 def _dt_grad_kernel(
     parts_ptr, dts_ptr, through_ptr, A_ptr, ddt_ptr, sums_ptr, ddt_stride_b, length, plane,
     DDT_STRIDE_L: tl.constexpr, H: tl.constexpr, BH: tl.constexpr, Q: tl.constexpr,
-    SOFTPLUS: tl.constexpr, HAS_D: tl.constexpr,
+    SOFTPLUS: tl.constexpr, HAS_D: tl.constexpr, LOG_A: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of dt as given, and of A, bias and D (H,) as sums over the chunk: (B * c, 3, H)."""
+    """Gradient of dt as given, and of A (or log(-A)), bias and D (H,) as sums over the chunk:
+    (B * c, 3, H)."""
     c, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
     n_chunks = tl.num_programs(0)
     padded = n_chunks * Q
@@ -416,6 +425,8 @@ def _dt_grad_kernel(
     leaves = direct * dt
     direct += tl.load(parts_ptr + 3 * plane + at, mask=mask, other=0.0)
     A = tl.load(A_ptr + heads, mask=heads < H, other=0.0).to(tl.float32)
+    if LOG_A:
+        A = -tl.exp(A)
     passed = tl.load(through_ptr + (b * n_chunks + c) * H + heads, mask=heads < H, other=0.0)
     # a position's dt A lies in every span that begins before it and ends at it or later
     spans = tl.cumsum(ends, axis=1, reverse=True) + (tl.cumsum(leaves, axis=1) - leaves)
@@ -430,7 +441,10 @@ def _dt_grad_kernel(
     out += tl.trans(rows[None, :] * DDT_STRIDE_L + heads[:, None])
     tl.store(out, tl.trans(ddt).to(ddt_ptr.dtype.element_ty), mask=tl.trans(valid))
     sums = sums_ptr + (b * n_chunks + c) * (3 * H) + heads
-    tl.store(sums, tl.sum(tl.where(valid, spans * dt, 0.0), axis=1), mask=heads < H)
+    dA = tl.sum(tl.where(valid, spans * dt, 0.0), axis=1)
+    if LOG_A:
+        dA *= A
+    tl.store(sums, dA, mask=heads < H)
     tl.store(sums + H, tl.sum(ddt, axis=1), mask=heads < H)
     if HAS_D:
         own = tl.load(parts_ptr + 4 * plane + at, mask=mask, other=0.0)
@@ -439,7 +453,7 @@ def _dt_grad_kernel(
 
 # (warps, software-pipelining stages) by kernel and bytes per element, for sm_90.
 CONFIGS = {
-    ("state", 2): (4, 4),
+    ("state", 2): (4, 3),
     ("scan", 2): (4, 3),
     ("dx", 2): (4, 3),
     ("bc_grad", 2): (8, 3),
@@ -449,7 +463,7 @@ CONFIGS = {
     ("bc_grad", 4): (8, 1),
 }
 STATE_PROGRAMS = 384  # programs that fill a large GPU; fewer, and the sequence is cut into segments
-SCAN_PROGRAMS = 1024
+SCAN_PROGRAMS = 512
 
 
 def _blocks(width: int) -> int:
@@ -471,16 +485,27 @@ def _unit(*tensors: Tensor) -> int:
     return 8 if all(v.stride(0) % 8 == 0 for v in tensors) else 1
 
 
-def step_sizes(dt: Tensor, A: Tensor, bias: Tensor | None, softplus: bool) -> Tensor:
-    """(2, B, H, padded L): dt, and the sums of dt A within chunks in units of log2."""
+def _splits(per_group: int, programs: int) -> int:
+    """Into how many equal parts the heads of a group go, so that the programs fill the GPU."""
+    splits = 1
+    while splits < per_group and (per_group % splits or programs * splits < SCAN_PROGRAMS):
+        splits += 1
+    return splits
+
+
+def step_sizes(
+    dt: Tensor, A: Tensor, bias: Tensor | None, softplus: bool, log_a: bool = False
+) -> Tensor:
+    """(2, B, H, padded L): dt, and the sums of dt A within chunks in units of log2; A may come as
+    log(-A)."""
     b, length, n_heads = dt.shape
     n_chunks = triton.cdiv(length, Q)
     dts = dt.new_empty((2, b, n_heads, n_chunks * Q), dtype=torch.float32)
-    block = min(32, _blocks(n_heads))
+    block = min(8, triton.next_power_of_2(n_heads))
     _dt_kernel[(n_chunks, b, triton.cdiv(n_heads, block))](
         dt, bias, A, dts, dt.stride(0), length, dts[0].numel(),
         DT_STRIDE_L=dt.stride(1), H=n_heads, BH=block, Q=Q,
-        HAS_BIAS=bias is not None, SOFTPLUS=softplus, num_warps=4,
+        HAS_BIAS=bias is not None, SOFTPLUS=softplus, LOG_A=log_a, num_warps=2,
     )  # fmt: skip
     return dts
 
@@ -528,12 +553,7 @@ def scan(
     groups, n_state = B.shape[2:]
     n_chunks = states.shape[1]
     y = x.new_empty((b, length, n_heads, head_dim))
-    per_group = n_heads // groups
-    splits = 1
-    while splits < per_group and (
-        per_group % splits or n_chunks * b * groups * splits < SCAN_PROGRAMS
-    ):
-        splits += 1
+    splits = _splits(n_heads // groups, n_chunks * b * groups)
     warps, stages = CONFIGS["scan", x.element_size()]
     unit = _unit(x, B, C)
     _scan_kernel[(n_chunks * splits, b * groups)](
@@ -541,7 +561,7 @@ def scan(
         x.stride(0) // unit, B.stride(0) // unit, C.stride(0) // unit, length, dts[0].numel(),
         n_chunks,
         UNIT=unit, X_STRIDE_L=x.stride(1), B_STRIDE_L=B.stride(1), C_STRIDE_L=C.stride(1),
-        H=n_heads, G=groups, HEADS=per_group // splits, P=head_dim, N=n_state,
+        H=n_heads, G=groups, HEADS=n_heads // groups // splits, P=head_dim, N=n_state,
         BP=_blocks(head_dim), BN=_blocks(n_state), Q=Q,
         D_RANK=0 if D is None else D.ndim, HAS_DOC=doc is not None, FULL=length % Q == 0,
         PREC=_precision(x.dtype), STAGES=stages, num_warps=warps,
@@ -551,58 +571,58 @@ def scan(
 
 def gradients(
     x: Tensor, dy: Tensor, B: Tensor, C: Tensor, D: Tensor | None, dts: Tensor,
-    doc: Tensor | None, states: Tensor, dstates: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """dx, dB, dC, and of the gradient of dt the parts and what passes each chunk."""
+    doc: Tensor | None, states: Tensor, dstates: Tensor, dx: Tensor, dB: Tensor, dC: Tensor,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Writes dx, dB and dC, the last two with equal strides; returns of the gradient of dt the
+    parts and what passes each chunk."""
     b, length, n_heads, head_dim = x.shape
     groups, n_state = B.shape[2:]
     n_chunks = states.shape[1]
-    dx = x.new_empty((b, length, n_heads, head_dim))
-    dB = x.new_empty((b, length, groups, n_state))
-    dC = torch.empty_like(dB)
     parts = dts.new_empty((6, *dts.shape[1:]))
     through = dts.new_empty((b * n_chunks, n_heads))
-    dpairs = x.new_empty((b, n_chunks, groups, Q, Q))
     unit = _unit(x, B, C)
-    numbers = (
-        x.stride(0) // unit, B.stride(0) // unit, C.stride(0) // unit, length, dts[0].numel(),
-        n_chunks,
-    )  # fmt: skip
+    strides = (x.stride(0) // unit, B.stride(0) // unit, C.stride(0) // unit)
+    numbers = (length, dts[0].numel(), n_chunks)
+    dx_unit, db_unit = _unit(dx), _unit(dB)
     constants = {
         "UNIT": unit, "X_STRIDE_L": x.stride(1), "B_STRIDE_L": B.stride(1),
         "C_STRIDE_L": C.stride(1), "H": n_heads, "G": groups, "P": head_dim, "N": n_state,
         "BP": _blocks(head_dim), "BN": _blocks(n_state), "Q": Q, "HAS_DOC": doc is not None,
         "FULL": length % Q == 0, "PREC": _precision(x.dtype),
     }  # fmt: skip
+    splits = _splits(n_heads // groups, n_chunks * b * groups)
     warps, stages = CONFIGS["dx", x.element_size()]
-    _dx_kernel[(n_chunks, b * groups)](
-        x, dy, B, C, D, dts, doc, dstates, dx, dpairs, parts, *numbers, **constants,
+    _dx_kernel[(n_chunks * splits, b * groups)](
+        x, dy, B, C, D, dts, doc, dstates, dx, parts, *strides, dx.stride(0) // dx_unit, *numbers,
+        **constants, DX_UNIT=dx_unit, DX_STRIDE_L=dx.stride(1),
+        HEADS=n_heads // groups // splits,
         D_RANK=0 if D is None else D.ndim, STAGES=stages, num_warps=warps,
     )  # fmt: skip
     warps, stages = CONFIGS["bc_grad", x.element_size()]
     _bc_grad_kernel[(n_chunks, b * groups)](
-        x, dy, B, C, dts, doc, states, dstates, dpairs, dB, dC, parts, through, *numbers,
-        **constants, STAGES=stages, num_warps=warps,
+        x, dy, B, C, dts, doc, states, dstates, dB, dC, parts, through,
+        *strides, dB.stride(0) // db_unit, *numbers,
+        **constants, DB_UNIT=db_unit, DB_STRIDE_L=dB.stride(1), STAGES=stages, num_warps=warps,
     )  # fmt: skip
-    return dx, dB, dC, parts, through
+    return parts, through
 
 
 def step_size_gradients(
     parts: Tensor, through: Tensor, dts: Tensor, A: Tensor, ddt: Tensor, softplus: bool,
-    has_d: bool,
+    has_d: bool, log_a: bool = False,
 ) -> Tensor:  # fmt: skip
     """Writes ddt (B, L, H) and returns (3, H): the gradients of A, of the bias and, if has_d, of
     D (H,)."""
     b, length, n_heads = ddt.shape
     n_chunks = through.shape[0] // b
     sums = dts.new_empty((b * n_chunks, 3, n_heads))
-    block = min(32, _blocks(n_heads))
+    block = min(8, triton.next_power_of_2(n_heads))
     _dt_grad_kernel[(n_chunks, b, triton.cdiv(n_heads, block))](
         parts, dts, through, A, ddt, sums, ddt.stride(0), length, dts[0].numel(),
         DDT_STRIDE_L=ddt.stride(1), H=n_heads, BH=block, Q=Q, SOFTPLUS=softplus, HAS_D=has_d,
-        num_warps=4,
+        LOG_A=log_a, num_warps=2,
     )  # fmt: skip
-    return sums.sum(0)
+    return sum_rows(sums.view(b * n_chunks, 3 * n_heads), torch.float32).view(3, n_heads)
 
 
 def _forward(
@@ -637,7 +657,8 @@ def _backward(
     x, B, C, dy = _rows(x), _rows(B), _rows(C), dy.contiguous()
     dlast = None if dlast is None else dlast.contiguous()
     dstates, dfirst = chunk_states(dy, C, dts, doc, dlast, reverse=True)
-    dx, dB, dC, parts, through = gradients(x, dy, B, C, D, dts, doc, states, dstates)
+    dx, dB, dC = (v.new_empty(v.shape) for v in (x, B, C))
+    parts, through = gradients(x, dy, B, C, D, dts, doc, states, dstates, dx, dB, dC)
     ddt = dt.new_empty(dt.shape)
     sums = step_size_gradients(parts, through, dts, A, ddt, softplus, D is not None and D.ndim == 1)
     if D is not None and D.ndim == 2:

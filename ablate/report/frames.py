@@ -195,7 +195,8 @@ def varies(values: pd.Series) -> bool:
 
 def arm_label(factors: Mapping[str, Any]) -> str:
     """'attention_share=0.08, placement=even': what an arm is called when nobody named it."""
-    return ", ".join(f"{k.rpartition('.')[2]}={_scalar(v)}" for k, v in factors.items()) or "all"
+    shown = {k: f"{v:g}" if isinstance(v, float) else _scalar(v) for k, v in factors.items()}
+    return ", ".join(f"{k.rpartition('.')[2]}={v}" for k, v in shown.items()) or "all"
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:

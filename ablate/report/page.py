@@ -506,8 +506,8 @@ def _p(p: float) -> str:
 
 
 def _breakable(pattern: str) -> str:
-    """A long pattern in groups of eight, so that a narrow column can break it."""
-    return "\u200b".join(pattern[i : i + 8] for i in range(0, len(pattern), 8))
+    """A long pattern in groups of 24, so that a narrow column can break it."""
+    return "\u200b".join(pattern[i : i + 24] for i in range(0, len(pattern), 24))
 
 
 def _duration(seconds: float) -> str:

@@ -50,7 +50,7 @@ STYLE: Any = {
 BLUE, ORANGE, GREEN, VERMILLION = "#0072B2", "#E69F00", "#009E73", "#D55E00"
 CYCLE = (BLUE, VERMILLION, GREEN, "#CC79A7", ORANGE, "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-COLUMN = 5.2  # inches: one and a half columns of a paper, a phone's width on a screen
+COLUMN = 4.4  # inches: between one and two columns of a paper; on a phone the letters still read
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def plot_outcomes(analysis: Analysis, folder: Path) -> Plot | None:
     lay = _Layout(analysis)
     with mpl.rc_context(STYLE):
         figure = Figure(
-            figsize=(COLUMN, 2.35 * len(metrics) + 0.35 + lay.extra), layout="constrained"
+            figsize=(COLUMN, 2.05 * len(metrics) + 0.35 + lay.extra), layout="constrained"
         )
         axes = figure.subplots(len(metrics), 1, sharex=True, squeeze=False)[:, 0]
         for ax, metric in zip(axes, metrics, strict=True):
@@ -115,9 +115,9 @@ class _Layout:
         gap = float(np.diff(values).min()) if len(values) > 1 else 1.0
         self.log = numeric and self.axis.log and values[0] > 0
         self.gap = 0.0 if self.log else gap
-        self.labels = [str(a) for a in arms.index]
+        self.labels = [analysis.short(str(a)) for a in arms.index]
         longest = max((len(label) for label in self.labels), default=0)
-        self.tilted = not numeric and longest * len(self.labels) > 55
+        self.tilted = not numeric and longest * len(self.labels) > 48
         self.extra = 0.05 * min(longest, 30) if self.tilted else 0.0
 
     def at(self, arm: str) -> float:
@@ -153,6 +153,7 @@ def _outcome(ax: Axes, analysis: Analysis, comparison: Comparison, lay: _Layout)
         colour, marker = CYCLE[k % len(CYCLE)], MARKERS[k % len(MARKERS)]
         for arm in arms:
             single = runs.loc[runs["arm"] == arm, metric.column].dropna()
+            ax.update_datalim([(lay.at(arm), float(v)) for v in single])
             beside = ax.transData + ScaledTranslation(5 / 72, 0, ax.figure.dpi_scale_trans)
             ax.scatter(
                 [lay.at(arm)] * len(single),
@@ -229,11 +230,13 @@ def plot_curves(analysis: Analysis, metrics: pd.DataFrame, folder: Path) -> Plot
     if not panels:
         return None
     arms = [str(a) for a in analysis.arms.index]
-    colours = _colours(analysis, arms)
+    colours, dashes = _colours(analysis, arms), _dashes(analysis)
     with mpl.rc_context(STYLE):
-        rows = math.ceil(len(arms) / 4)
+        widest = max(len(analysis.short(a)) for a in arms)
+        columns = max(1, min(4, len(arms), 72 // (widest + 8)))
+        rows = math.ceil(len(arms) / columns)
         figure = Figure(
-            figsize=(COLUMN, 2.3 * len(panels) + 0.35 + 0.2 * rows), layout="constrained"
+            figsize=(COLUMN, 2.05 * len(panels) + 0.35 + 0.19 * rows), layout="constrained"
         )
         axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
         for ax, (column, label) in zip(axes, panels, strict=True):
@@ -241,25 +244,24 @@ def plot_curves(analysis: Analysis, metrics: pd.DataFrame, folder: Path) -> Plot
                 own = lines[(lines["arm"] == arm) & lines[column].notna()]
                 if own.empty:
                     continue
-                _learning(ax, own, column, colours[arm], analysis.short(arm))
+                _learning(ax, own, column, colours[arm], dashes[arm], analysis.short(arm))
             ax.set_ylabel(label)
             if column == "mqar_accuracy":
                 ax.set_ylim(-0.04, 1.04)
                 ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-            else:
+            elif column == "loss":
                 _trim(ax, lines[column].dropna())
         axes[-1].set_xlabel("training tokens")
         axes[-1].xaxis.set_major_formatter(FuncFormatter(lambda v, _: si(v)))
         handles, labels = axes[0].get_legend_handles_labels()
         if len(arms) > 1:
             title = analysis.axis.label if analysis.axis.label != "arm" else None
-            columns = 2 if max(map(len, labels)) > 12 else 4
             figure.legend(
                 handles,
                 labels,
                 title=title,
                 loc="outside lower center",
-                ncols=min(columns, len(arms)),
+                ncols=columns,
             )
         names = " and ".join(label for _, label in panels)
         alt = f"Learning curves of {len(arms)} arms: {names} over training tokens."
@@ -267,16 +269,22 @@ def plot_curves(analysis: Analysis, metrics: pd.DataFrame, folder: Path) -> Plot
         return _save(figure, folder, "learning_curves", alt, caption)
 
 
-def _learning(ax: Axes, own: pd.DataFrame, column: str, colour: str, label: str) -> None:
+def _learning(ax: Axes, own: pd.DataFrame, column: str, colour: str, dash: str, label: str) -> None:
     sparse = own.groupby("key").size().max() <= 30
     for _, run in own.groupby("key"):
         y = run[column] if sparse else run[column].ewm(span=len(run) / 40).mean()
-        ax.plot(run["tokens"], y, color=colour, alpha=0.25, linewidth=0.7)
+        ax.plot(run["tokens"], y, dash, color=colour, alpha=0.25, linewidth=0.7)
     mean = own.groupby("tokens")[column].mean()
     if not sparse:
         mean = mean.ewm(span=len(mean) / 40).mean()
     ax.plot(
-        mean.index, mean, color=colour, label=label, marker="o" if sparse else None, markersize=2.5
+        mean.index,
+        mean,
+        dash,
+        color=colour,
+        label=label,
+        marker="o" if sparse else None,
+        markersize=2.5,
     )
 
 
@@ -289,6 +297,14 @@ def _trim(ax: Axes, values: pd.Series) -> None:
 
 
 def _colours(analysis: Analysis, arms: list[str]) -> dict[str, str]:
+    if analysis.axis.numeric and (analysis.arms["series"] != "").any():
+        values = sorted(set(analysis.arms["x"]))  # colour tells the place, the dash the series
+        points = np.linspace(0.0, 0.88, len(values))
+        shade = {
+            v: mpl.colors.to_hex(mpl.colormaps["viridis"](p))
+            for v, p in zip(values, points, strict=True)
+        }
+        return {str(a): shade[v] for a, v in analysis.arms["x"].items()}
     if analysis.axis.numeric or len(arms) > len(CYCLE):
         points = np.linspace(0.0, 0.88, len(arms))
         return {
@@ -296,6 +312,12 @@ def _colours(analysis: Analysis, arms: list[str]) -> dict[str, str]:
             for a, p in zip(arms, points, strict=True)
         }
     return {a: CYCLE[i] for i, a in enumerate(arms)}
+
+
+def _dashes(analysis: Analysis) -> dict[str, str]:
+    names = list(dict.fromkeys(analysis.arms["series"]))
+    styles = ("-", "--", ":", "-.")
+    return {str(a): styles[names.index(s) % 4] for a, s in analysis.arms["series"].items()}
 
 
 def _has(analysis: Analysis, metric: Metric) -> bool:

@@ -146,30 +146,31 @@ class Analysis:
 
     def describe(self, arm: str) -> str:
         """'without attention', 'with one attention layer of 6 (16.7%)', 'at window 512'."""
-        x = self._place(arm)
-        if x is None:
-            return f"in {arm}"
+        if not self.axis.numeric:
+            return f"with {arm}" if "=" in arm else f"in {arm}"
+        x, series = float(self.arms["x"].to_dict()[arm]), self.arms["series"].to_dict()[arm]
+        rest = f" and {series}" if series else ""
         if not self.axis.share:
-            return f"at {self.axis.label} {x:.6g}"
+            return f"at {self.axis.label} {x:.6g}{rest}"
         kind, layers = self.axis.kind, int(self.arms["n_layers"].to_dict()[arm])
         count = round(x * layers)
         if count == 0:
-            return f"without {kind}"
+            return f"without {kind}" + (f" and with {series}" if series else "")
         number = "one" if count == 1 else str(count)
-        return f"with {number} {kind} layer{'s' * (count > 1)} of {layers} ({_percent(x)})"
+        return f"with {number} {kind} layer{'s' * (count > 1)} of {layers} ({_percent(x)}){rest}"
 
     def short(self, arm: str) -> str:
-        """'17%', '512' or the arm's name."""
-        x = self._place(arm)
-        if x is None:
-            return arm
-        return _percent(x) if self.axis.share else f"{x:.6g}"
+        """'16.7%', '512', '16.7% at mlp_share=0.25', or the arm's name."""
+        if not self.axis.numeric:
+            return arm.removeprefix(self._prefix())
+        x, series = float(self.arms["x"].to_dict()[arm]), self.arms["series"].to_dict()[arm]
+        name = _percent(x) if self.axis.share else f"{x:.6g}"
+        return f"{name} at {series}" if series else name
 
-    def _place(self, arm: str) -> float | None:
-        """Where the arm stands on the axis, when that is enough to name it."""
-        if not self.axis.numeric or self.arms["series"].to_dict()[arm]:
-            return None
-        return float(self.arms["x"].to_dict()[arm])
+    def _prefix(self) -> str:
+        """'placement=' when every arm's name is that and a value."""
+        start = str(self.axis.field).rpartition(".")[2] + "="
+        return start if all(str(a).startswith(start) for a in self.arms.index) else ""
 
 
 def analyse(frame: pd.DataFrame, *, reference: str | None = None) -> Analysis:
@@ -389,6 +390,8 @@ def _best(analysis: Analysis, comparison: Comparison) -> list[Verdict]:
     best = fit.arms[int(np.argmin(worst_first))]
     word = "lowest" if metric.lower_is_better else "highest"
     names = _join([analysis.short(a) for a in comparison.best])
+    if len(comparison.best) > 6:
+        names = f"{len(comparison.best)} of {len(fit.arms)} arms (bold in the table)"
     lead = f"{metric.name} is {word}, {metric.show_mean(fit.mean(best))}, {analysis.describe(best)}"
     if len(comparison.best) == 1:
         told = f"{lead}, and every other arm is worse"
@@ -397,6 +400,12 @@ def _best(analysis: Analysis, comparison: Comparison) -> list[Verdict]:
     else:
         told = f"{lead}; not distinguishable from the best: {names}"
     lines = [Verdict("result", f"{told} (95%, multiple comparisons with the best).")]
+    x = analysis.arms["x"]
+    if analysis.axis.log and metric is not RECALL and x[best] in (x.min(), x.max()):
+        text = (
+            f"The {word} {metric.name.lower()} is at the edge of the values tried: the optimum may"
+        )
+        lines.append(Verdict("limit", f"{text} lie beyond {analysis.short(best)}."))
     if comparison.curves and fit.omnibus() < 0.05:
         lines.append(Verdict("result", curve_sentence(comparison)))
     return lines

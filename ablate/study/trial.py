@@ -168,13 +168,6 @@ def _check_train(cfg: Config, warnings: list[str]) -> None:
         warnings.append(
             f"train.tokens {train.tokens} is less than one step of {step} tokens, and rounded up"
         )
-    if train.schedule == "wsd" and train.warmup + train.decay > 1:
-        raise UserError(
-            f"train.warmup {train.warmup} and train.decay {train.decay} are shares of one budget "
-            "and exceed 1 together"
-        )
-    if train.branch_at is not None and train.branch_from is None:
-        raise UserError("train.branch_at is given without train.branch_from, the trunk's folder")
     if train.seconds is not None and train.deterministic:
         warnings.append(
             "train.seconds is a budget in time: how many steps fit differs from run to run"
@@ -184,10 +177,6 @@ def _check_train(cfg: Config, warnings: list[str]) -> None:
 def _check_trunk(cfg: Config, architecture: Architecture) -> None:
     name = str(cfg.train.branch_from)
     trunk = RunFolder(Path(name).expanduser())
-    if cfg.train.schedule != "wsd":
-        raise UserError(
-            f"train.branch_from anneals a wsd trunk, but train.schedule is '{cfg.train.schedule}'"
-        )
     tree = trunk.config()
     if tree is None:
         raise UserError(f"train.branch_from '{name}' is not a run folder: it has no config.yaml")

@@ -39,7 +39,7 @@ def resources(
     """Compiles `kernel` for sm_<arch>.
 
     signature: type of every argument that is not a constexpr ("*bf16", "i32", "fp32", ...).
-    constants: the constexprs by name. `aligned`: arguments divisible by 16, by default the pointers.
+    constants: the constexprs by name. aligned: arguments divisible by 16 (default: the pointers).
     """
     types = signature | dict.fromkeys(constants, "constexpr")
     missing = set(kernel.arg_names) ^ set(types)

@@ -1,4 +1,4 @@
-"""The Triton forms of convolution, norms and loss against fp64: in the interpreter, and on a GPU."""
+"""The Triton forms of convolution, norms and loss against fp64: interpreter and GPU."""
 
 from __future__ import annotations
 

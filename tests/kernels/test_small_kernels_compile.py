@@ -1,0 +1,122 @@
+"""Every shipped configuration of convolution, norms and loss assembles for each architecture."""
+
+from __future__ import annotations
+
+import pytest
+
+triton = pytest.importorskip("triton")
+
+from _compile import ARCHITECTURES, assert_fits, resources  # noqa: E402
+
+from ablate.kernels import conv1d_triton, cross_entropy_triton, norm_triton  # noqa: E402
+from ablate.kernels import sum_rows_triton as sums  # noqa: E402
+
+pytestmark = pytest.mark.compile
+architectures = pytest.mark.parametrize("arch", ARCHITECTURES)
+
+
+def pointers(names: str, kind: str) -> dict[str, str]:
+    return {f"{name}_ptr": f"*{kind}" for name in names.split()}
+
+
+def integers(names: str) -> dict[str, str]:
+    return dict.fromkeys(names.split(), "i32")
+
+
+@architectures
+@pytest.mark.parametrize("documents", [False, True])
+@pytest.mark.parametrize("state", [False, True])
+def test_convolution(arch, documents, state):
+    flags = {
+        "width": 1792, "ALIGN": 8, "TAPS": 4, "SILU": True, "HAS_BIAS": True, "HAS_STATE": state,
+        "DOCS": documents,
+    }  # fmt: skip
+    for backward in (False, True):
+        config = conv1d_triton.BACKWARD if backward else conv1d_triton.FORWARD
+        kernel = conv1d_triton.backward_kernel if backward else conv1d_triton.forward_kernel
+        types = pointers("x state dy dx dstate" if backward else "x state y", "bf16")
+        types |= pointers("w b partial" if backward else "w b", "fp32") | pointers("doc", "i32")
+        types |= integers("length x_batch x_row" + (" dy_batch dy_row" if backward else ""))
+        constants = flags | {
+            "CHANNELS": config.channels, "SEGMENT": config.segment, "STAGES": config.stages,
+        } | ({"DY_ALIGN": 16} if backward else {})  # fmt: skip
+        found = resources(kernel, types, constants, arch=arch, num_warps=config.warps)
+        assert_fits(found, arch)
+        # rows of the projection are read in place, 8 bytes or more at a time
+        assert "v2.b32" in found.ptx or "v4.b32" in found.ptx or "cp.async" in found.ptx
+
+
+@architectures
+@pytest.mark.parametrize("group", [64, 768, 1536, 4096])
+def test_gated_norm(arch, group):
+    block = triton.next_power_of_2(group)
+    flags = {
+        "width": group * 2, "X_ALIGN": 16, "Z_ALIGN": 8, "HAS_WEIGHT": True, "GATE_AFTER": False,
+        "GROUP": group, "BLOCK": block,
+    }  # fmt: skip
+    config = norm_triton.forward_config(block)
+    types = pointers("x z y", "bf16") | pointers("w", "fp32") | integers("rows x_row z_row")
+    found = resources(
+        norm_triton.gated_forward_kernel, types | {"eps": "fp32"}, flags | {"ROWS": config.rows},
+        arch=arch, num_warps=config.warps,
+    )  # fmt: skip
+    assert_fits(found, arch)
+    config = norm_triton.backward_config(block)
+    types = pointers("x z dy dx dz", "bf16") | pointers("w partial", "fp32")
+    types |= integers("rows x_row z_row dy_row") | {"eps": "fp32"}
+    found = resources(
+        norm_triton.gated_backward_kernel, types,
+        flags | {"DY_ALIGN": 16, "ROWS": config.rows, "STAGES": config.stages},
+        arch=arch, num_warps=config.warps,
+    )  # fmt: skip
+    assert_fits(found, arch)
+
+
+@architectures
+@pytest.mark.parametrize("width", [96, 768, 2048, 8192])
+def test_norm_with_residual(arch, width):
+    block = triton.next_power_of_2(width)
+    config = norm_triton.forward_config(block)
+    found = resources(
+        norm_triton.forward_kernel,
+        pointers("x residual y total", "bf16") | pointers("w", "fp32")
+        | integers("rows x_row residual_row") | {"eps": "fp32"},
+        {"X_ALIGN": 16, "R_ALIGN": 16, "HAS_RESIDUAL": True, "HAS_WEIGHT": True, "width": width,
+         "BLOCK": block, "ROWS": config.rows},
+        arch=arch, num_warps=config.warps,
+    )  # fmt: skip
+    assert_fits(found, arch)
+    config = norm_triton.backward_config(block)
+    found = resources(
+        norm_triton.backward_kernel,
+        pointers("total dy dtotal dx dresidual", "bf16") | pointers("w partial", "fp32")
+        | integers("rows total_row dy_row dtotal_row") | {"eps": "fp32"},
+        {"T_ALIGN": 16, "DY_ALIGN": 16, "DT_ALIGN": 16, "HAS_DTOTAL": True, "TWO_OUTPUTS": False,
+         "HAS_WEIGHT": True, "width": width, "BLOCK": block, "ROWS": config.rows,
+         "STAGES": config.stages},
+        arch=arch, num_warps=config.warps,
+    )  # fmt: skip
+    assert_fits(found, arch)
+
+
+@architectures
+@pytest.mark.parametrize("gradient", [False, True])
+def test_logits(arch, gradient):
+    config = cross_entropy_triton.CONFIG
+    types = pointers("logits", "bf16") | pointers("target", "i64") | pointers("loss", "fp32")
+    types |= integers("vocabulary row_stride ignore_index") | {"z_loss": "fp32"}
+    found = resources(
+        cross_entropy_triton.logits_kernel, types, {"GRADIENT": gradient, "BLOCK": config.block},
+        arch=arch, num_warps=config.warps,
+    )  # fmt: skip
+    assert_fits(found, arch)
+    assert "v4.b32" in found.ptx, "the logits must be read 16 bytes at a time"
+
+
+@architectures
+def test_ordered_sum(arch):
+    found = resources(
+        sums.sum_rows_kernel, pointers("x out", "fp32") | integers("rows columns"),
+        {"ROWS": sums.ROWS, "COLUMNS": sums.COLUMNS}, arch=arch, num_warps=8,
+    )  # fmt: skip
+    assert_fits(found, arch)

@@ -1,0 +1,95 @@
+"""What `status` and the display say."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from ablate.errors import UserError
+from ablate.run import RunFolder
+from ablate.study.progress import Display, Running, Snapshot, duration
+from ablate.study.status import frame, show
+
+
+@pytest.fixture
+def study(tmp_path: Path) -> Path:
+    cells = {f"key{i}": {"arm": f"arm {i}", "factors": {}, "seed": i} for i in range(5)}
+    index = {"name": "s", "cells": cells, "orphan_cells": {"old": {"arm": "gone", "seed": 0}}}
+    (tmp_path / "study.json").write_text(json.dumps(index))
+    for key in ("key0", "key1", "key2", "key3", "old"):
+        RunFolder(tmp_path / key).create({"seed": 0})
+    done, failed, running, killed = (RunFolder(tmp_path / f"key{i}") for i in range(4))
+    done.append_metrics({"step": 5, "tokens": 640, "loss": 2.0})
+    done.append_metrics({"step": 5, "tokens": 640, "val_a_loss": 2.25})
+    done.write_result({"val_a": {"loss": 2.25}}, 0)
+    failed.end("failed", failed.begin(), "out of memory")
+    running.begin()
+    killed.begin()
+    killed.append_metrics({"step": 3, "tokens": 384, "loss": 3.0})
+    return tmp_path
+
+
+def test_states(study: Path) -> None:
+    with RunFolder(study / "key2").lock():
+        states = frame(study)
+    assert states["state"].tolist() == [
+        "done",
+        "failed",
+        "running",
+        "interrupted",
+        "waiting",
+        "waiting",
+    ]
+    assert states["orphan"].tolist() == [False] * 5 + [True]
+    assert states["arm"].tolist()[-1] == "gone"
+    assert states.loc[0, ["steps", "tokens", "loss", "val_loss"]].tolist() == [5, 640, 2.0, 2.25]
+    assert states.loc[3, "steps"] == 3
+    assert states.loc[1, "cause"] == "out of memory"
+
+
+def test_show(study: Path) -> None:
+    console = Console(file=io.StringIO(), width=140)
+    show(study, console)
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "failed: arm 1, seed 1: out of memory" in text
+    assert "1 done" in text
+    assert "640" in text
+
+
+def test_a_run_folder_and_a_wrong_folder(study: Path, tmp_path: Path) -> None:
+    assert frame(study / "key0")["state"].tolist() == ["done"]
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="not a study's folder"):
+        frame(tmp_path / "empty")
+
+
+ROW = {
+    "phase": "train",
+    "step": 30,
+    "steps": 120,
+    "loss": 2.34567,
+    "tokens_per_second": 123_456.0,
+    "mfu": 0.4321,
+    "seconds_left": 80.0,
+}
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_the_display_names_every_figure(terminal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ablate.study.progress.PLAIN_SECONDS", 0.0)
+    console = Console(file=io.StringIO(), width=140, force_terminal=terminal)
+    running = [Running("M*-", 3, 0.0, ROW), Running("late", 4, 0.0)]
+    with Display(console, "study") as display:
+        display.update(Snapshot(total=8, done=2, failed=1, running=running, seconds_left=7200))
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    for word in ("2 of 8", "1 failed", "2.0 h", "M*-", "25%", "2.3457", "123k", "43.2%", "80 s"):
+        assert word in text, word
+    assert "starting" in text
+
+
+def test_durations() -> None:
+    assert [duration(s) for s in (4.4, 600, 7000)] == ["4 s", "10 min", "1.9 h"]
