@@ -56,6 +56,7 @@ def mamba2_core_reference(
     xbc = causal_conv1d(
         xbc, conv_weight_CK, conv_bias_C, activation="silu", doc_start_BL=doc_start_BL
     )
+    assert isinstance(xbc, Tensor)
     x, B, C = xbc.split((inner, shared, shared), dim=-1)
     scan = ssd_chunked if backend == "reference" else ssd
     y = scan(

@@ -18,6 +18,8 @@ RetNet's retention is this scan with dt = 1, A = log(decay) and one group per he
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -250,7 +252,7 @@ def ssd(
     Raises:
         ValueError: shapes do not fit, or the named backend cannot run the case.
     """
-    form = ssd_chunked
+    form: Callable[..., Tensor | tuple[Tensor, Tensor]] = ssd_chunked
     if use_triton(backend, x_BLHP, supported=triton_supports(x_BLHP, B_BLGN)):
         from ablate.kernels.ssd_triton import ssd_triton
 
