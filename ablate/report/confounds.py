@@ -105,7 +105,7 @@ def _difference(table: pd.DataFrame, column: str, name: str) -> list[Confound]:
     if not between:
         return [Confound(name, f"{name} differs between seeds: {_list(values)}", False)]
     if varies(arms):
-        parts = [f"{v} in {_names(g.index)}" for v, g in arms.groupby(arms)]
+        parts = [f"{v} in {_names(g.index)}" for v, g in arms.groupby(arms, sort=False)]
         return [Confound(name, f"{name} differs between arms: {'; '.join(parts)}", True)]
     return [Confound(name, f"{name} differs between runs of a seed: {_list(values)}", True)]
 

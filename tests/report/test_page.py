@@ -198,10 +198,14 @@ def test_a_planted_curve_is_read_off_with_its_set_of_the_best(
 
 
 def test_a_null_is_called_not_distinguishable(synthetic: ModuleType, tmp_path: Path) -> None:
-    path = synthetic.write_study(tmp_path / "null", seeds=range(4), accuracies=None)
-    lines = verdicts(load_study(path))
-    assert any(line.startswith("Loss: the arms are not distinguishable") for line in lines)
-    assert not any("falls" in line or "rises" in line for line in lines)
+    told = []
+    for random in range(10):  # a 95% test calls one true null in twenty different
+        path = synthetic.write_study(
+            tmp_path / f"null{random}", seeds=range(4), accuracies=None, random=random
+        )
+        lines = verdicts(load_study(path))
+        told.append(any(v.startswith("Loss: the arms are not distinguishable") for v in lines))
+    assert sum(told) >= 8
 
 
 def test_arms_without_numbers_go_by_their_names(synthetic: ModuleType, tmp_path: Path) -> None:
@@ -293,7 +297,8 @@ def test_equal_budgets_read_the_dearer_arm_earlier(synthetic: ModuleType, tmp_pa
     pivot = table.pivot_table(index="arm", columns="budget", values="loss")
     cheap, dear = pivot.loc["attention_share=0"], pivot.loc["attention_share=0.5"]
     assert cheap["flops"] == pytest.approx(cheap["tokens"])
-    assert dear["flops"] > dear["tokens"] + 0.3  # half the tokens, so still far from its end
+    # Half the tokens: the synthetic curve then stands 3.2 (e^-2.5 - e^-5) above its end.
+    assert dear["flops"] - dear["tokens"] == pytest.approx(0.241, abs=0.03)
     at = table.drop_duplicates("budget").set_index("budget")["at"]
     assert at["tokens"] == 2_457_600
     assert at["flops"] == pytest.approx(6.3 * 90_000 * 2_457_600)

@@ -93,10 +93,10 @@ def test_a_failed_trial_costs_itself_and_says_why(make: Any, console: Any) -> No
         FULL: "disk full",
     }
     for lr, cause in expected.items():
-        row = states.loc[f"lr={lr}"]
+        row = states.loc[f"lr={lr:g}"]
         assert row["state"] == "failed"
         assert cause in row["cause"]
-        assert f"lr={lr}, seed 0" in text(console)
+        assert f"lr={lr:g}, seed 0" in text(console)
     assert "study.retry=failed" in text(console)
     # A failed trial is left alone until it is asked for.
     before = len(calls(tree))
