@@ -72,7 +72,8 @@ def tensors():
 
 def gradients(fn, t):
     loss = fn(t)
-    return [loss, *torch.autograd.grad(loss, [v for v in t.values() if v.requires_grad])]
+    # without the graph, whose nodes would tie a later capture to this call's stream
+    return [loss.detach(), *torch.autograd.grad(loss, [v for v in t.values() if v.requires_grad])]
 
 
 def test_two_runs_agree_bit_for_bit():
@@ -99,7 +100,7 @@ def test_graph_capture_and_replay():
     with torch.cuda.graph(graph):
         got = gradients(model, t)
     for g in got:
-        g.detach().zero_()
+        g.zero_()
     graph.replay()
     torch.cuda.synchronize()
     for a, b in zip(got, want, strict=True):
