@@ -50,7 +50,8 @@ class LanguageModel(nn.Module):
         self.arch = arch
         self.embedding = nn.Parameter(torch.empty(arch.vocab_size, arch.d_model))
         self.layers: Any = nn.ModuleList(
-            KINDS[letter].module(arch.options_of(letter), arch.norm_eps) for letter in arch.letters
+            KINDS[letter].module(options, arch.norm_eps)
+            for letter, options in zip(arch.letters, arch.layer_options, strict=True)
         )
         self.final_norm = nn.Parameter(torch.empty(arch.d_model))
         if arch.tie_embeddings:

@@ -17,7 +17,7 @@ import pandas as pd
 from ablate.report.frames import operational_fields, usable, varies
 
 # Set by the study for every run, by the seed, or of no influence on what is computed.
-_IGNORED_CONFIG = ("study.", "tracker.", "arch.published", "arch.name")
+_IGNORED_CONFIG = ("study.", "tracker.", "match.", "arch.published", "arch.name")
 _IGNORED_ENVIRONMENT = (
     *("host", "platform", "versions.wandb", "versions.optuna"),
     *("hardware", "commit", "dirty", "data."),  # told by columns of the frame
@@ -70,6 +70,7 @@ def confounds(frame: pd.DataFrame, details: pd.DataFrame) -> list[Confound]:
     hidden = operational_fields() | factors
     if factors & _PATTERN_FIELDS or varies(runs["pattern"]):
         hidden |= _PATTERN_FIELDS
+    matched = "config.match.by" in table and table["config.match.by"].notna().any()
     found = []
     for column in table.columns:
         if column in _NAMES:
@@ -80,6 +81,8 @@ def confounds(frame: pd.DataFrame, details: pd.DataFrame) -> list[Confound]:
             name = column.removeprefix("config.")
             if name == "seed" or name in hidden or name.startswith(_IGNORED_CONFIG):
                 continue
+            if matched and name.startswith("arch.overrides"):
+                continue  # widths that make the arms equal: the certificates list them
         elif column.startswith("environment."):
             name = column.removeprefix("environment.")
             if name.startswith(_IGNORED_ENVIRONMENT):
