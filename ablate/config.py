@@ -321,6 +321,31 @@ class SearchDimension(Section):
         return self
 
 
+class TuneConfig(Section):
+    """The first of two stages: learning rates of each arm on validation A, the best one fitted."""
+
+    points: int = Field(
+        0, ge=0, description="rates an arm, around its own train.lr; 0: one shared rate, not tuned"
+    )
+    octaves: float = Field(
+        1.0, gt=0, le=3, description="distance between neighbouring rates, in doublings"
+    )
+    seeds: list[int] = Field([1000], description="seeds of this stage, none of study.seeds")
+    smooth: Literal["none", "linear", "quadratic"] = Field(
+        "none", description="the optimum's logarithm as a function of study.x over arms"
+    )
+
+    @model_validator(mode="after")
+    def _cross(self) -> TuneConfig:
+        if 0 < self.points < 5:
+            raise ValueError(
+                f"'points' must be 0 or at least 5, which a fitted optimum needs, got {self.points}"
+            )
+        if not self.seeds or len(set(self.seeds)) != len(self.seeds) or min(self.seeds) < 0:
+            raise ValueError(f"'seeds' must be distinct and not negative, got {self.seeds}")
+        return self
+
+
 class StudyConfig(Section):
     name: str = Field(
         "single", pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", description="folder under runs/"
@@ -341,6 +366,10 @@ class StudyConfig(Section):
     n_trials: int | None = Field(None, ge=1, description="trials of a search")
     seeds: list[int] = Field(
         [], description="paired seeds; every cell runs with each; empty: [seed]"
+    )
+    tune: TuneConfig = Field(TuneConfig(), description="learning rates, before what is compared")
+    margin: float | None = Field(
+        None, gt=0, description="nats a token; arms that differ by less are called equivalent"
     )
     x: str | None = Field(
         None, description="field on the report's horizontal axis; null: the first factor"
@@ -363,6 +392,17 @@ class StudyConfig(Section):
             raise ValueError("'n_trials' must be given with 'search'")
         if self.search and (self.grid or self.arms):
             raise ValueError("'search' stands alone, without 'grid' and 'arms'")
+        if self.tune.points:
+            if self.search:
+                raise ValueError("'tune' needs 'grid' or 'arms': a 'search' has no arms to tune")
+            arms = [name for changes in self.arms.values() for name in changes]
+            if "train.lr" in {*self.grid, *arms}:
+                raise ValueError("'train.lr' is a factor and tuned by 'tune.points': leave one")
+            both = set(self.seeds) & set(self.tune.seeds)
+            if both:
+                raise ValueError(
+                    f"'tune.seeds' and 'seeds' share {sorted(both)}: figures need fresh seeds"
+                )
         for name, values in self.grid.items():
             if not values:
                 raise ValueError(f"'grid.{name}' has no values, so it matches nothing")

@@ -11,13 +11,14 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 from ablate import config
 from ablate.arch import match as matching
 from ablate.arch.match import Certificate
 from ablate.errors import UserError, did_you_mean
 from ablate.study import trial as trial_module
+from ablate.study import tune as rates
 from ablate.study.trial import Trial
 
 Resolve = Callable[[dict[str, Any]], Trial]
@@ -28,7 +29,8 @@ class Cell:
     """One trial of a study and what it stands for.
 
     arm: the label that trials differing only in the seed share; factors: dotted field -> value;
-    also: labels of other arms that turned out to be the same run.
+    also: labels of other arms that turned out to be the same run; stage: whether it looks for its
+    arm's learning rate or gives the figures that arms are compared by.
     """
 
     arm: str
@@ -36,6 +38,16 @@ class Cell:
     seed: int
     trial: Trial
     also: tuple[str, ...] = ()
+    stage: Literal["tune", "confirm"] = "confirm"
+
+    @property
+    def name(self) -> str:
+        """The arm, and the learning rate that is tried for it."""
+        return self.arm if self.stage == "confirm" else f"{self.arm}, tuning lr={self.rate:.3g}"
+
+    @property
+    def rate(self) -> float:
+        return self.trial.config.train.lr
 
     @property
     def key(self) -> str:
@@ -154,6 +166,67 @@ def _match(trial: Trial, goal: _Goal) -> dict[str, Any]:
             "match.arms": "matched",
         },
     )
+
+
+def tuning(cfg: config.Config, arms: Sequence[Cell]) -> list[Cell]:
+    """The first stage of a study whose arms, at their own learning rate, are `cells`."""
+    tune = cfg.study.tune
+    _check_tuning(cfg, arms)
+    one = {cell.arm: cell for cell in arms}.values()
+    return [
+        _at_rate(cell, rate, seed, "tune")
+        for seed in tune.seeds
+        for cell in one
+        for rate in rates.grid(cell.rate, tune.points, tune.octaves)
+    ]
+
+
+def confirming(arms: Sequence[Cell], chosen: Mapping[str, float]) -> list[Cell]:
+    """The second stage: every cell at the learning rate that was chosen for its arm."""
+    return [_at_rate(cell, chosen[cell.arm], cell.seed, "confirm") for cell in arms]
+
+
+def place(cell: Cell, x: str | None) -> float | None:
+    """Where a cell's arm stands on the axis of the study: `x`, or else its first factor."""
+    value = config.get(cell.trial.tree, x) if x else next(iter(cell.factors.values()), None)
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return float(value) if is_number else None  # type: ignore[arg-type]
+
+
+def _check_tuning(cfg: config.Config, arms: Sequence[Cell]) -> None:
+    tune = cfg.study.tune
+    if not cfg.study.seeds and cfg.seed in tune.seeds:
+        raise UserError(
+            f"study.tune.seeds has {cfg.seed}, which is `seed`: figures need fresh seeds"
+        )
+    for cell in arms:
+        for rate in rates.grid(cell.rate, tune.points, tune.octaves):
+            if rate > 10:
+                raise UserError(
+                    f"study.tune.points {tune.points} with study.tune.octaves {tune.octaves:g} "
+                    f"tries the learning rate {rate:.3g} for '{cell.arm}'; the most is 10"
+                )
+    if tune.smooth != "none":
+        places = {cell.arm: place(cell, cfg.study.x) for cell in arms}
+        least = 4 if tune.smooth == "quadratic" else 3
+        wrong = next((arm for arm, x in places.items() if x is None), None)
+        if wrong is not None:
+            raise UserError(
+                f"study.tune.smooth is '{tune.smooth}', but the factor of arm '{wrong}' is no "
+                "number; give study.x a numeric field, or study.tune.smooth=none"
+            )
+        if len(set(places.values())) < least:
+            raise UserError(
+                f"study.tune.smooth is '{tune.smooth}', which needs {least} different values of "
+                f"the factor, got {len(set(places.values()))}"
+            )
+
+
+def _at_rate(cell: Cell, rate: float, seed: int, stage: Literal["tune", "confirm"]) -> Cell:
+    tree = config.override(cell.trial.tree, {"train.lr": rate, "seed": seed})
+    factors = {**cell.factors, "train.lr": rate} if stage == "tune" else cell.factors
+    trial = trial_module.resolve(tree)
+    return replace(cell, factors=factors, seed=seed, trial=trial, stage=stage)
 
 
 def full(tree: Mapping[str, Any]) -> dict[str, Any]:
