@@ -85,7 +85,7 @@ def test_from_nothing_it_is_the_contract_and_an_assumption(make: Any, console: A
     plan(tree, console, hours=2.0)
     text = said(console)
     for words in (
-        *("M*x2", "attention_share=0.25", "contract at 10% of the measured peak"),
+        *("M**M", "attention_share=0.25", "contract at 10% of the measured peak"),
         "6 trials, ",
         "from the files' sizes, at 1 bytes a token",
         "noise: 0.004 nats between seeds, 0.30 of its variance",
