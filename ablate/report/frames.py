@@ -162,6 +162,16 @@ def load_evaluation(path: str | Path, task: str) -> dict[str, dict[str, Any]]:
     return {key: value for key, value in found.items() if value}
 
 
+def load_certificates(path: str | Path) -> dict[str, dict[str, Any]]:
+    """How the architecture of each run was matched (`ablate/arch/match.py`), by run key."""
+    found = {}
+    for record in records(_index(Path(path))):
+        certificate = config_tree.get(json.loads(record["config"]), "match.certificate")
+        if certificate:
+            found[str(record["key"])] = certificate
+    return found
+
+
 def study_of(path: Path) -> dict[str, Any]:
     """The content of study.json at `path`, or an empty dict."""
     return read_json(path / "study.json") or {}
@@ -205,7 +215,10 @@ def varies(values: pd.Series) -> bool:
 def arm_label(factors: Mapping[str, Any]) -> str:
     """'attention_share=0.08, placement=even': what an arm is called when nobody named it."""
     shown = {k: f"{v:g}" if isinstance(v, float) else _scalar(v) for k, v in factors.items()}
-    return ", ".join(f"{k.rpartition('.')[2]}={v}" for k, v in shown.items()) or "all"
+    parts = [
+        str(v) if k == "match.arms" else f"{k.rpartition('.')[2]}={v}" for k, v in shown.items()
+    ]
+    return ", ".join(parts) or "all"
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:

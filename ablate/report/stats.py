@@ -13,6 +13,7 @@ there is no interval, and nothing here invents one.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -74,6 +75,18 @@ class ArmFit:
 
     def index(self, arm: str) -> int:
         return self.arms.index(arm)
+
+    def only(self, arms: Sequence[str]) -> ArmFit:
+        """The same fit, speaking of some of its arms; the noise stays that of all."""
+        at = [self.index(arm) for arm in arms]
+        return dataclasses.replace(
+            self,
+            arms=tuple(arms),
+            counts=tuple(self.counts[i] for i in at),
+            means=self.means[at],
+            unscaled=self.unscaled[np.ix_(at, at)],
+            arm_mean_square=NAN,
+        )
 
     def mean(self, arm: str, level: float = 0.95) -> Estimate:
         """The arm's mean over seeds like these: its interval counts the seeds' variance too."""

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from ablate import config
 from ablate.arch import match as matching
-from ablate.arch.match import Certificate
+from ablate.arch.certificate import Certificate
 from ablate.errors import UserError, did_you_mean
 from ablate.study import trial as trial_module
 from ablate.study import tune as rates

@@ -704,6 +704,7 @@ class _Supervisor:
                     "name": study.name,
                     "question": study.question,
                     "finding": study.finding,
+                    "margin": study.margin,
                     "x": study.x or (factors[0] if factors else None),
                     "factors": factors,
                     "cells": cells,
