@@ -47,7 +47,7 @@ def test_a_wider_mlp_is_different_and_a_repeated_arm_is_not(make: Any) -> None:
     assert set(comparison.different()["arm"]) == {"wide"}
     assert comparison.best == ["wide"]
     texts = [v.text for v in judge(analysis) if v.kind == "result"]
-    assert any(re.search(r"Loss falls from .* d_hidden 8 .* d_hidden 256", t) for t in texts)
+    assert any(re.search(r"Loss falls from .*d_hidden 8 .*d_hidden 256", t) for t in texts)
     page = write_report(path).read_text()
     assert page.count(">different<") == 1
     assert page.count(">not\u00a0distinguishable<") == 1
