@@ -19,6 +19,7 @@ RetNet's retention is this scan with dt = 1, A = log(decay) and one group per he
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -108,6 +109,44 @@ def ssd_recurrent(
     return (y, state) if return_final_state else y
 
 
+class _WithinChunk(torch.autograd.Function):
+    """y_t = sum over s <= t of exp(cum_t - cum_s) BC[s, t] xdt_s, the quadratic form of a chunk.
+
+    xdt: (B, c, G, H/G, P, Q); cum: (B, c, G, H/G, Q), never rising; BC: (B, c, G, Q, Q);
+    bound: 0 where t may see s and -inf elsewhere, (Q, Q) or with (B, c, 1, 1) before.
+
+    Its own backward, because the Q x Q tables are most of a CPU's work: autograd would pass over
+    them twice as often. The exponents are cut at the bound, so that a cumulative sum which rounding
+    lets rise by a bit does not grow, and excluded pairs never overflow.
+    """
+
+    @staticmethod
+    def _decay(cum: Tensor, bound: Tensor) -> Tensor:
+        decay = cum[..., None, :] - cum[..., :, None]
+        return torch.minimum(decay, bound, out=decay).exp_()
+
+    @staticmethod
+    def forward(ctx: Any, xdt: Tensor, cum: Tensor, BC: Tensor, bound: Tensor) -> Tensor:
+        decay = _WithinChunk._decay(cum, bound)
+        ctx.save_for_backward(xdt, decay, BC)
+        return torch.matmul(xdt, decay * BC[:, :, :, None])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        (grad,) = grads
+        xdt, decay, BC = ctx.saved_tensors
+        BC = BC[:, :, :, None]
+        d_weight = torch.matmul(xdt.transpose(-1, -2), grad).mul_(decay)
+        d_BC = d_weight.sum(3)
+        # d exp(e) = exp(e) de, and what a pair gives to cum_t it takes from cum_s. A position with
+        # itself would only cancel.
+        d_exponent = d_weight.mul_(BC)
+        d_exponent.diagonal(dim1=-2, dim2=-1).zero_()
+        d_cum = d_exponent.sum(-2) - d_exponent.sum(-1)
+        weight = torch.mul(decay, BC, out=d_exponent)
+        return torch.matmul(grad, weight.transpose(-1, -2)), d_cum, d_BC, None
+
+
 def ssd_chunked(
     x_BLHP: Tensor,
     dt_BLH: Tensor,
@@ -127,8 +166,8 @@ def ssd_chunked(
     PyTorch that autograd differentiates. Arguments as in `ssd`.
 
     A sequence no longer than a chunk never builds a state. Every exponent is a sum of dt A over a
-    span, at most zero: differences of cumulative sums that round above zero are cut back, and
-    excluded pairs are -inf before the exponential, so neither values nor gradients overflow.
+    span, at most zero, and excluded pairs are -inf before the exponential, so neither values nor
+    gradients overflow.
     """
     _check(x_BLHP, dt_BLH, A_H, B_BLGN, C_BLGN, D_H)
     b, length, n_heads, head_dim = x_BLHP.shape
@@ -159,29 +198,28 @@ def ssd_chunked(
     cum = torch.cumsum(dt * A_H.to(dtype).view(groups, per_group, 1), dim=-1)  # (B, c, G, H/G, Q)
     xdt = x * dt[..., None, :]
 
-    # decay[s, t] = exp(cum_t - cum_s) for s <= t of one document. The bound that cuts the exponent
-    # is the smallest positive number, not zero, because `minimum` halves the gradient of a tie, and
-    # a span with dt = 0 ties with zero. On the diagonal it is just below zero: exp gives 1, and no
-    # gradient flows that would only cancel.
     index = torch.arange(chunk, device=x.device)
     allowed = index[:, None] <= index
     if doc_start is not None:
         position = torch.arange(n_chunks * chunk, device=x.device).view(n_chunks, 1, 1, chunk)
         start = doc_start.view(b, n_chunks, 1, 1, chunk)
         allowed = allowed & (position[..., None] >= start[..., None, :])
-    tiny = torch.finfo(dtype).tiny
-    bound = torch.full((chunk, chunk), tiny, dtype=dtype, device=x.device)
-    bound.fill_diagonal_(-tiny)
-    bound = torch.where(allowed, bound, -torch.inf)
-    decay = torch.exp(torch.minimum(cum[..., None, :] - cum[..., :, None], bound))
-    weight = decay * torch.matmul(B, C.transpose(-1, -2))[:, :, :, None]
-    y = torch.matmul(xdt, weight)  # (B, c, G, H/G, P, Q)
+    bound = torch.zeros(allowed.shape, dtype=dtype, device=x.device).masked_fill_(
+        ~allowed, -torch.inf
+    )
+    with torch.autocast(x.device.type, enabled=False):
+        BC = torch.matmul(B, C.transpose(-1, -2))  # (B, c, G, Q, Q)
+        y = _WithinChunk.apply(xdt, cum, BC, bound)  # (B, c, G, H/G, P, Q)
 
     state: Tensor | None = None
     if n_chunks > 1 or initial_state_BHPN is not None or return_final_state:
         # What a chunk adds to the state at its end, what a position sees of the state before the
         # chunk, and what the chunk keeps of it.
-        added = xdt * decay[..., None, :, -1]
+        to_end = (cum[..., -1:] - cum).masked_fill(~allowed[..., -1], -torch.inf)
+        to_end = torch.exp(
+            to_end.clamp(max=0)
+        )  # at a tie clamp passes the gradient, minimum halves
+        added = xdt * to_end[..., None, :]
         from_start = torch.exp(cum)
         if doc_start is not None:
             from_start = from_start * (start < position[..., :1])

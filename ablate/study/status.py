@@ -88,15 +88,20 @@ def show(path: Path | str, console: Console | None = None) -> None:
     console = console or Console()
     states = frame(path)
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
-    for name in ("arm", "seed", "state", "steps", "tokens", "loss", "validation", "key"):
-        table.add_column(name, justify="right" if name not in ("arm", "state", "key") else "left")
+    for name in ("arm", "seed", "state", "steps", "loss", "val A", "key"):
+        left = name in ("arm", "state", "key")
+        table.add_column(
+            name,
+            justify="left" if left else "right",
+            overflow="fold",  # a narrow terminal breaks names, so that all of them can be read
+            no_wrap=name != "arm",
+        )
     for row in states.to_dict("records"):
         table.add_row(
             _text(row["arm"]) or "-",
             _text(row["seed"]),
             row["state"] + (" (orphan)" if row["orphan"] else ""),
             _text(row["steps"]),
-            _text(row["tokens"]),
             _text(row["loss"], "{:.4f}"),
             _text(row["val_loss"], "{:.4f}"),
             row["key"],

@@ -121,12 +121,12 @@ def _check_recall(cfg: Config) -> None:
         check_recall(mqar.pairs, length, mqar.queries, ids)
     for pairs in (cfg.evaluate.mqar_pairs or []) if cfg.evaluate.mqar_rows else []:
         try:
-            check_recall(pairs, length, mqar.queries, ids)
+            check_recall(pairs, length, None, ids)
         except UserError as error:
             message = str(error).replace("data.mqar.pairs=", "evaluate.mqar_pairs=")
             raise UserError(message) from None
     if cfg.evaluate.mqar_rows and cfg.evaluate.mqar_pairs is None:
-        check_recall(mqar.pairs, length, mqar.queries, ids)
+        check_recall(mqar.pairs, length, None, ids)
 
 
 def _check_windows(cfg: Config, architecture: Architecture, warnings: list[str]) -> None:

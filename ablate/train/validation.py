@@ -128,7 +128,11 @@ class Validator:
         )
 
     def recall(self, *, final: bool) -> RecallScore | None:
-        """Score held-out recall rows; `final` takes rows that no validation before has seen."""
+        """Score held-out recall rows; `final` takes rows that no validation before has seen.
+
+        Each pair is asked once, however often training asks, so that no answer can be copied from
+        an earlier one.
+        """
         cfg = self.cfg
         rows = cfg.evaluate.mqar_rows
         if not rows:
@@ -142,7 +146,6 @@ class Validator:
                 pairs,
                 length,
                 self.token_set.vocab_size,
-                cfg.data.mqar.queries,
                 start=rows if final else 0,
             )
             correct, nats = self._recall_rows(batch)

@@ -57,7 +57,7 @@ def test_show(study: Path) -> None:
     text = console.file.getvalue()  # type: ignore[attr-defined]
     assert "failed: arm 1, seed 1: out of memory" in text
     assert "1 done" in text
-    assert "640" in text
+    assert "2.2500" in text
 
 
 def test_a_run_folder_and_a_wrong_folder(study: Path, tmp_path: Path) -> None:
