@@ -48,6 +48,8 @@ stays, what runs is checkpointed, and the same command continues. Nothing finish
   data=NAME             the text: {data}   (data=files data.path=FOLDER_OR_FILE)
   arch=NAME             a published architecture, or hybrid
   study.seeds=[0,1,2]   paired seeds          study.workers=2     trials at a time
+  match=mlp_width       arms made equal in size by what may move (conf/match)
+  study.tune.points=5   first a stage that tunes each arm's learning rate
   study.retry=failed    run failed ones again study.folder=DIR    instead of runs/
   tracker=none          no W&B mirror (default: W&B offline)
   -m a=1,2 b=3,4        Hydra's own multirun, one plain trial a job
@@ -161,7 +163,7 @@ def _run(args: list[str]) -> int:
     composed = compose(args)
     for note in composed.notes:
         print(note)
-    outcome = run_study(composed.tree)
+    outcome = run_study(composed.tree, words=args)
     if outcome.exit_code != 2 and outcome.folder.exists():
         page = write_report(outcome.folder)
         _print_summary(outcome.folder)

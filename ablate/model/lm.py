@@ -74,7 +74,8 @@ class LanguageModel(nn.Module):
         """
         ours = {type(layer) for layer in self.layers if _is_ours(type(layer))}
         # One a kind and option set, and a few for what a captured or resumed step may add.
-        limit = 2 * len(set(self.arch.letters)) + 2
+        variants = set(zip(self.arch.letters, map(repr, self.arch.layer_options), strict=True))
+        limit = 2 * len(variants) + 2
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, limit)
         torch._dynamo.config.fail_on_recompile_limit_hit = True
         self._compiled = {

@@ -80,16 +80,18 @@ def run_study(
     *,
     console: Console | None = None,
     child_command: Sequence[str] | None = None,
+    words: Sequence[str] | None = None,
 ) -> StudyOutcome:
     """Run what is not finished of the study that a composed config describes.
 
+    words: of the command line that asked for it, which the report repeats.
     Raises UserError, before anything is written, when any of its trials cannot be run.
     """
     console = console or Console()
     cells = space.cells(tree)
     cfg = config.load(tree)
     command = list(child_command or (sys.executable, "-m", "ablate.study.child"))
-    return _Supervisor(space.full(tree), cfg, cells, console, command).run()
+    return _Supervisor(space.full(tree), cfg, cells, console, command, words).run()
 
 
 @dataclass
@@ -126,6 +128,7 @@ class _Supervisor:
     cells: list[Cell]
     console: Console
     command: list[str]
+    words: Sequence[str] | None = None
     done: set[str] = field(default_factory=set)
     causes: dict[str, str] = field(default_factory=dict)
     pruned: set[str] = field(default_factory=set)
@@ -714,11 +717,17 @@ class _Supervisor:
                     "proposals": before.get("proposals", []) if self.n_proposals else [],
                     **({"tuned": self.tuned} if self.arms else {}),
                     **commit(),
+                    **self._command_line(before),
                     "config": self.tree,
                 }
             )
         if orphans and not hasattr(self, "store"):
             self._say(f"{len(orphans)} runs of an earlier form of this study are kept, as orphans")
+
+    def _command_line(self, before: Mapping[str, Any]) -> dict[str, Any]:
+        if self.words is not None:
+            return {"command": ["python", "-m", "ablate", *self.words]}
+        return {"command": before["command"]} if "command" in before else {}
 
     def _look_at_disk(self, cells: Sequence[Cell]) -> None:
         """Count what has ended before this start."""

@@ -225,3 +225,20 @@ def test_the_group_names_every_field_with_its_default() -> None:
             assert yaml.safe_load(path.read_text())["by"] == path.stem
     assert set(QUANTITIES) == set(MatchConfig.model_fields["quantity"].annotation.__args__)  # type: ignore[union-attr]
     assert {f.name for f in dataclasses.fields(Certificate)} >= {"before", "after", "changes"}
+
+
+def test_layers_of_a_kind_that_differ_are_compiled_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The limit on variants counts the widths; `eager` compiles nothing and keeps the guards."""
+    compile_for_real = torch.compile
+    monkeypatch.setattr(
+        torch, "compile", lambda f, **options: compile_for_real(f, backend="eager", **options)
+    )
+    widths = {str(2 * i + 1): {"n_heads": i + 1} for i in range(10)}
+    model = LanguageModel(made(arch(pattern="M*" * 10, overrides=widths)))
+    tokens = torch.randint(0, 128, (2, 8))
+    plain = model.loss(tokens, tokens).item()
+    with torch._dynamo.config.patch(recompile_limit=8, fail_on_recompile_limit_hit=True):
+        model.compile_layers()
+        loss = model.loss(tokens, tokens)
+        loss.backward()
+    assert loss.item() == pytest.approx(plain)
