@@ -227,18 +227,15 @@ def test_the_group_names_every_field_with_its_default() -> None:
     assert {f.name for f in dataclasses.fields(Certificate)} >= {"before", "after", "changes"}
 
 
-def test_layers_of_a_kind_that_differ_are_compiled_each(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_layers_of_a_kind_that_differ_are_compiled_each() -> None:
     """The limit on variants counts the widths; `eager` compiles nothing and keeps the guards."""
-    compile_for_real = torch.compile
-    monkeypatch.setattr(
-        torch, "compile", lambda f, **options: compile_for_real(f, backend="eager", **options)
-    )
     widths = {str(2 * i + 1): {"n_heads": i + 1} for i in range(10)}
     model = LanguageModel(made(arch(pattern="M*" * 10, overrides=widths)))
     tokens = torch.randint(0, 128, (2, 8))
     plain = model.loss(tokens, tokens).item()
+    torch._dynamo.reset()
     with torch._dynamo.config.patch(recompile_limit=8, fail_on_recompile_limit_hit=True):
-        model.compile_layers()
+        model.compile_layers(backend="eager")
         loss = model.loss(tokens, tokens)
         loss.backward()
     assert loss.item() == pytest.approx(plain)
