@@ -61,7 +61,7 @@ def test_a_captured_step_is_the_plain_one_bit_for_bit(pattern, micro_batch) -> N
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("pattern", ["M-M-", "*-S-", "m-m-"])
+@pytest.mark.parametrize("pattern", ["M-M-", "*-S-"])
 def test_a_compiled_step_agrees(pattern) -> None:
     torch._dynamo.reset()
     plain, _ = run(pattern, "cuda", capture=False)
