@@ -207,8 +207,9 @@ def ssd_chunked(
     bound = torch.zeros(allowed.shape, dtype=dtype, device=x.device).masked_fill_(
         ~allowed, -torch.inf
     )
-    BC = torch.matmul(B, C.transpose(-1, -2))  # (B, c, G, Q, Q)
-    y = _WithinChunk.apply(xdt, cum, BC, bound)  # (B, c, G, H/G, P, Q)
+    with torch.autocast(x.device.type, enabled=False):
+        BC = torch.matmul(B, C.transpose(-1, -2))  # (B, c, G, Q, Q)
+        y = _WithinChunk.apply(xdt, cum, BC, bound)  # (B, c, G, H/G, P, Q)
 
     state: Tensor | None = None
     if n_chunks > 1 or initial_state_BHPN is not None or return_final_state:

@@ -45,6 +45,10 @@ class DecodeState:
                 tensor.zero_()
 
 
+def _is_ours(kind: type) -> bool:
+    return kind.__module__.startswith("ablate.layers.")
+
+
 class LanguageModel(nn.Module):
     """A decoder-only language model of an `Architecture`.
 
@@ -69,8 +73,24 @@ class LanguageModel(nn.Module):
             self.unembedding = None
         else:
             self.unembedding = nn.Parameter(torch.empty(arch.vocab_size, arch.d_model))
+        self._compiled: dict[type, Any] = {}
         if seed is not None:
             init_weights(self, seed)
+
+    def compile_layers(self) -> None:
+        """Compile each layer kind for training; layers of one kind share the code.
+
+        Kinds of a user's own run as they are. An attempt to compile more variants than the stack
+        has raises torch._dynamo.exc.FailOnRecompileLimitHit, so that no slow path is silent.
+        """
+        ours = {type(layer) for layer in self.layers if _is_ours(type(layer))}
+        # One a kind and option set, and a few for what a captured or resumed step may add.
+        limit = 2 * len(set(self.arch.letters)) + 2
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, limit)
+        torch._dynamo.config.fail_on_recompile_limit_hit = True
+        self._compiled = {
+            kind: torch.compile(kind.forward, fullgraph=True, dynamic=False) for kind in ours
+        }
 
     @property
     def output_weight_VD(self) -> Tensor:
@@ -103,7 +123,8 @@ class LanguageModel(nn.Module):
             x0_BLD=x,
         )
         for layer in self.layers:
-            x = layer(x, ctx)
+            compiled = self._compiled.get(type(layer)) if self.training else None
+            x = layer(x, ctx) if compiled is None else compiled(layer, x, ctx)
         return self._final(x), ctx
 
     def hidden(self, tokens_BL: Tensor, doc_start_BL: Tensor | None = None) -> Tensor:

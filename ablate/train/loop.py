@@ -255,7 +255,11 @@ class _Run:
         groups = param_groups(self.model, cfg.train.weight_decay)
         self.group_rows = group_table(self.model, groups)
         self.optimizer = make_adamw(groups, cfg.train)
-        self.stepper = Stepper(self.model, self.optimizer, cfg.train, self.bf16)
+        on_gpu = self.device.type == "cuda"
+        if on_gpu if cfg.train.compile is None else cfg.train.compile:
+            self.model.compile_layers()
+        capture = cfg.train.capture is not False and on_gpu
+        self.stepper = Stepper(self.model, self.optimizer, cfg.train, self.bf16, capture)
         self.validator = Validator(
             cfg, self.token_set, self.model, self.stepper.autocast, self.between_batches
         )
@@ -272,10 +276,10 @@ class _Run:
         with self.batches() as batches:
             while self.progress < 1:
                 self.interrupts.check()
-                # The first step compiles and warms up, so a budget in seconds does not pay for it.
-                first = self.step == self.first_step
-                with self.clock.of("first_step" if first else "train"):
-                    self.train_steps(batches, 1 if first else sys.maxsize)
+                # The first steps compile and capture, so a budget in seconds does not pay for them.
+                cold = self.step < self.first_step + self.stepper.cold_steps
+                with self.clock.of("first_step" if cold else "train"):
+                    self.train_steps(batches, 1 if cold else sys.maxsize)
                 if self.progress < 1 and not self.interrupts.pending and self.validation_due():
                     self.validate()
                 if self.interrupts.pending or self.checkpoint_due():
@@ -292,11 +296,9 @@ class _Run:
                 decay_start=self.decay_start,
                 min_ratio=train.min_lr_ratio,
             )
-            batch = next(batches)
-            parts = batch.to(self.device).split(train.micro_batch or train.batch_size)
-            self.stepper(parts, batch.n_targets(), self.lr_scale * train.lr)
+            self.stepper(next(batches), self.lr_scale * train.lr)
             self.step += 1
-            if self.step > self.first_step + 1:
+            if self.step > self.first_step + self.stepper.cold_steps:
                 self.timed_tokens += self.step_tokens
             self.progress = self.budget.progress(self.step, self.clock.now("train"))
             if self.step % train.log_every == 0 or self.progress >= 1:

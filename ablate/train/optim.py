@@ -18,15 +18,24 @@ _STATE = ("step", "exp_avg", "exp_avg_sq")
 
 
 def make_adamw(groups: list[dict[str, Any]], cfg: TrainConfig) -> torch.optim.AdamW:
-    """AdamW (Loshchilov and Hutter 2019) over `groups` from `model.param_groups`."""
+    """AdamW (Loshchilov and Hutter 2019) over `groups` from `model.param_groups`.
+
+    On a GPU the learning rate is a tensor there, which a captured step reads.
+    """
+    device = groups[0]["params"][0].device
+    on_gpu = device.type == "cuda"
+    lr: float | Tensor = torch.tensor(cfg.lr, device=device) if on_gpu else cfg.lr
     return torch.optim.AdamW(
-        groups, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), eps=cfg.eps, fused=True
+        groups, lr=lr, betas=(cfg.beta1, cfg.beta2), eps=cfg.eps, fused=True, capturable=on_gpu
     )
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(lr)
+        else:
+            group["lr"] = lr
 
 
 def apply_step(optimizer: torch.optim.AdamW, norm: Tensor, clip: float, skip: Tensor) -> None:

@@ -1,13 +1,15 @@
 """One optimiser step, with everything it measures left on the device.
 
-The host reads `Stepper.read` at log steps only; nothing here waits for the device, so this is the
-part that can be captured.
+The host reads `Stepper.read` at log steps only, and nothing here waits for the device. On a GPU the
+step is captured as one CUDA graph after a few ordinary ones: forward, backward, clipping, skipping
+and AdamW, its batch, its learning rate and its number of targets in tensors that stay in place. A
+small model is bound by its launches otherwise.
 """
 
 from __future__ import annotations
 
+import gc
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,10 +18,12 @@ from torch import Tensor, nn
 
 from ablate.config import TrainConfig
 from ablate.data import Batch
+from ablate.errors import UserError
 from ablate.train.optim import apply_step, set_lr
 
 # Positions in the vector of running figures; those before _NORM begin anew with each reading.
 _LOSS, _COUNT, _NORM, _SKIPPED, _STREAK, _WORST = range(6)
+_ORDINARY_STEPS = 2  # before the capture: they compile kernels and make AdamW's moments
 
 
 @dataclass(frozen=True)
@@ -33,10 +37,18 @@ class Reading:
 
 
 class Stepper:
-    """Forward, backward, clipping and AdamW over one batch."""
+    """Forward, backward, clipping and AdamW over batches of one shape.
+
+    capture: run as a CUDA graph. Raises UserError where the model cannot be captured.
+    """
 
     def __init__(
-        self, model: nn.Module, optimizer: torch.optim.AdamW, cfg: TrainConfig, bf16: bool
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.AdamW,
+        cfg: TrainConfig,
+        bf16: bool,
+        capture: bool = False,
     ) -> None:
         self.model: Any = model
         self.optimizer = optimizer
@@ -44,37 +56,92 @@ class Stepper:
         self.params = [p for p in model.parameters() if p.requires_grad]
         self.device = self.params[0].device
         self.bf16 = bf16
+        self.capture = capture
         self.running = torch.zeros(6, dtype=torch.float64, device=self.device)
+        self.taken = 0
+        self._batch: Batch | None = None  # the graph's input
+        self._scored = torch.ones((), device=self.device)
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._stream = torch.cuda.Stream(self.device) if capture else None
+        self.cold_steps = _ORDINARY_STEPS + 1 if capture else 1  # these are slower than the rest
 
     def autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.bf16)
+        # The cache of casted weights would keep what a graph's memory pool owns.
+        return torch.autocast(
+            self.device.type, torch.bfloat16, enabled=self.bf16, cache_enabled=not self.capture
+        )
 
-    def __call__(self, parts: Sequence[Batch], scored: int, lr: float) -> None:
-        """One step.
+    def __call__(self, batch: Batch, lr: float) -> None:
+        """One step over a batch of the CPU's.
 
-        parts: micro-batches on the device.
-        scored: targets that count in all of them together; the loss is the mean over these, so
-            that it does not depend on how the batch was cut.
-        A loss or gradient that is not finite leaves weights and moments as they were.
+        A loss or gradient that is not finite leaves weights and moments as they were. The loss is
+        the mean over the scored targets of all micro-batches together, so that it does not depend
+        on how the batch was cut.
         """
+        set_lr(self.optimizer, lr)
+        self._scored.fill_(max(batch.n_targets(), 1))
+        if self._stream is None:
+            self._work(batch.to(self.device))
+            return
+        self._load(batch)
+        assert self._batch is not None
+        self.taken += 1
+        if self.taken <= _ORDINARY_STEPS:
+            self._stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self._stream):
+                self._work(self._batch)
+            torch.cuda.current_stream().wait_stream(self._stream)
+            return
+        if self._graph is None:
+            self._graph = self._captured(self._batch)
+        self._graph.replay()
+
+    def _load(self, batch: Batch) -> None:
+        """Copy a batch to where the graph reads it."""
+        if self._batch is None:
+            self._batch = batch.to(self.device)
+            return
+        self._batch.tokens_BL.copy_(batch.tokens_BL, non_blocking=True)
+        self._batch.targets_BL.copy_(batch.targets_BL, non_blocking=True)
+        if self._batch.doc_start_BL is not None:
+            assert batch.doc_start_BL is not None
+            self._batch.doc_start_BL.copy_(batch.doc_start_BL, non_blocking=True)
+
+    def _captured(self, batch: Batch) -> torch.cuda.CUDAGraph:
+        torch.cuda.synchronize(self.device)
+        gc.collect()
+        torch.cuda.empty_cache()  # the graph's pool takes what the ordinary steps used
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph, stream=self._stream):
+                self._work(batch)
+        except torch.cuda.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            raise UserError(
+                "train.capture: this model's step cannot be captured as a CUDA graph "
+                f"({str(error).splitlines()[0]}); use train.capture=false"
+            ) from error
+        return graph
+
+    def _work(self, batch: Batch) -> None:
         loss = torch.zeros((), device=self.device)
-        for batch in parts:
+        for part in batch.split(self.cfg.micro_batch or self.cfg.batch_size):
             with self.autocast():
-                part = self.model.loss(
-                    batch.tokens_BL,
-                    batch.targets_BL,
-                    batch.doc_start_BL,
+                part_loss = self.model.loss(
+                    part.tokens_BL,
+                    part.targets_BL,
+                    part.doc_start_BL,
                     z_loss=self.cfg.z_loss,
                     reduction="sum",
                 )
-                part = part / max(scored, 1)
-            part.backward()
-            loss += part.detach()
+                part_loss = part_loss / self._scored
+            part_loss.backward()
+            loss += part_loss.detach()
         norm = torch.nn.utils.get_total_norm(
             [p.grad for p in self.params if p.grad is not None], foreach=True
         )
         bad = ~(norm.isfinite() & loss.isfinite())
-        set_lr(self.optimizer, lr)
         apply_step(self.optimizer, norm, self.cfg.clip, bad.float())
         self.optimizer.zero_grad(set_to_none=True)
         self._count(loss, norm, bad)
