@@ -25,6 +25,7 @@ and read what the difference does to loss and recall.
   cost      layers, parameters, FLOPs and state bytes of an architecture
   status    FOLDER...      states of the trials of a study
   report    FOLDER...      tables, plots and one page from run folders
+  evaluate  RUN_FOLDER     recall, benchmarks and loss over length of a trained model
   rerun     RUN_FOLDER     train one trial again and compare its losses
   bench     data | kernels speed of the loader, or of the kernels beside their peers
 
@@ -87,6 +88,21 @@ usage: python -m ablate rerun RUN_FOLDER
 
 Trains a finished trial again from its own config.yaml, in a temporary folder, and compares the
 losses. Exit code 0 when they agree within the stated tolerance, 1 when not.
+""",
+    "evaluate": """\
+usage: python -m ablate evaluate RUN_FOLDER | MODEL [name=value ...]
+
+Evaluates trained weights (train.keep=weights keeps them), or a transformers model from a folder
+or the hub, whose own code is never run. Writes RUN_FOLDER/evaluation/: a file a task, with items.
+Without settings: what the run's config asks for, or every recall task.
+
+  recall=[phonebook,needle]  phonebook, phonebook_reversed, passkey, needle, needle_multivalue,
+                             mqar_text, induction, copying
+  sizes="{{entries: [10, 20], lengths: [1024], items: 50}}"
+  suites=[small,piqa@5]      small, mamba7b, btlm, oute, empirical12, mmlu, or single tasks
+  local_data=FOLDER          <task>/<split>.jsonl instead of the hub
+  length=[1,2,4]             loss on the same tokens at multiples of the training length
+  long_documents=FILE        limit=100        device=cpu       out=FOLDER
 """,
     "bench": """\
 usage: python -m ablate bench data | kernels
@@ -264,6 +280,12 @@ def _rerun(args: list[str]) -> int:
     return max(rerun(folder) for folder in folders)
 
 
+def _evaluate(args: list[str]) -> int:
+    from ablate.evaluate.trial import command
+
+    return command(args)
+
+
 def _bench(args: list[str]) -> int:
     what = args[0] if args else ""
     if what == "data":
@@ -284,6 +306,7 @@ _VERBS: dict[str, Callable[[list[str]], int]] = {
     "cost": _cost,
     "status": _status,
     "report": _report,
+    "evaluate": _evaluate,
     "rerun": _rerun,
     "bench": _bench,
 }

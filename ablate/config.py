@@ -247,12 +247,45 @@ class TrainConfig(Section):
         return self
 
 
+RecallTask = Literal[
+    "phonebook",
+    "phonebook_reversed",
+    "passkey",
+    "needle",
+    "needle_multivalue",
+    "mqar_text",
+    "induction",
+    "copying",
+]
+
+
 class EvaluateConfig(Section):
     tokens: int | None = Field(
         2_000_000, ge=1, description="validation tokens, of A and of B; null: all"
     )
     mqar_rows: int = Field(0, ge=0, description="held-out recall rows to score; 0: no recall score")
     mqar_pairs: list[int] | None = Field(None, description="pairs to score; null: data.mqar.pairs")
+    # What follows is run on the trained weights: asking for more never trains again.
+    suites: list[str] = operational([], "suites or tasks of lm-eval: small, btlm, piqa@5, …")
+    recall: list[RecallTask] = operational([], "recall tasks made offline")
+    sizes: dict[str, Any] = operational({}, "sizes of recall tasks: entries, lengths, items, …")
+    length: list[int] = operational(
+        [], "multiples of the training length to score the same targets at"
+    )
+    long_documents: str | None = operational(
+        None, "folder or file of long documents for `length`; null: those of validation B"
+    )
+    local_data: str | None = operational(
+        None, "folder of <task>/<split>.jsonl; null: the Hugging Face hub"
+    )
+    limit: int | None = operational(None, "documents of each benchmark; null: all", ge=1)
+    batch_tokens: int = operational(16384, "tokens of a batch that is evaluated", ge=256)
+
+    @model_validator(mode="after")
+    def _length(self) -> EvaluateConfig:
+        if any(multiple < 1 for multiple in self.length):
+            raise ValueError(f"'length' must be multiples of 1 or more, got {self.length}")
+        return self
 
 
 class SearchDimension(Section):

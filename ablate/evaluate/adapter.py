@@ -76,12 +76,15 @@ class SubjectLM(TemplateLM):
         """(sum of log-probabilities, whether greedy) of each continuation."""
         users: dict[tuple[int, ...], list[int]] = {}  # an input, and the requests that read it
         for i, (_, context, continuation) in enumerate(requests):
-            if len(continuation) > self.max_length:
-                raise UserError(
-                    f"a continuation of {len(continuation)} tokens is longer than the model's "
-                    f"{self.max_length}"
-                )
-            ids = (context + continuation)[-(self.max_length + 1) :][:-1]
+            limit = self.max_length
+            if len(continuation) > limit:
+                if self.subject.bounded:
+                    raise UserError(
+                        f"a continuation of {len(continuation)} tokens is longer than the model's "
+                        f"{limit}"
+                    )
+                limit = len(continuation)
+            ids = (context + continuation)[-(limit + 1) :][:-1]
             users.setdefault(tuple(ids), []).append(i)
         answers: list[tuple[float, bool]] = [(0.0, True)] * len(requests)
         ordered = sorted(users, key=lambda ids: (-len(ids), ids))
@@ -176,6 +179,10 @@ class SubjectLM(TemplateLM):
             eos = self.subject.decode([self.eot_token_id])
             until = handle_stop_sequences(options.pop("until", None), eos=eos or None)
             room = self.max_length - n_tokens
+            if room <= 0 and not self.subject.bounded:
+                room = (
+                    self.max_length // 2
+                )  # the rest of the answer lies beyond the training length
             if room <= 0:
                 raise UserError(
                     f"max_gen_toks is {n_tokens}, not less than the model's {self.max_length}"

@@ -38,6 +38,8 @@ class OwnModel:
     Texts are read after an end-of-text, as training documents are.
     """
 
+    bounded = False  # whether positions end at max_length
+
     def __init__(
         self,
         model: LanguageModel,
@@ -126,6 +128,8 @@ class OwnModel:
 
 class HFModel:
     """A causal transformers model with its tokenizer, scored as lm-eval's own `hf` model does."""
+
+    bounded = True
 
     def __init__(self, model: Any, tokenizer: Any, *, name: str = "hf") -> None:
         from lm_eval.models.utils import configure_pad_token, resolve_max_length
