@@ -130,6 +130,30 @@ class MQARConfig(Section):
     queries: int | None = Field(None, ge=1, description="queries in a row; null: one per pair")
 
 
+class WrittenConfig(Section):
+    """Recall documents of made names and numbers among the text rows (`ablate/data/written.py`)."""
+
+    share: float = Field(0.0, ge=0, le=1, description="share of the rows of each training batch")
+    kinds: list[Literal["phonebook", "pairs", "needle", "copying"]] = Field(
+        ["phonebook", "pairs", "needle", "copying"], description="kinds of documents, equally often"
+    )
+    entries: list[int] = Field([4, 24], description="fewest and most entries of a document")
+    scored: Literal["all", "answers"] = Field(
+        "answers", description="what the loss of these rows counts: all tokens, or answers alone"
+    )
+
+    @model_validator(mode="after")
+    def _ranges(self) -> WrittenConfig:
+        if not self.kinds:
+            raise ValueError("'recall.kinds' is empty")
+        if len(self.entries) != 2 or not 1 <= self.entries[0] <= self.entries[1] <= 1000:
+            raise ValueError(
+                f"'recall.entries' must be two numbers, 1 <= fewest <= most <= 1000, "
+                f"got {self.entries}"
+            )
+        return self
+
+
 class HubConfig(Section):
     name: str = Field("HuggingFaceFW/fineweb-edu", description="dataset on the Hugging Face hub")
     subset: str | None = Field("sample-10BT", description="its configuration")
@@ -161,6 +185,7 @@ class DataConfig(Section):
     reset_documents: bool = Field(False, description="layers do not see across documents in a row")
     allow_repeats: bool = Field(False, description="more than four epochs over the text")
     mqar: MQARConfig = MQARConfig()
+    recall: WrittenConfig = WrittenConfig()
     cache: str = operational("~/.cache/ablate", "folder of tokenised text")
     workers: int | None = operational(None, "processes that tokenise; null: one per core", ge=1)
 

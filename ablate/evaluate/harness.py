@@ -117,17 +117,6 @@ def chance(task: str, items: Sequence[Mapping[str, Any]]) -> float:
     return sum(1 / (1 + len(item["others"])) for item in items) / len(items)
 
 
-def verdict(correct: float, n: int, floor: float) -> str | None:
-    """Why an accuracy tells nothing of a difference, or None: at floor when a 95% Wilson interval
-    reaches down to chance, at ceiling when it reaches up to 1 within one item in a hundred."""
-    z = 1.96
-    centre = (correct + z * z / (2 * n)) / (1 + z * z / n)
-    reach = z / (1 + z * z / n) * ((correct * (1 - correct) / n + z * z / (4 * n * n)) ** 0.5)
-    if correct <= 0 or centre - reach <= floor:
-        return "floor"
-    return "ceiling" if correct >= 0.99 and centre + reach >= 0.999 else None
-
-
 # --- lm-eval ----------------------------------------------------------------------------------
 
 

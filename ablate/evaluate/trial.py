@@ -9,11 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
-from rich.console import Console
-from rich.table import Table
 
 from ablate import config
 from ablate.config import Config, EvaluateConfig
@@ -26,6 +24,11 @@ from ablate.evaluate.subjects import OwnModel, Subject, load
 from ablate.model import LanguageModel
 from ablate.run import RunFolder
 from ablate.train.loop import train
+from ablate.train.validation import uninformative
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
 
 Write = Callable[[str, Mapping[str, Any]], None]
 
@@ -138,7 +141,7 @@ def _judge_recall(content: dict[str, Any]) -> None:
     wrong ones are fuzzy."""
     items = content["items"]
     for cell in content["cells"].values():
-        cell["verdict"] = harness.verdict(cell["exact_match"], cell["items"], content["chance"])
+        cell["verdict"] = uninformative(cell["exact_match"], cell["items"], content["chance"])
     told = [cell["verdict"] for cell in content["cells"].values()]
     content["verdict"] = told[0] if told[0] is not None and len(set(told)) == 1 else None
     targets = items["target"]
@@ -153,6 +156,8 @@ def _judge_recall(content: dict[str, Any]) -> None:
 
 def command(words: Sequence[str], console: Console | None = None) -> int:
     """`python -m ablate evaluate TARGET [name=value …]`; prints a table, 0 when all went well."""
+    from rich.console import Console
+
     console = console or Console()
     if not words or "=" in words[0]:
         raise UserError("evaluate needs a run folder or a transformers model, before name=value")
@@ -219,6 +224,8 @@ def _options(values: dict[str, Any]) -> EvaluateConfig:
 
 def tables(contents: Mapping[str, Mapping[str, Any]]) -> list[Table]:
     """Results for a terminal: recall by cell, loss by length, benchmarks beside published ones."""
+    from rich.table import Table
+
     found = []
     recall = {n: c for n, c in contents.items() if "cells" in c}
     if recall:

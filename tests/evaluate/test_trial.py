@@ -13,11 +13,12 @@ from rich.console import Console
 
 from ablate.config import EvaluateConfig, load
 from ablate.errors import UserError
-from ablate.evaluate import harness, length, suites
+from ablate.evaluate import length, suites
 from ablate.evaluate.local_data import NoLocalData, local_data
 from ablate.evaluate.subjects import load as load_subject
 from ablate.evaluate.trial import check, command, train_and_evaluate
 from ablate.run import RunFolder
+from ablate.train.validation import uninformative
 
 
 @pytest.fixture(scope="module")
@@ -261,8 +262,8 @@ def test_local_data_says_what_it_misses(tmp_path):
 
 
 def test_floor_and_ceiling():
-    assert harness.verdict(0.0, 100, 0.0) == "floor"
-    assert harness.verdict(0.12, 50, 0.1) == "floor"
-    assert harness.verdict(0.5, 50, 0.1) is None
-    assert harness.verdict(1.0, 50, 0.1) == "ceiling"
-    assert harness.verdict(0.9, 500, 0.1) is None
+    assert uninformative(0.0, 100, 0.0) == "floor"
+    assert uninformative(0.12, 50, 0.1) == "floor"
+    assert uninformative(0.5, 50, 0.1) is None
+    assert uninformative(1.0, 50, 0.1) == "ceiling"
+    assert uninformative(0.9, 500, 0.1) is None
