@@ -27,7 +27,7 @@ and read what the difference does to loss and recall.
   report    FOLDER...      tables, plots and one page from run folders
   evaluate  RUN_FOLDER     recall, benchmarks and loss over length of a trained model
   rerun     RUN_FOLDER     train one trial again and compare its losses
-  bench     data | kernels speed of the loader, or of the kernels beside their peers
+  bench     data | kernels | decode   speed of the loader, the kernels, of decoding
 
   python -m ablate +sweep=attn_ratio             what share of the layers should be attention?
   python -m ablate +sweep=attn_ratio scale=14m   the same question, larger
@@ -105,10 +105,11 @@ Without settings: what the run's config asks for, or every recall task.
   long_documents=FILE        limit=100        device=cpu       out=FOLDER
 """,
     "bench": """\
-usage: python -m ablate bench data | kernels
+usage: python -m ablate bench data | kernels | decode NAME...
 
 data     tokens a second that the loader delivers, against ten times the fastest planned step
 kernels  our kernels beside every installed peer, on a GPU
+decode   tokens a second and bytes of state against context, architectures side by side
 """,
 }
 
@@ -296,7 +297,11 @@ def _bench(args: list[str]) -> int:
         from ablate.bench import kernels
 
         return kernels.run(args[1:])
-    raise UserError(f"bench has 'data' and 'kernels', got '{what}'")
+    if what == "decode":
+        from ablate.bench import decode
+
+        return decode.run(args[1:])
+    raise UserError(f"bench has 'data', 'kernels' and 'decode', got '{what}'")
 
 
 _VERBS: dict[str, Callable[[list[str]], int]] = {
