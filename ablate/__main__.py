@@ -20,7 +20,7 @@ Decide how a hybrid language model should be built: train small models that diff
 and read what the difference does to loss and recall.
 
   run       (default) run a study; the same command again continues it
-  plan      what would run: patterns, parameters, FLOPs, epochs; trains nothing
+  plan      what would run, how long it takes, and what it could decide
   prepare   find, tokenise and cache the text; trains nothing
   cost      layers, parameters, FLOPs and state bytes of an architecture
   status    FOLDER...      states of the trials of a study
@@ -49,15 +49,24 @@ stays, what runs is checkpointed, and the same command continues. Nothing finish
   data=NAME             the text: {data}   (data=files data.path=FOLDER_OR_FILE)
   arch=NAME             a published architecture, or hybrid
   study.seeds=[0,1,2]   paired seeds          study.workers=2     trials at a time
+  match=mlp_width       arms made equal in size by what may move (conf/match)
+  study.tune.points=5   first a stage that tunes each arm's learning rate
   study.retry=failed    run failed ones again study.folder=DIR    instead of runs/
   tracker=none          no W&B mirror (default: W&B offline)
   -m a=1,2 b=3,4        Hydra's own multirun, one plain trial a job
 """,
     "plan": """\
-usage: python -m ablate plan [+sweep=NAME] [name=value ...]
+usage: python -m ablate plan [+sweep=NAME] [calibrate=true] [hours=N] [gpu=NAME] [name=value ...]
 
 Prints every trial that `run` with the same words would train: pattern, parameters, FLOPs, bytes of
-state, tokens and epochs, and what is finished already. Trains nothing and writes no run folder.
+state and memory, seconds with the source of the estimate, the certificate of each matched arm, the
+total of each stage, epochs over the text, and the smallest difference that seeds detect, with the
+source of the noise. Writes no run folder.
+
+  calibrate=true   train 20 steps of each arm here to know its speed and memory; otherwise from
+                   earlier runs on this hardware, or else from the cost contract
+  hours=24         what so many GPU-hours could decide
+  gpu=H100         plan for a GPU that is not here
 """,
     "prepare": """\
 usage: python -m ablate prepare [+sweep=NAME] [name=value ...]
@@ -171,7 +180,7 @@ def _run(args: list[str]) -> int:
     composed = compose(args)
     for note in composed.notes:
         print(note)
-    outcome = run_study(composed.tree)
+    outcome = run_study(composed.tree, words=args)
     if outcome.exit_code != 2 and outcome.folder.exists():
         page = write_report(outcome.folder)
         _print_summary(outcome.folder)
@@ -207,18 +216,38 @@ def _hydra_multirun(args: list[str]) -> int:
 
 def _plan(args: list[str]) -> int:
     from ablate.compose import compose
-    from ablate.study.plan import plan
+    from ablate.report.plan import plan
 
-    composed = compose(args)
+    own, words = {}, []
+    for word in args:
+        name, _, value = word.partition("=")
+        if name in ("calibrate", "hours", "gpu"):
+            own[name] = value
+        else:
+            words.append(word)
+    calibrate = own.get("calibrate", "false").lower()
+    if calibrate not in ("true", "false"):
+        raise UserError(f"calibrate is '{own['calibrate']}'; give true or false")
+    try:
+        hours = float(own["hours"]) if "hours" in own else None
+    except ValueError:
+        hours = -1.0
+    if hours is not None and not 0 < hours < float("inf"):
+        raise UserError(f"hours is '{own['hours']}'; give a positive number of GPU-hours")
+    if "gpu" in own and calibrate == "true":
+        raise UserError(
+            "calibrate=true measures this machine, and gpu plans for another: leave one"
+        )
+    composed = compose(words)
     for note in composed.notes:
         print(note)
-    plan(composed.tree)
+    plan(composed.tree, calibrate=calibrate == "true", hours=hours, gpu=own.get("gpu"))
     return 0
 
 
 def _prepare(args: list[str]) -> int:
     from ablate.compose import compose
-    from ablate.study.plan import prepare
+    from ablate.study.prepare import prepare
 
     prepare(compose(args).tree)
     return 0
@@ -226,7 +255,7 @@ def _prepare(args: list[str]) -> int:
 
 def _cost(args: list[str]) -> int:
     from ablate.compose import compose
-    from ablate.study.plan import cost
+    from ablate.study.prepare import cost
 
     cost(compose(args).tree)
     return 0

@@ -24,7 +24,18 @@ from omegaconf.errors import OmegaConfBaseException
 from ablate.errors import UserError, did_you_mean
 
 _PACKAGE = Path(__file__).resolve().parent
-GROUPS = ("arch", "layer", "data", "train", "evaluate", "study", "tracker", "scale", "sweep")
+GROUPS = (
+    "arch",
+    "layer",
+    "match",
+    "data",
+    "train",
+    "evaluate",
+    "study",
+    "tracker",
+    "scale",
+    "sweep",
+)
 
 
 def shipped(name: str) -> Path:
@@ -33,7 +44,13 @@ def shipped(name: str) -> Path:
     return inside if inside.is_dir() else _PACKAGE.parent / name
 
 
-_OPEN = ("study.grid=", "study.arms=", "study.search=", "evaluate.sizes=")
+_OPEN = (
+    "study.grid=",
+    "study.arms=",
+    "study.search=",
+    "arch.overrides=",
+    "evaluate.sizes=",
+)
 
 # What sweep and scale files may compute from other fields, as ${name:a,b}.
 _RESOLVERS: dict[str, Callable[..., float]] = {

@@ -15,7 +15,14 @@ import typing
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from ablate.errors import UserError, did_you_mean
 
@@ -88,8 +95,22 @@ class ArchConfig(Section):
     init_std: float | None = Field(
         None, gt=0, lt=1, description="of initial weights; null: sqrt(2 / (5 d_model))"
     )
+    overrides: dict[str, dict[str, Any]] = Field(
+        {}, description="options of single layers: 0-based index: {option: value}"
+    )
     layers: list[str] = Field([], description="modules that register further layer kinds")
     published: dict[str, float] = Field({}, description="published figures, shown by `cost`")
+
+    @field_validator("overrides", mode="before")
+    @classmethod
+    def _indices(cls, overrides: Any) -> Any:
+        """YAML writes an index as a number, JSON as text."""
+        if not isinstance(overrides, dict):
+            return overrides
+        for index in overrides:
+            if not str(index).isdecimal():
+                raise ValueError(f"layers are named by their 0-based index, not by {index!r}")
+        return {str(index): values for index, values in overrides.items()}
 
     @model_validator(mode="after")
     def _extras_are_options(self) -> ArchConfig:
@@ -103,6 +124,35 @@ class ArchConfig(Section):
     def options(self) -> dict[str, dict[str, Any]]:
         """Options by layer kind name."""
         return dict(self.model_extra or {})
+
+
+class MatchConfig(Section):
+    """How the arms of a study are made equal; `ablate/arch/match.py` has the rule."""
+
+    quantity: Literal["non_embedding_params", "train_flops", "decode_bytes", "state_bytes"] = Field(
+        "non_embedding_params", description="what is equal in all arms, by the cost contract"
+    )
+    by: Literal["attention_inner", "mlp_width", "state", "layers"] | None = Field(
+        None, description="what moves to make it so; null: nothing is matched"
+    )
+    target: float | str | None = Field(
+        None, description="the figure, or the arm whose own figure it is; null: the first arm's"
+    )
+    tolerance: float = Field(0.01, gt=0, lt=1, description="relative distance that is allowed")
+    force: bool = Field(False, description="run the nearest choice even beyond the tolerance")
+    arms: Literal["matched", "both", "unmatched"] = Field(
+        "both",
+        description="both: arms as configured run beside, where that is beyond the tolerance",
+    )
+    certificate: dict[str, Any] | None = Field(
+        None, description="filled in for each trial: what was changed, and how near it came"
+    )
+
+    @model_validator(mode="after")
+    def _target(self) -> MatchConfig:
+        if isinstance(self.target, int | float) and not 0 < self.target < float("inf"):
+            raise ValueError(f"'target' must be a positive figure, got {self.target}")
+        return self
 
 
 class TokenizerConfig(Section):
@@ -333,6 +383,31 @@ class SearchDimension(Section):
         return self
 
 
+class TuneConfig(Section):
+    """The first of two stages: learning rates of each arm on validation A, the best one fitted."""
+
+    points: int = Field(
+        0, ge=0, description="rates an arm, around its own train.lr; 0: one shared rate, not tuned"
+    )
+    octaves: float = Field(
+        1.0, gt=0, le=3, description="distance between neighbouring rates, in doublings"
+    )
+    seeds: list[int] = Field([1000], description="seeds of this stage, none of study.seeds")
+    smooth: Literal["none", "linear", "quadratic"] = Field(
+        "none", description="the optimum's logarithm as a function of study.x over arms"
+    )
+
+    @model_validator(mode="after")
+    def _cross(self) -> TuneConfig:
+        if 0 < self.points < 5:
+            raise ValueError(
+                f"'points' must be 0 or at least 5, which a fitted optimum needs, got {self.points}"
+            )
+        if not self.seeds or len(set(self.seeds)) != len(self.seeds) or min(self.seeds) < 0:
+            raise ValueError(f"'seeds' must be distinct and not negative, got {self.seeds}")
+        return self
+
+
 class StudyConfig(Section):
     name: str = Field(
         "single", pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", description="folder under runs/"
@@ -353,6 +428,10 @@ class StudyConfig(Section):
     n_trials: int | None = Field(None, ge=1, description="trials of a search")
     seeds: list[int] = Field(
         [], description="paired seeds; every cell runs with each; empty: [seed]"
+    )
+    tune: TuneConfig = Field(TuneConfig(), description="learning rates, before what is compared")
+    margin: float | None = Field(
+        None, gt=0, description="nats a token; arms that differ by less are called equivalent"
     )
     x: str | None = Field(
         None, description="field on the report's horizontal axis; null: the first factor"
@@ -375,6 +454,17 @@ class StudyConfig(Section):
             raise ValueError("'n_trials' must be given with 'search'")
         if self.search and (self.grid or self.arms):
             raise ValueError("'search' stands alone, without 'grid' and 'arms'")
+        if self.tune.points:
+            if self.search:
+                raise ValueError("'tune' needs 'grid' or 'arms': a 'search' has no arms to tune")
+            arms = [name for changes in self.arms.values() for name in changes]
+            if "train.lr" in {*self.grid, *arms}:
+                raise ValueError("'train.lr' is a factor and tuned by 'tune.points': leave one")
+            both = set(self.seeds) & set(self.tune.seeds)
+            if both:
+                raise ValueError(
+                    f"'tune.seeds' and 'seeds' share {sorted(both)}: figures need fresh seeds"
+                )
         for name, values in self.grid.items():
             if not values:
                 raise ValueError(f"'grid.{name}' has no values, so it matches nothing")
@@ -396,6 +486,7 @@ class Config(Section):
     """One study: what is shared by its trials, and what differs between them."""
 
     arch: ArchConfig = ArchConfig()
+    match: MatchConfig = operational(MatchConfig(), "how arms are made equal, told by `arch` then")
     data: DataConfig = DataConfig()
     train: TrainConfig
     evaluate: EvaluateConfig = EvaluateConfig()

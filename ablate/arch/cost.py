@@ -71,6 +71,13 @@ class Cost:
         return sum(layer.state_bytes for layer in self.layers)
 
     @property
+    def decode_bytes(self) -> int:
+        """Bytes that decoding one token of one sequence reads at a context of `seq_len`, in 16-bit
+        types: every weight once (of the embedding, the output projection only), and the state."""
+        weights = self.non_embedding_params + self.unembedding_flops // 2
+        return 2 * weights + self.state_bytes
+
+    @property
     def decode_flops(self) -> int:
         """One token at a context of `seq_len`."""
         return sum(layer.decode_flops for layer in self.layers) + self.unembedding_flops
@@ -156,8 +163,7 @@ def cost(arch: Architecture, seq_len: int) -> Cost:
 
 
 def _layers(arch: Architecture, seq_len: int) -> Iterable[LayerCost]:
-    for index, letter in enumerate(arch.letters):
-        o = arch.options_of(letter)
+    for index, (letter, o) in enumerate(zip(arch.letters, arch.layer_options, strict=True)):
         yield LayerCost(
             index=index,
             letter=letter,

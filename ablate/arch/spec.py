@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,7 +26,11 @@ class Architecture:
     init_std: of matrices and embeddings; None: sqrt(2 / (5 d_model)) (Nguyen and Salazar 2019,
         arXiv 1910.05895), 0.02 at width 1000, and large enough for narrow models to learn recall.
     options: by layer kind name, plain dicts; kinds that are not named have their defaults. The
-        attribute holds the resolved dataclasses of the kinds that the pattern uses.
+        attribute holds the resolved dataclasses of the kinds that the pattern uses: those of the
+        first layer of each kind.
+    overrides: options of single layers by 0-based index, plain dicts, over those of their kind. The
+        attribute holds what differs from `options`, and nothing where layers of a kind are alike.
+    layer_options: the resolved dataclass of every layer.
     Raises UserError for anything that does not fit; fields are named as in the config (`arch.…`).
     """
 
@@ -38,6 +42,8 @@ class Architecture:
     norm_eps: float = 1e-5
     init_std: float | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
+    overrides: Mapping[int, Mapping[str, Any]] = field(default_factory=dict)
+    layer_options: tuple[Any, ...] = field(init=False, repr=False, compare=False, default=())
 
     def __post_init__(self) -> None:
         letters = patterns.parse(self.pattern, field="arch.pattern")
@@ -56,11 +62,34 @@ class Architecture:
             built = build(kind.options, self.d_model, values, where, used=name in used)
             if name in used:
                 resolved[name] = built
-        order = [KINDS[letter].name for letter in dict.fromkeys(letters)]
+        layers = self._layers(letters, resolved)
+        first = {KINDS[letter].name: layers[letters.index(letter)] for letter in letters}
         object.__setattr__(self, "pattern", "".join(letters))
         if self.init_std is None:
             object.__setattr__(self, "init_std", (0.4 / self.d_model) ** 0.5)
-        object.__setattr__(self, "options", {name: resolved[name] for name in order})
+        differing = {}
+        for i, (letter, own) in enumerate(zip(letters, layers, strict=True)):
+            values, others = (_plain(o) for o in (own, first[KINDS[letter].name]))
+            changed = {k: v for k, v in values.items() if v != others[k]}
+            if changed:
+                differing[i] = changed
+        object.__setattr__(self, "options", first)
+        object.__setattr__(self, "overrides", differing)
+        object.__setattr__(self, "layer_options", layers)
+
+    def _layers(self, letters: Sequence[str], resolved: Mapping[str, Any]) -> tuple[Any, ...]:
+        """The options of every layer: its kind's, with its own over them."""
+        layers = [resolved[KINDS[letter].name] for letter in letters]
+        for index, changes in self.overrides.items():
+            if not 0 <= index < len(letters):
+                raise UserError(
+                    f"arch.overrides: {index} is no layer; with {len(letters)} layers they go from "
+                    f"0 to {len(letters) - 1}"
+                )
+            kind = KINDS[letters[index]]
+            values = {**self.options.get(kind.name, {}), **changes}
+            layers[index] = build(kind.options, self.d_model, values, f"arch.overrides.{index}")
+        return tuple(layers)
 
     @classmethod
     def from_config(cls, arch: ArchConfig, vocab_size: int) -> Architecture:
@@ -74,6 +103,7 @@ class Architecture:
             norm_eps=arch.norm_eps,
             init_std=arch.init_std,
             options=arch.options,
+            overrides={int(i): values for i, values in arch.overrides.items()},
         )
 
     @property
@@ -83,10 +113,6 @@ class Architecture:
     @property
     def n_layers(self) -> int:
         return len(self.pattern)
-
-    def options_of(self, letter: str) -> Any:
-        """The resolved options of a layer of the pattern."""
-        return self.options[KINDS[letter].name]
 
     def canonical(self) -> dict[str, Any]:
         """Plain data that is equal exactly for equal architectures, however they were written."""
@@ -101,12 +127,9 @@ class Architecture:
                 "init_std",
             )
         }
-        options = {}
-        for name in sorted(self.options):
-            values = dataclasses.asdict(self.options[name])
-            del values["d_model"]
-            options[name] = {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
-        return {**shape, "options": options}
+        options = {name: _plain(self.options[name]) for name in sorted(self.options)}
+        overrides = {str(i): dict(values) for i, values in self.overrides.items()}
+        return {**shape, "options": options, **({"overrides": overrides} if overrides else {})}
 
     def shares(self) -> dict[str, float]:
         """`pattern.shares` of this pattern."""
@@ -122,3 +145,10 @@ class Architecture:
     def non_embedding_params(self) -> int:
         """Without embedding and unembedding."""
         return self.cost(1).non_embedding_params
+
+
+def _plain(options: Any) -> dict[str, Any]:
+    """The options of a layer as plain data, without the width that all layers share."""
+    values = {k: list(v) if isinstance(v, tuple) else v for k, v in vars(options).items()}
+    del values["d_model"]
+    return values

@@ -6,6 +6,19 @@ import torch
 
 from ablate.kernels.dispatch import compute_dtype
 
+Table = tuple[torch.Tensor, torch.Tensor]
+
+
+def rotary_table(positions_BL: torch.Tensor, base: float, dim: int, dtype: torch.dtype) -> Table:
+    """Cosines and sines of position * base^(-2i/dim), each (B, L, 1, dim/2) in `dtype`.
+
+    Layers of one stack share them: made in each layer they cost more than the rotation.
+    """
+    half = dim // 2
+    index = torch.arange(half, device=positions_BL.device, dtype=dtype)
+    angle = positions_BL.to(dtype)[..., None, None] * base ** (-index / half)
+    return angle.cos(), angle.sin()
+
 
 def rotary(
     x_BLHP: torch.Tensor,
@@ -13,10 +26,12 @@ def rotary(
     *,
     base: float = 10000.0,
     dim: int | None = None,
+    table: Table | None = None,
 ) -> torch.Tensor:
     """Rotates the first `dim` channels of each head by angles position * base^(-2i/dim).
 
     x_BLHP: (B, L, H, P); positions_BL: (B, L) or (1, L) integers; dim: even, at most P (None: P).
+    table: of these positions, base and dim, where it is at hand.
     Channel i is paired with channel i + dim/2. Returns x's dtype; angles are float32 (or float64).
     """
     head_dim = x_BLHP.shape[-1]
@@ -25,9 +40,7 @@ def rotary(
         raise ValueError(f"dim={dim} must be even and between 2 and the head dimension {head_dim}")
     dtype = compute_dtype(x_BLHP)
     half = dim // 2
-    index = torch.arange(half, device=x_BLHP.device, dtype=dtype)
-    angle = positions_BL.to(dtype)[..., None, None] * base ** (-index / half)
-    cos, sin = angle.cos(), angle.sin()
+    cos, sin = table or rotary_table(positions_BL, base, dim, dtype)
     first, second = x_BLHP[..., :half].to(dtype), x_BLHP[..., half:dim].to(dtype)
     rotated = torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
     rotated = rotated.to(x_BLHP.dtype)

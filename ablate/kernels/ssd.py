@@ -109,6 +109,17 @@ def ssd_recurrent(
     return (y, state) if return_final_state else y
 
 
+def _running_sum(x: Tensor) -> Tensor:
+    """Over the last axis; torch.cumsum has no form on CUDA that it promises to be deterministic."""
+    if not x.is_cuda:
+        return torch.cumsum(x, dim=-1)
+    step = 1
+    while step < x.shape[-1]:
+        x = x + F.pad(x, (step, 0))[..., :-step]
+        step *= 2
+    return x
+
+
 class _WithinChunk(torch.autograd.Function):
     """y_t = sum over s <= t of exp(cum_t - cum_s) BC[s, t] xdt_s, the quadratic form of a chunk.
 
@@ -195,7 +206,7 @@ def ssd_chunked(
     dt = dt.view(b, n_chunks, chunk, groups, per_group).permute(0, 1, 3, 4, 2)
     B = B.view(b, n_chunks, chunk, groups, n_state).transpose(2, 3)  # (B, c, G, Q, N)
     C = C.view(b, n_chunks, chunk, groups, n_state).transpose(2, 3)
-    cum = torch.cumsum(dt * A_H.to(dtype).view(groups, per_group, 1), dim=-1)  # (B, c, G, H/G, Q)
+    cum = _running_sum(dt * A_H.to(dtype).view(groups, per_group, 1))  # (B, c, G, H/G, Q)
     xdt = x * dt[..., None, :]
 
     index = torch.arange(chunk, device=x.device)

@@ -154,13 +154,14 @@ class Attention(nn.Module):
         self.out_proj = nn.Parameter(torch.empty(o.d_model, o.inner))
         self.out_bias = nn.Parameter(torch.empty(o.d_model)) if o.bias else None
 
-    def _heads(self, qkv_BLE: Tensor, positions_BL: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _heads(self, qkv_BLE: Tensor, ctx: Context) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys (both rotated) and values, (B, L, H, P)."""
         o = self.options
         heads = qkv_BLE.unflatten(-1, (-1, o.head_dim))
         qk, v = heads.split((o.n_heads + o.n_kv_heads, o.n_kv_heads), dim=2)
         if o.rope_base is not None:
-            qk = rotary(qk, positions_BL, base=o.rope_base, dim=o.rope_dim)
+            table = ctx.tables.get((o.rope_base, o.rope_dim))
+            qk = rotary(qk, ctx.positions_BL, base=o.rope_base, dim=o.rope_dim, table=table)
         q, k = qk.split((o.n_heads, o.n_kv_heads), dim=2)
         return q, k, v
 
@@ -181,7 +182,7 @@ class Attention(nn.Module):
             )
             if state is not None and ctx.lengths_B is None:
                 state["conv"].copy_(conv)
-        q, k, v = self._heads(qkv, ctx.positions_BL)
+        q, k, v = self._heads(qkv, ctx)
         if state is not None:
             self._fill(state, k, v, ctx.lengths_B)
         y = attention(q, k, v, window=o.window, doc_start_BL=ctx.doc_start_BL)
@@ -224,7 +225,7 @@ class Attention(nn.Module):
                 qkv, self.conv_weight, self.conv_bias, activation=None, state_BKD=state["conv"]
             )
             state["conv"].copy_(conv)
-        q, k, v = self._heads(qkv.unsqueeze(1), ctx.positions_BL)
+        q, k, v = self._heads(qkv.unsqueeze(1), ctx)
         rows = torch.arange(x_BD.shape[0], device=x_BD.device)
         slots = state["k"].shape[1]
         position_B = ctx.positions_BL[:, 0].expand(x_BD.shape[0])

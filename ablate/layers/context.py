@@ -22,6 +22,8 @@ class Context:
     doc_start_BL: int32, index within the row of the first token of each token's document (negative
         for a document that began earlier); None where layers see across documents.
     x0_BLD: the input embedding; (B, D) in a step.
+    tables: by (base, dim), the rotary tables of `positions_BL` (`kernels.rotary_table`); a layer
+        that finds none makes its own.
     lengths_B: real tokens of each row, in a prefill of rows that are padded on the right; None
         where all are real. Only modules with `ragged = True` are given it.
     losses: auxiliary losses that layers add to the training loss.
@@ -30,6 +32,7 @@ class Context:
     positions_BL: Tensor
     doc_start_BL: Tensor | None = None
     x0_BLD: Tensor | None = None
+    tables: dict[tuple[float, int], tuple[Tensor, Tensor]] = field(default_factory=dict)
     lengths_B: Tensor | None = None
     losses: list[Tensor] = field(default_factory=list)
 
@@ -52,3 +55,15 @@ def stop_at_end(dt_BLx: Tensor, lengths_B: Tensor) -> Tensor:
     of -1e4 is exactly 0, so the state decays by exp(0) and takes up nothing."""
     index_L = torch.arange(dt_BLx.shape[1], device=dt_BLx.device)
     return dt_BLx.masked_fill((index_L >= lengths_B[:, None])[..., None], -1e4)
+
+
+ALIGN = 8  # numbers of 16 bits in 16 bytes, below which matrix products on a GPU crawl
+
+
+def aligned_linear(x: Tensor, weight_ED: Tensor) -> Tensor:
+    """x weight^T; on a GPU the product is padded to rows of whole 16 bytes, of which this is a
+    view. An odd number of heads makes Mamba-2's projection that odd."""
+    width = weight_ED.shape[0]
+    if not x.is_cuda or width % ALIGN == 0:
+        return F.linear(x, weight_ED)
+    return F.linear(x, F.pad(weight_ED, (0, 0, 0, -width % ALIGN)))[..., :width]

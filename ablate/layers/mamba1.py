@@ -15,7 +15,14 @@ from ablate.kernels import (
     selective_scan,
     selective_scan_step,
 )
-from ablate.layers.context import Context, State, last_inputs, pre_norm, stop_at_end
+from ablate.layers.context import (
+    Context,
+    State,
+    aligned_linear,
+    last_inputs,
+    pre_norm,
+    stop_at_end,
+)
 from ablate.layers.options import DERIVED, STRICT, DerivedInt, PositiveFloat, PositiveInt
 
 
@@ -114,7 +121,7 @@ class Mamba1(nn.Module):
     def _maps(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Step sizes before bias and softplus, B and C."""
         o = self.options
-        dt, B, C = F.linear(u, self.x_proj).split((o.dt_rank, o.d_state, o.d_state), dim=-1)
+        dt, B, C = aligned_linear(u, self.x_proj).split((o.dt_rank, o.d_state, o.d_state), dim=-1)
         return F.linear(dt, self.dt_proj), B, C
 
     def forward(self, x_BLD: Tensor, ctx: Context, state: State | None = None) -> Tensor:

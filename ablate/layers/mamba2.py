@@ -18,7 +18,14 @@ from ablate.kernels import (
     ssd_step,
 )
 from ablate.kernels.ssd import CHUNK
-from ablate.layers.context import Context, State, last_inputs, pre_norm, stop_at_end
+from ablate.layers.context import (
+    Context,
+    State,
+    aligned_linear,
+    last_inputs,
+    pre_norm,
+    stop_at_end,
+)
 from ablate.layers.options import DERIVED, STRICT, DerivedInt, PositiveFloat, PositiveInt
 
 
@@ -147,7 +154,7 @@ class Mamba2(nn.Module):
     def forward(self, x_BLD: Tensor, ctx: Context, state: State | None = None) -> Tensor:
         o = self.options
         u = pre_norm(x_BLD, self.norm, self.eps)
-        zxbcdt = F.linear(u, self.in_proj)
+        zxbcdt = aligned_linear(u, self.in_proj)
         if state is None:
             y = mamba2_core(
                 zxbcdt,

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ablate.arch.spec import Architecture
-from ablate.kernels import linear_cross_entropy
+from ablate.kernels import linear_cross_entropy, rotary_table
 from ablate.layers.context import Context, State, pre_norm
 from ablate.layers.registry import KINDS
 from ablate.model.init import init_weights
@@ -66,7 +66,8 @@ class LanguageModel(nn.Module):
         self.arch = arch
         self.embedding = nn.Parameter(torch.empty(arch.vocab_size, arch.d_model))
         self.layers: Any = nn.ModuleList(
-            KINDS[letter].module(arch.options_of(letter), arch.norm_eps) for letter in arch.letters
+            KINDS[letter].module(options, arch.norm_eps)
+            for letter, options in zip(arch.letters, arch.layer_options, strict=True)
         )
         self.final_norm = nn.Parameter(torch.empty(arch.d_model))
         if arch.tie_embeddings:
@@ -77,19 +78,23 @@ class LanguageModel(nn.Module):
         if seed is not None:
             init_weights(self, seed)
 
-    def compile_layers(self) -> None:
+    def compile_layers(self, backend: str = "inductor") -> None:
         """Compile each layer kind for training; layers of one kind share the code.
+
+        backend: torch.compile's.
 
         Kinds of a user's own run as they are. An attempt to compile more variants than the stack
         has raises torch._dynamo.exc.FailOnRecompileLimitHit, so that no slow path is silent.
         """
         ours = {type(layer) for layer in self.layers if _is_ours(type(layer))}
         # One a kind and option set, and a few for what a captured or resumed step may add.
-        limit = 2 * len(set(self.arch.letters)) + 2
+        variants = set(zip(self.arch.letters, map(repr, self.arch.layer_options), strict=True))
+        limit = 2 * len(variants) + 2
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, limit)
         torch._dynamo.config.fail_on_recompile_limit_hit = True
         self._compiled = {
-            kind: torch.compile(kind.forward, fullgraph=True, dynamic=False) for kind in ours
+            kind: torch.compile(kind.forward, backend=backend, fullgraph=True, dynamic=False)
+            for kind in ours
         }
 
     @property
@@ -117,15 +122,21 @@ class LanguageModel(nn.Module):
     def _hidden(self, tokens_BL: Tensor, doc_start_BL: Tensor | None) -> tuple[Tensor, Context]:
         index_1L = torch.arange(tokens_BL.shape[1], device=tokens_BL.device)[None]
         x = F.embedding(tokens_BL, self.embedding)
-        ctx = Context(
-            positions_BL=index_1L if doc_start_BL is None else index_1L - doc_start_BL,
-            doc_start_BL=doc_start_BL,
-            x0_BLD=x,
-        )
+        positions_BL = index_1L if doc_start_BL is None else index_1L - doc_start_BL
+        ctx = self._context(x, positions_BL, doc_start_BL)
         for layer in self.layers:
             compiled = self._compiled.get(type(layer)) if self.training else None
             x = layer(x, ctx) if compiled is None else compiled(layer, x, ctx)
         return self._final(x), ctx
+
+    def _context(
+        self, x: Tensor, positions_BL: Tensor, doc_start_BL: Tensor | None = None
+    ) -> Context:
+        options: list[Any] = [getattr(layer, "options", None) for layer in self.layers]
+        rotary = {(o.rope_base, o.rope_dim) for o in options if getattr(o, "rope_base", None)}
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        tables = {key: rotary_table(positions_BL, *key, dtype) for key in sorted(rotary)}
+        return Context(positions_BL, doc_start_BL, x, tables)
 
     def hidden(self, tokens_BL: Tensor, doc_start_BL: Tensor | None = None) -> Tensor:
         """The stream after the final norm, (B, L, D)."""
@@ -201,7 +212,8 @@ class LanguageModel(nn.Module):
             return self._prefill_by_length(tokens_BL, state, lengths_B)
         x = F.embedding(tokens_BL, self.embedding)
         positions_1L = torch.arange(length, device=tokens_BL.device)[None]
-        ctx = Context(positions_BL=positions_1L, x0_BLD=x, lengths_B=lengths_B)
+        ctx = self._context(x, positions_1L)
+        ctx.lengths_B = lengths_B
         for layer, cache in zip(self.layers, state.layers, strict=True):
             x = layer(x, ctx, cache)
         state.position_B += length if lengths_B is None else lengths_B
@@ -234,7 +246,7 @@ class LanguageModel(nn.Module):
         The caller keeps within max_len: nothing is read back from the device to check it.
         """
         x = F.embedding(tokens_B, self.embedding)
-        ctx = Context(positions_BL=state.position_B[:, None], x0_BLD=x)
+        ctx = self._context(x, state.position_B[:, None])
         for layer, cache in zip(self.layers, state.layers, strict=True):
             x = layer.step(x, ctx, cache)
         state.position_B += 1

@@ -1,4 +1,5 @@
-"""Run folders in, frames, statistics, verdicts and one page out. Imports no torch.
+"""Run folders in, frames, statistics, verdicts and one page out. Imports no torch, but for plan.py
+and estimate.py, which look ahead: what a study would take and could decide.
 
 frames.py     run folders as pandas frames
 stats.py      arms, seeds and curves: intervals, tests, what could have been seen

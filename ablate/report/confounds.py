@@ -17,7 +17,7 @@ import pandas as pd
 from ablate.report.frames import operational_fields, usable, varies
 
 # Set by the study for every run, by the seed, or of no influence on what is computed.
-_IGNORED_CONFIG = ("study.", "tracker.", "arch.published", "arch.name")
+_IGNORED_CONFIG = ("study.", "tracker.", "match.", "arch.published", "arch.name")
 _IGNORED_ENVIRONMENT = (
     *("host", "platform", "versions.wandb", "versions.optuna"),
     *("hardware", "commit", "dirty", "data."),  # told by columns of the frame
@@ -67,19 +67,23 @@ def confounds(frame: pd.DataFrame, details: pd.DataFrame) -> list[Confound]:
     if runs["arm"].nunique() < 2:
         return []
     table = runs.merge(details, on="key", how="left")
-    hidden = operational_fields() | factors
+    tuned = bool((frame.attrs.get("study", {}).get("tuned") or {}).get("fit"))
+    hidden = operational_fields() | factors | ({"train.lr"} if tuned else set())
     if factors & _PATTERN_FIELDS or varies(runs["pattern"]):
         hidden |= _PATTERN_FIELDS
+    matched = "config.match.by" in table and table["config.match.by"].notna().any()
     found = []
     for column in table.columns:
         if column in _NAMES:
             name = _NAMES[column]
-            if column == "lr" and "train.lr" in factors:
+            if column == "lr" and (tuned or "train.lr" in factors):
                 continue
         elif column.startswith("config."):
             name = column.removeprefix("config.")
             if name == "seed" or name in hidden or name.startswith(_IGNORED_CONFIG):
                 continue
+            if matched and name.startswith("arch.overrides"):
+                continue  # widths that make the arms equal: the certificates list them
         elif column.startswith("environment."):
             name = column.removeprefix("environment.")
             if name.startswith(_IGNORED_ENVIRONMENT):
@@ -88,9 +92,10 @@ def confounds(frame: pd.DataFrame, details: pd.DataFrame) -> list[Confound]:
             continue
         found += _difference(table, column, name)
     found += _size(runs)
+    found += _forced(table)
     found += _first_layer(runs)
     found += _changed_together(runs, sorted(factors))
-    found += _shared_rate(runs, factors)
+    found += [] if tuned else _shared_rate(runs, factors)
     return sorted(found, key=lambda c: not c.between_arms)
 
 
@@ -112,6 +117,8 @@ def _difference(table: pd.DataFrame, column: str, name: str) -> list[Confound]:
 
 def _size(runs: pd.DataFrame) -> list[Confound]:
     found = []
+    if "match.arms" in runs:  # unmatched swaps differ in size on purpose
+        runs = runs[runs["match.arms"] != "unmatched"]
     for column, name in (
         ("non_embedding_params", "non-embedding parameters"),
         ("train_flops_per_token", "training FLOPs a token"),
@@ -126,6 +133,23 @@ def _size(runs: pd.DataFrame) -> list[Confound]:
                 f"{si(by_arm.max())} in {by_arm.idxmax()} ({100 * spread:.0f}% more)"
             )
             found.append(Confound(name, text, True))
+    return found
+
+
+def _forced(table: pd.DataFrame) -> list[Confound]:
+    """Arms that were matched beyond the tolerance, because somebody said so."""
+    prefix = "config.match.certificate."
+    if f"{prefix}quantity" not in table:
+        return []
+    found = []
+    for arm, row in table.groupby("arm", sort=False).first().iterrows():
+        quantity, target = row[f"{prefix}quantity"], row[f"{prefix}target"]
+        if not isinstance(quantity, str):
+            continue
+        off = row[f"{prefix}after.{quantity}"] / target - 1
+        if abs(off) > row[f"{prefix}tolerance"]:
+            text = f"{arm} was run although its {quantity} is {off:+.1%} from the target"
+            found.append(Confound("match.force", text, True))
     return found
 
 

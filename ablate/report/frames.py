@@ -69,7 +69,8 @@ TEXTS = {
 def load_study(path: str | Path) -> pd.DataFrame:
     """One row a run folder at or below `path`; runs of every state, and orphans, are there.
 
-    Columns: key, arm, one per factor (dotted name), seed, state, cause ('' when all went well),
+    Columns: key, arm, one per factor (dotted name), seed, stage ('tune': looks for its arm's
+    learning rate; 'confirm': arms are compared by these), state, cause ('' when all went well),
     pattern, the figures of `FIGURES`, commit, hardware, orphan. Shares are fractions, losses nats a
     token, sizes bytes, times seconds. `frame.attrs["study"]` is the content of study.json,
     `attrs["path"]` the folder.
@@ -97,6 +98,7 @@ def load_study(path: str | Path) -> pd.DataFrame:
                 "arm": str(cell.get("arm") or arm_label(values)),
                 **{f: _scalar(v) for f, v in values.items()},
                 "seed": int(cell.get("seed", tree.get("seed", 0))),
+                "stage": str(cell.get("stage", "confirm")),
                 "state": state,
                 "cause": cause,
                 "pattern": record["pattern"],
@@ -160,27 +162,44 @@ def load_evaluation(path: str | Path, task: str) -> dict[str, dict[str, Any]]:
     return {key: value for key, value in found.items() if value}
 
 
+def load_certificates(path: str | Path) -> dict[str, dict[str, Any]]:
+    """How the architecture of each run was matched (`ablate/arch/match.py`), by run key."""
+    found = {}
+    for record in records(_index(Path(path))):
+        certificate = config_tree.get(json.loads(record["config"]), "match.certificate")
+        if certificate:
+            found[str(record["key"])] = certificate
+    return found
+
+
 def study_of(path: Path) -> dict[str, Any]:
     """The content of study.json at `path`, or an empty dict."""
     return read_json(path / "study.json") or {}
 
 
 def missing_cells(frame: pd.DataFrame) -> pd.DataFrame:
-    """The planned cells that have no run folder: key, arm, seed and factors."""
+    """The planned cells that have no run folder: key, arm, seed, stage and factors."""
     study = frame.attrs.get("study", {})
     known = set(frame["key"])
     rows = [
-        {"key": key, "arm": str(cell.get("arm", "")), "seed": cell.get("seed")}
+        {
+            "key": key,
+            "arm": str(cell.get("arm", "")),
+            "seed": cell.get("seed"),
+            "stage": str(cell.get("stage", "confirm")),
+        }
         | {f: _scalar(v) for f, v in (cell.get("factors") or {}).items()}
         for key, cell in (study.get("cells") or {}).items()
         if key not in known
     ]
-    return pd.DataFrame(rows, columns=None if rows else ["key", "arm", "seed"])
+    return pd.DataFrame(rows, columns=None if rows else ["key", "arm", "seed", "stage"])
 
 
 def usable(frame: pd.DataFrame) -> pd.DataFrame:
-    """The runs that count: finished with a finite validation loss, and asked for by the study."""
-    return frame[(frame["state"] == "done") & (frame["cause"] == "") & ~frame["orphan"]]
+    """The runs that count: finished with a finite validation loss, asked for by the study, and not
+    those that only looked for a learning rate."""
+    done = (frame["state"] == "done") & (frame["cause"] == "")
+    return frame[done & ~frame["orphan"] & (frame["stage"] == "confirm")]
 
 
 def records(frame: pd.DataFrame) -> list[dict[str, Any]]:
@@ -196,7 +215,10 @@ def varies(values: pd.Series) -> bool:
 def arm_label(factors: Mapping[str, Any]) -> str:
     """'attention_share=0.08, placement=even': what an arm is called when nobody named it."""
     shown = {k: f"{v:g}" if isinstance(v, float) else _scalar(v) for k, v in factors.items()}
-    return ", ".join(f"{k.rpartition('.')[2]}={v}" for k, v in shown.items()) or "all"
+    parts = [
+        str(v) if k == "match.arms" else f"{k.rpartition('.')[2]}={v}" for k, v in shown.items()
+    ]
+    return ", ".join(parts) or "all"
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:

@@ -4,9 +4,12 @@
         index.html                         the page; nothing is loaded from outside
         outcomes.png .svg                  loss and recall over the arms
         learning_curves.png .svg
+        learning_rates.png .svg            of a study that tunes: loss over the rate, an arm a panel
         table.csv .md .parquet             one row an arm: means and 95% intervals
         differences.csv .md .parquet       every arm minus the reference
         equal_budgets.csv .md .parquet     loss at equal tokens, FLOPs and seconds
+        learning_rates.csv .md .parquet    rates tuned, with intervals and sensitivity
+        certificates.csv .md .parquet      how each arm was matched
         runs.csv .md .parquet              one row a run, as `load_study` gives it
 
 What is uncertain, missing, failed or confounded stands on the page; nothing is dropped in silence.
@@ -25,15 +28,18 @@ from typing import Any
 import pandas as pd
 from rich.table import Table
 
+from ablate.arch.certificate import QUANTITIES
 from ablate.report.confounds import Confound, confounds, si
 from ablate.report.frames import load_details, load_metrics, load_study, missing_cells, records
-from ablate.report.plots import Plot, plot_curves, plot_outcomes
+from ablate.report.plots import Plot, plot_curves, plot_outcomes, plot_rates
 from ablate.report.stats import Estimate
 from ablate.report.tables import (
     COMPARED,
     arm_table,
+    certificate_table,
     difference_table,
     equal_budgets,
+    rate_table,
     write_tables,
 )
 from ablate.report.verdicts import (
@@ -82,8 +88,17 @@ def write_report(
         "equal_budgets": equal_budgets(analysis, metrics),
         "runs": frame,
     }
+    optional = {
+        "learning_rates": rate_table(analysis),
+        "certificates": certificate_table(analysis, path),
+    }
+    tables |= {name: table for name, table in optional.items() if len(table)}
     write_tables(tables, folder, say)
-    plots = [plot_outcomes(analysis, folder), plot_curves(analysis, metrics, folder)]
+    plots = [
+        plot_outcomes(analysis, folder),
+        plot_curves(analysis, metrics, folder),
+        plot_rates(analysis, folder),
+    ]
     details = load_details(path)
     found = confounds(frame, details)
     text = _page(analysis, [p for p in plots if p], found, details, tables, path)
@@ -136,6 +151,11 @@ def _page(
         _section("Results", _results(analysis) + _differences(analysis, tables["differences"])),
         _section("Learning curves", _figure(by_name.get("learning_curves"))),
         _section("At equal budgets", _budgets(analysis, tables["equal_budgets"])),
+        _section(
+            "Learning rates",
+            _figure(by_name.get("learning_rates")) + _rates(tables.get("learning_rates"), analysis),
+        ),
+        _section("Matching", _matching(tables.get("certificates"), analysis)),
         _section("Confounds", _confounds(found, analysis)),
         _section("Failures and gaps", _failures(analysis)),
         _section("Cost", _cost(analysis)),
@@ -179,13 +199,17 @@ def _results(analysis: Analysis) -> str:
     if not metrics:
         return "<p>No finished run has a figure to show.</p>"
     shares = analysis.arms[["attention_of_layers", "mlp_of_layers"]].max()
-    header = ["Arm", "Runs", *(_heading(c) for c in metrics)]
+    header = [_arm_heading(analysis), "Runs", *(_heading(c) for c in metrics)]
     header += ["Attention, of layers", "of mixers"] if shares["attention_of_layers"] > 0 else []
     header += ["MLP, of layers"] if shares["mlp_of_layers"] > 0 else []
     header += ["Pattern"]
     rows = []
     for arm, row in analysis.arms.iterrows():
-        cells = [_e(str(arm)), str(int(row["n"])), *(_best_mark(c, str(arm)) for c in metrics)]
+        cells = [
+            _name(analysis, arm),
+            str(int(row["n"])),
+            *(_best_mark(c, str(arm)) for c in metrics),
+        ]
         if shares["attention_of_layers"] > 0:
             cells += [_share(row["attention_of_layers"]), _share(row["attention_of_mixers"])]
         if shares["mlp_of_layers"] > 0:
@@ -206,25 +230,31 @@ def _differences(analysis: Analysis, table: pd.DataFrame) -> str:
         if comparison is None or not comparison.has_interval or own.empty:
             continue
         items = bool(own["items_low"].notna().any())
-        rows = [_difference_row(metric, row, items) for row in records(own)]
+        rows = [_difference_row(analysis, metric, row, items) for row in records(own)]
         header = [
             *("Arm", "Difference", "95% interval", "95%, all together (Dunnett)"),
-            *("p (Dunnett)", "p (Holm)"),
+            *("p (Dunnett)", "p (Holm, all claims)", "q (false discovery)"),
             *([f"95%, other {'rows' if metric is RECALL else 'documents'} only"] if items else []),
             "Verdict",
         ]
         unit = "points" if metric.percent else "nats a token"
-        title = f"{metric.name}: difference from {comparison.reference}, in {unit}"
+        reference = comparison.reference
+        if analysis.axis.numeric:
+            reference = f"the arm {analysis.describe(reference)}"
+        title = f"{metric.name}: difference from {reference}, in {unit}"
         parts.append(f"<h3>{_e(title)}</h3>" + _table(header, rows, {0, len(header) - 1}))
     if not parts:
         return ""
     return "".join(parts) + (
         "<p class='note'>Differences are taken within seeds (paired) where arms share seeds, with "
-        "one noise variance pooled over all arms. The verdict is Dunnett's at 5%.</p>"
+        "one noise variance pooled over all arms. The verdict is Dunnett's at 5%, within a metric; "
+        "Holm's p and the false discovery rate count every arm of every table here.</p>"
     )
 
 
-def _difference_row(metric: Metric, row: dict[str, Any], items: bool) -> list[str]:
+def _difference_row(
+    analysis: Analysis, metric: Metric, row: dict[str, Any], items: bool
+) -> list[str]:
     digits = 1 if metric.percent else metric.digits((row["dunnett_high"] - row["dunnett_low"]) / 2)
     scale = 100.0 if metric.percent else 1.0
 
@@ -235,10 +265,10 @@ def _difference_row(metric: Metric, row: dict[str, Any], items: bool) -> list[st
         return f"{signed(row[f'{name}low'])} to {signed(row[f'{name}high'])}"
 
     return [
-        _e(row["arm"]),
+        _name(analysis, row["arm"]),
         signed(row["difference"]),
         *(between(""), between("dunnett_")),
-        *(_p(row["dunnett_p"]), _p(row["holm_p"])),
+        *(_p(row["dunnett_p"]), _p(row["holm_all_p"]), _p(row["fdr_q"])),
         *([between("items_")] if items else []),
         "different" if row["dunnett_p"] < 0.05 else "not\u00a0distinguishable",
     ]
@@ -256,7 +286,7 @@ def _budgets(analysis: Analysis, table: pd.DataFrame) -> str:
     }
     rows = []
     for arm in analysis.arms.index:
-        cells = [_e(str(arm))]
+        cells = [_name(analysis, arm)]
         for kind in kinds:
             row = table[(table["budget"] == kind) & (table["arm"] == arm)].iloc[0]
             mean = Estimate(row["loss"], low=row["low"], high=row["high"])
@@ -268,6 +298,80 @@ def _budgets(analysis: Analysis, table: pd.DataFrame) -> str:
         "budget ends; the others are read there between two validations, before their learning "
         "rate has come down, which is to their disadvantage. Seconds: on the hardware below.</p>"
     )
+
+
+def _rates(table: pd.DataFrame | None, analysis: Analysis) -> str:
+    if table is None:
+        return ""
+    rows = []
+    for r in records(table):
+        if r["problem"]:
+            rows.append([_name(analysis, r["arm"]), "–", "–", "–", "–", _e(str(r["problem"]))])
+            continue
+        interval = "–"
+        if math.isfinite(r["low"]):
+            interval = f"{r['low']:.3g} to {r['high']:.3g}{' or beyond' if r['open'] else ''}"
+        costs = [_cost_of(r[side], r[f"{side}_half"]) for side in ("minus", "plus")]
+        rows.append([_name(analysis, r["arm"]), f"{r['chosen']:.3g}", interval, *costs, "–"])
+    header = ["Arm", "Rate", "95% interval of the optimum", "Half an octave below (nats)",
+              "Half an octave above (nats)", "Problem"]  # fmt: skip
+    if all(row[-1] == "–" for row in rows):
+        header, rows = header[:-1], [row[:-1] for row in rows]
+    tuned = analysis.study.get("tuned") or {}
+    fit = tuned.get("fit") or {}
+    form = "cubic" if fit.get("degree") == 3 else "quadratic"
+    note = (
+        f"Fitted on validation A with seeds of their own: a {form} in the logarithm of the rate, "
+        "through the five rates nearest the lowest of each arm. Results above are from the second "
+        "stage, with fresh seeds, on validation B."
+    )
+    if fit.get("smooth") not in (None, "none"):
+        note += f" The rates are those of a {fit['smooth']} model of the optimum over the arms."
+    return _table(header, rows, {0, 5}) + f"<p class='note'>{_e(note)}</p>"
+
+
+def _cost_of(value: float, half: float) -> str:
+    if not math.isfinite(half):
+        return f"{value:+.4f}".replace("-", "−")
+    digits = LOSS.digits(half)
+    return f"{value:+.{digits}f} ± {half:.{digits}f}".replace("-", "−")
+
+
+def _matching(table: pd.DataFrame | None, analysis: Analysis) -> str:
+    if table is None:
+        return ""
+    first = table.iloc[0]
+    quantity = str(first["quantity"])
+    rows = []
+    for r in records(table):
+        error = f"{100 * r['error_matched']:+.2f}%".replace("-", "−")
+        if abs(r["error_matched"]) > r["tolerance"]:
+            error = f'<b class="bad">{error} (forced)</b>'
+        rows.append(
+            [
+                _name(analysis, r["arm"]),
+                si(r[f"{quantity}_matched"]),
+                error,
+                f"{100 * r['error_configured']:+.2f}%".replace("-", "−"),
+                *(
+                    f"{si(r[f'{n}_matched'], u)} ({si(r[f'{n}_configured'], u)})"
+                    for n, u in (("train_flops", ""), ("decode_bytes", "B"), ("state_bytes", "B"))
+                ),
+                _e(str(r["changes"])),
+            ]
+        )
+    header = [
+        *("Arm", QUANTITIES[quantity].capitalize(), "From the target", "As configured"),
+        *("Training FLOPs a token", "Bytes to decode a token", "State", "Widths changed"),
+    ]
+    note = (
+        f"Arms are matched by construction in {QUANTITIES[quantity]}, to the "
+        f"{si(float(first['target']))} of {first['reference']}, within "
+        f"{100 * float(first['tolerance']):g}%. In brackets, and under 'as configured': the "
+        "unmatched swap. Each arm's certificate is in its runs' result.json."
+    )
+    table_text = _table(header, rows, {0, 7})
+    return f"<p class='note'>{_e(note)}</p><div class='long'>{table_text}</div>"
 
 
 def _confounds(found: Sequence[Confound], analysis: Analysis) -> str:
@@ -295,7 +399,7 @@ def _failures(analysis: Analysis) -> str:
     if len(bad):
         rows = [
             [
-                _e(r["arm"]),
+                _arm(r),
                 str(r["seed"]),
                 _e(_state(r)),
                 _e(str(r["cause"] or "–")),
@@ -310,7 +414,7 @@ def _failures(analysis: Analysis) -> str:
     skipped = own[own["skipped_steps"] > 0]
     if len(skipped):
         rows = [
-            [_e(r["arm"]), str(r["seed"]), str(int(r["skipped_steps"])), _key(r["key"])]
+            [_arm(r), str(r["seed"]), str(int(r["skipped_steps"])), _key(r["key"])]
             for r in records(skipped)
         ]
         parts.append(
@@ -319,7 +423,7 @@ def _failures(analysis: Analysis) -> str:
         )
     missing = missing_cells(frame)
     if len(missing):
-        rows = [[_e(str(r["arm"])), str(r["seed"]), _key(r["key"])] for r in records(missing)]
+        rows = [[_arm(r), str(r["seed"]), _key(r["key"])] for r in records(missing)]
         parts.append("<h3>Planned, not started</h3>" + _table(["Arm", "Seed", "Run"], rows, {0, 2}))
     orphans = frame[frame["orphan"]]
     if len(orphans):
@@ -341,7 +445,7 @@ def _cost(analysis: Analysis) -> str:
     ]
     rows = [
         [
-            _e(str(arm)),
+            _name(analysis, arm),
             si(r["non_embedding_params"]),
             si(r["params"]),
             si(r["train_flops_per_token"]),
@@ -434,6 +538,10 @@ def _shown(analysis: Analysis) -> list[Metric]:
     return shown
 
 
+def _arm_heading(analysis: Analysis) -> str:
+    return analysis.axis.label.capitalize() if analysis.axis.numeric else "Arm"
+
+
 def _heading(comparison: Comparison) -> str:
     metric = comparison.metric
     if metric is RECALL:
@@ -481,6 +589,17 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]], text_columns: s
         '<div class="scroll" tabindex="0" role="region" aria-label="table">'
         f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
     )
+
+
+def _name(analysis: Analysis, arm: Any) -> str:
+    """An arm in a table: its place on a numeric axis, else its label."""
+    name = str(arm)
+    known = analysis.axis.numeric and name in analysis.arms.index
+    return _e(analysis.short(name) if known else name)
+
+
+def _arm(row: dict[str, Any]) -> str:
+    return _e(f"{row['arm']}{' (tuning)' if row['stage'] == 'tune' else ''}")
 
 
 def _state(row: dict[str, Any]) -> str:

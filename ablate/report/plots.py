@@ -22,6 +22,7 @@ from matplotlib.transforms import ScaledTranslation
 
 from ablate.report.confounds import si
 from ablate.report.verdicts import LOSS, LOSS_A, PRIMARY, Analysis, Comparison, Metric
+from ablate.study.tune import RateFit
 
 STYLE: Any = {
     "font.family": "DejaVu Sans",
@@ -227,6 +228,9 @@ def plot_curves(analysis: Analysis, metrics: pd.DataFrame, folder: Path) -> Plot
     ]
     if panels and panels[0][0] == "val_a_loss":
         panels = [p for p in panels if p[0] != "loss"]
+        lines, reference = _less_reference(analysis, lines)
+        if reference is not None:
+            panels.insert(1, ("less", f"less that of {_cut(analysis.short(reference), 18)}"))
     if not panels:
         return None
     arms = [str(a) for a in analysis.arms.index]
@@ -246,6 +250,8 @@ def plot_curves(analysis: Analysis, metrics: pd.DataFrame, folder: Path) -> Plot
                     continue
                 _learning(ax, own, column, colours[arm], dashes[arm], analysis.short(arm))
             ax.set_ylabel(label)
+            if column == "less":
+                _trim_first(ax, lines)
             if column == "mqar_accuracy":
                 ax.set_ylim(-0.04, 1.04)
                 ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
@@ -266,7 +272,38 @@ def plot_curves(analysis: Analysis, metrics: pd.DataFrame, folder: Path) -> Plot
         names = " and ".join(label for _, label in panels)
         alt = f"Learning curves of {len(arms)} arms: {names} over training tokens."
         caption = "Mean over seeds of each arm; faint lines are single runs."
+        if any(column == "less" for column, _ in panels):
+            caption += " Differences are taken within seeds, at the same tokens."
         return _save(figure, folder, "learning_curves", alt, caption)
+
+
+def _less_reference(analysis: Analysis, lines: pd.DataFrame) -> tuple[pd.DataFrame, str | None]:
+    """Lines with `less`: validation A less that of the reference arm at the same seed and tokens.
+
+    Without a second arm, or seeds and tokens in common, there is no reference.
+    """
+    comparison = analysis.comparisons.get(LOSS.column) or analysis.comparisons.get(LOSS_A.column)
+    if comparison is None or len(comparison.fit.arms) < 2:
+        return lines, None
+    scored = lines[lines["val_a_loss"].notna()].drop_duplicates(["key", "tokens"], keep="last")
+    own = scored[scored["arm"] == comparison.reference]
+    base = own[["seed", "tokens", "val_a_loss"]].rename(columns={"val_a_loss": "base"})
+    joined = scored.merge(base, on=["seed", "tokens"], how="inner")
+    if len(joined) <= len(base):
+        return lines, None
+    joined = joined.assign(less=joined["val_a_loss"] - joined["base"])
+    return pd.concat([lines.assign(less=math.nan), joined.assign(val_a_loss=math.nan, loss=math.nan,
+                      mqar_accuracy=math.nan)]), comparison.reference  # fmt: skip
+
+
+def _trim_first(ax: Axes, lines: pd.DataFrame) -> None:
+    """The first validation differs most and matters least: the axis is that of the others."""
+    later = lines[lines["less"].notna() & (lines["tokens"] > lines["tokens"].min())]
+    first = lines.loc[lines["less"].notna(), "tokens"].min()
+    values = later.loc[later["tokens"] > first, "less"]
+    if len(values) and values.max() > values.min():
+        pad = 0.1 * (values.max() - values.min())
+        ax.set_ylim(values.min() - pad, values.max() + pad)
 
 
 def _learning(ax: Axes, own: pd.DataFrame, column: str, colour: str, dash: str, label: str) -> None:
@@ -286,6 +323,86 @@ def _learning(ax: Axes, own: pd.DataFrame, column: str, colour: str, dash: str, 
         marker="o" if sparse else None,
         markersize=2.5,
     )
+
+
+def plot_rates(analysis: Analysis, folder: Path) -> Plot | None:
+    """The first stage of a study that tunes: validation A over the learning rate, a panel an arm,
+    with the fit, the interval of the optimum, the rate chosen, and half an octave to both sides."""
+    frame = analysis.frame
+    runs = frame[(frame["stage"] == "tune") & ~frame["orphan"] & (frame["state"] == "done")]
+    runs = runs[np.isfinite(runs["val_a_loss"].astype(float)) & runs["lr"].notna()]
+    if runs.empty:
+        return None
+    order = [*map(str, analysis.arms.index), *dict.fromkeys(runs["arm"])]
+    arms = [arm for arm in dict.fromkeys(order) if (runs["arm"] == arm).any()]
+    fits = {fit.arm: fit for fit in analysis.rate_fits()}
+    columns = 1 if len(arms) == 1 else 2 if len(arms) <= 8 else 3
+    rows = math.ceil(len(arms) / columns)
+    rates = sorted(set(runs["lr"]))
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(COLUMN, 1.45 * rows + 0.45), layout="constrained")
+        axes = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+        for ax, arm in zip(axes.flat, arms, strict=False):
+            _rates(ax, runs[runs["arm"] == arm], fits.get(arm))
+            size, length = ((9, 60), (8, 28), (7, 20))[columns - 1]
+            ax.set_title(_cut(_known(analysis, arm), length), fontsize=size)
+        for ax in axes.flat[len(arms) :]:
+            ax.set_visible(False)
+        last = axes[-1, 0]
+        last.set_xscale("log", base=2)
+        shown = [rates[0], rates[len(rates) // 2], rates[-1]]
+        last.set_xticks(shown, [_rate(r) for r in shown])
+        last.xaxis.set_minor_locator(NullLocator())
+        low = float(runs["val_a_loss"].min())
+        near = [f.loss(f.window[0]) for f in fits.values() if f.coefficients]
+        near += [f.loss(f.window[1]) for f in fits.values() if f.coefficients]
+        top = max([*near, float(runs["val_a_loss"].quantile(0.75))])
+        last.set_ylim(low - 0.08 * (top - low), top + 0.12 * (top - low))
+        figure.supxlabel("peak learning rate", fontsize=9)
+        figure.supylabel("validation A loss (nats a token)", fontsize=9)
+        told = [f"{_known(analysis, a)}: {fits[a].chosen:.3g}" for a in arms if a in fits]
+        alt = f"Validation A loss over the learning rate for {len(arms)} arms. Rates chosen: "
+        alt += f"{', '.join(told) or 'none yet'}."
+        caption = (
+            "Dots are runs of the first stage. Line: the fit in the logarithm of the rate. Shaded: "
+            "the 95% interval of its optimum. Diamond: the rate that the second stage uses, with "
+            "what half an octave below and above would cost."
+        )
+        return _save(figure, folder, "learning_rates", alt, caption)
+
+
+def _rates(ax: Axes, runs: pd.DataFrame, fit: RateFit | None) -> None:
+    ax.scatter(runs["lr"], runs["val_a_loss"], s=12, color=BLUE, linewidths=0, alpha=0.8, zorder=3)
+    if fit is None or not fit.coefficients:
+        return
+    x = np.geomspace(*fit.window, 200)
+    ax.plot(x, [fit.loss(r) for r in x], color="#555555", linewidth=1.1, zorder=2)
+    if math.isfinite(fit.low):
+        ax.axvspan(fit.low, fit.high, color=BLUE, alpha=0.1, linewidth=0, zorder=0)
+    if math.isfinite(fit.chosen):
+        at = fit.loss(fit.chosen)
+        sides = [fit.chosen * 2**-0.5, fit.chosen * 2**0.5]
+        ax.plot(
+            sides,
+            [at + fit.minus, at + fit.plus],
+            linestyle="none",
+            marker="|",
+            markersize=7,
+            color=VERMILLION,
+            zorder=4,
+        )
+        ax.plot([fit.chosen], [at], marker="D", markersize=4.5, color=VERMILLION, zorder=5)
+
+
+def _rate(rate: float) -> str:
+    """0.00075 as '7.5e-4': a panel is narrow."""
+    digits, _, power = f"{rate:.1e}".partition("e")
+    return f"{digits.removesuffix('.0')}e{int(power)}"
+
+
+def _known(analysis: Analysis, arm: str) -> str:
+    """An arm's short name, also before it has a run that counts."""
+    return analysis.short(arm) if arm in analysis.arms.index else arm
 
 
 def _trim(ax: Axes, values: pd.Series) -> None:

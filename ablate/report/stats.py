@@ -13,9 +13,10 @@ there is no interval, and nothing here invents one.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -74,6 +75,18 @@ class ArmFit:
 
     def index(self, arm: str) -> int:
         return self.arms.index(arm)
+
+    def only(self, arms: Sequence[str]) -> ArmFit:
+        """The same fit, speaking of some of its arms; the noise stays that of all."""
+        at = [self.index(arm) for arm in arms]
+        return dataclasses.replace(
+            self,
+            arms=tuple(arms),
+            counts=tuple(self.counts[i] for i in at),
+            means=self.means[at],
+            unscaled=self.unscaled[np.ix_(at, at)],
+            arm_mean_square=NAN,
+        )
 
     def mean(self, arm: str, level: float = 0.95) -> Estimate:
         """The arm's mean over seeds like these: its interval counts the seeds' variance too."""
@@ -436,6 +449,66 @@ def minimum_detectable_effect(
     df = (n_arms - 1) * (n_seeds - 1)
     se = sigma * math.sqrt(2 * (1 - correlation) / n_seeds)
     return detectable(se, df, power=power, alpha=alpha / comparisons)
+
+
+def seeds_needed(
+    effect: float,
+    sigma: float,
+    *,
+    n_arms: int,
+    correlation: float = 0.0,
+    power: float = 0.8,
+    alpha: float = 0.05,
+    comparisons: int = 1,
+) -> int:
+    """Fewest paired seeds whose `minimum_detectable_effect` is at most `effect`."""
+
+    def enough(n_seeds: int) -> bool:
+        found = minimum_detectable_effect(
+            sigma,
+            n_arms=n_arms,
+            n_seeds=n_seeds,
+            correlation=correlation,
+            power=power,
+            alpha=alpha,
+            comparisons=comparisons,
+        )
+        return found <= effect
+
+    return _fewest(enough)
+
+
+def seeds_for_equivalence(
+    margin: float,
+    sigma: float,
+    *,
+    n_arms: int,
+    correlation: float = 0.0,
+    power: float = 0.8,
+    alpha: float = 0.05,
+) -> int:
+    """Fewest paired seeds with which two one-sided tests call two equal arms equivalent within
+    `margin` with probability `power`."""
+
+    def enough(n_seeds: int) -> bool:
+        df = (n_arms - 1) * (n_seeds - 1)
+        se = sigma * math.sqrt(2 * (1 - correlation) / n_seeds)
+        reach = margin / se - float(stats.t.isf(alpha, df))
+        return 2 * float(stats.t.cdf(reach, df)) - 1 >= power
+
+    return _fewest(enough)
+
+
+def _fewest(enough: Callable[[int], bool], most: int = 1 << 20) -> int:
+    """The fewest seeds, two at least, that are enough, which more of them are too."""
+    high = 2
+    while high < most and not enough(high):
+        high *= 2
+    low = high // 2
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if enough(middle) else (middle, high)
+    return max(2, high)
 
 
 # --- documents and items -------------------------------------------------------------------------

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from ablate.report.frames import load_evaluation, records
-from ablate.report.stats import Estimate, bootstrap_ratio, fit_arms
+from ablate.arch.certificate import Certificate
+from ablate.report.frames import load_certificates, load_evaluation, records
+from ablate.report.stats import Estimate, adjust, bootstrap_ratio, fit_arms
 from ablate.report.verdicts import LOSS, LOSS_A, RECALL, Analysis, Metric
 from ablate.run import atomic_write
 
@@ -35,9 +36,11 @@ def arm_table(analysis: Analysis) -> pd.DataFrame:
 
 
 def difference_table(analysis: Analysis, path: Path) -> pd.DataFrame:
-    """Each arm minus the reference for recall and loss (`ArmFit.against`), with `among_best`, and
+    """Each arm minus the reference for recall and loss (`ArmFit.against`), with `among_best`;
     `items_low`, `items_high`: the interval over documents (loss) or rows (recall) alone, which
-    takes these runs as given and asks about other texts."""
+    takes these runs as given and asks about other texts; `holm_all_p` and `fdr_q`: the p-values
+    adjusted over all claims of the table, every arm and metric; of the loss, where the study has a
+    margin, `equivalence_p`: two one-sided tests, by Holm over arms."""
     parts: list[pd.DataFrame] = []
     for metric in COMPARED:
         comparison = analysis.comparisons.get(metric.column)
@@ -49,9 +52,18 @@ def difference_table(analysis: Analysis, path: Path) -> pd.DataFrame:
         items = _over_items(analysis, metric, path, comparison.reference)
         part["items_low"] = [items[a].low if a in items else math.nan for a in part["arm"]]
         part["items_high"] = [items[a].high if a in items else math.nan for a in part["arm"]]
+        part["equivalence_p"] = math.nan
+        if analysis.margin is not None and metric is not RECALL:
+            tests = [comparison.equivalence(a, analysis.margin).p for a in part["arm"]]
+            part["equivalence_p"] = adjust(tests)
         parts.append(part)
     columns = ["metric", "arm", "reference", "difference"]
-    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=columns)
+    if not parts:
+        return pd.DataFrame(columns=columns)
+    table = pd.concat(parts, ignore_index=True)
+    table["holm_all_p"] = adjust(table["p"])
+    table["fdr_q"] = adjust(table["p"], "bh")
+    return table
 
 
 def _over_items(
@@ -128,6 +140,44 @@ def equal_budgets(analysis: Analysis, metrics: pd.DataFrame) -> pd.DataFrame:
             mean = fit.mean(str(arm))
             rows.append((budget, at, str(arm), mean.value, mean.low, mean.high))
     return pd.DataFrame(rows, columns=["budget", "at", "arm", "loss", "low", "high"])
+
+
+def rate_table(analysis: Analysis) -> pd.DataFrame:
+    """One row an arm of a study that tunes: the learning rate that was chosen, the optimum with its
+    95% interval (`open`: it goes beyond what was tried), what half an octave below and above costs
+    in nats with half of its interval, and the problem where there is no optimum."""
+    columns = ["arm", "chosen", "optimum", "low", "high", "open"]
+    columns += ["minus", "minus_half", "plus", "plus_half", "problem"]
+    rows = [{name: getattr(fit, name) for name in columns} for fit in analysis.rate_fits()]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def certificate_table(analysis: Analysis, path: Path) -> pd.DataFrame:
+    """One row a matched arm: quantity, target and whose figure it is, relative errors as configured
+    and as matched, the widths that changed, and each quantity before and after."""
+    certificates = load_certificates(path)
+    rows = []
+    for arm in analysis.arms.index:
+        keys = analysis.runs.loc[analysis.runs["arm"] == arm, "key"]
+        plain = next((certificates[k] for k in keys if k in certificates), None)
+        if plain is None:
+            continue
+        c = Certificate(**plain)
+        row = {
+            "arm": arm,
+            "quantity": c.quantity,
+            "target": c.target,
+            "reference": c.reference,
+            "error_configured": c.error_before,
+            "error_matched": c.error,
+            "tolerance": c.tolerance,
+            "forced": c.forced,
+            "changes": c.widths(),
+        }
+        for name in c.before:
+            row |= {f"{name}_configured": c.before[name], f"{name}_matched": c.after[name]}
+        rows.append(row)
+    return pd.DataFrame(rows, columns=list(rows[0]) if rows else ["arm"])
 
 
 def _with_seconds(run: pd.DataFrame) -> pd.DataFrame:

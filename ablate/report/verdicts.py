@@ -17,7 +17,8 @@ import pandas as pd
 
 from ablate.report.confounds import si
 from ablate.report.frames import arm_label, missing_cells, usable, varies
-from ablate.report.stats import ArmFit, Curve, Estimate, fit_arms, fit_curve
+from ablate.report.stats import ArmFit, Curve, Equivalence, Estimate, adjust, fit_arms, fit_curve
+from ablate.study.tune import RateFit, Tuning
 
 
 @dataclass(frozen=True)
@@ -127,6 +128,10 @@ class Comparison:
         low = min(min(c.flat[0], c.optimum.low) for c in self.curves)
         return low, max(max(c.flat[1], c.optimum.high) for c in self.curves)
 
+    def equivalence(self, arm: str, margin: float) -> Equivalence:
+        """Two one-sided tests of an arm against the reference."""
+        return self.fit.equivalence(arm, self.reference, margin)
+
     def different(self, alpha: float = 0.05) -> pd.DataFrame:
         """Arms that differ from the reference, Dunnett-adjusted."""
         return self.table[self.table["dunnett_p"] < alpha]
@@ -144,18 +149,30 @@ class Analysis:
     def study(self) -> dict[str, Any]:
         return dict(self.frame.attrs.get("study", {}))
 
+    @property
+    def margin(self) -> float | None:
+        """Nats a token below which a difference does not matter, where the study has said so."""
+        margin = self.study.get("margin")
+        return float(margin) if margin else None
+
+    def rate_fits(self) -> list[RateFit]:
+        """The fitted learning rates of a study that tunes; empty before its first stage has ended,
+        and without one."""
+        tuned = self.study.get("tuned")
+        return list(Tuning.of(tuned["fit"]).fits) if tuned else []
+
     def describe(self, arm: str) -> str:
         """'without attention', 'with one attention layer of 6 (16.7%)', 'at window 512'."""
         if not self.axis.numeric:
             return f"with {arm}" if "=" in arm else f"in {arm}"
         x, series = float(self.arms["x"].to_dict()[arm]), self.arms["series"].to_dict()[arm]
-        rest = f" and {series}" if series else ""
+        rest = {"": "", "matched": "", "unmatched": ", unmatched"}.get(series, f" and {series}")
         if not self.axis.share:
             return f"at {self.axis.label} {x:.6g}{rest}"
         kind, layers = self.axis.kind, int(self.arms["n_layers"].to_dict()[arm])
         count = round(x * layers)
         if count == 0:
-            return f"without {kind}" + (f" and with {series}" if series else "")
+            return f"without {kind}{rest.replace(' and ', ' and with ')}"
         number = "one" if count == 1 else str(count)
         return f"with {number} {kind} layer{'s' * (count > 1)} of {layers} ({_percent(x)}){rest}"
 
@@ -165,6 +182,8 @@ class Analysis:
             return arm.removeprefix(self._prefix())
         x, series = float(self.arms["x"].to_dict()[arm]), self.arms["series"].to_dict()[arm]
         name = _percent(x) if self.axis.share else f"{x:.6g}"
+        if series in ("matched", "unmatched"):
+            return name if series == "matched" else f"{name}, unmatched"
         return f"{name} at {series}" if series else name
 
     def _prefix(self) -> str:
@@ -253,10 +272,14 @@ def _compare(
     fit = fit_arms(rows["arm"].tolist(), rows["seed"].tolist(), rows[metric.column])
     first = reference if reference in present else present[0]
     curves = []
-    single = not varies(arms["series"])
-    if axis.share and single and metric is LOSS and arms["x"][present].nunique() >= 5:
-        places = {arm: float(arms["x"][arm]) for arm in present}
-        curves = [fit_curve(fit, places, form=form) for form in ("exponential", "hyperbolic")]
+    # One curve for one series; beside matched arms their unmatched swaps have none.
+    series = set(arms["series"][present])
+    drawn = [a for a in present if len(series) == 1 or arms["series"][a] == "matched"]
+    single = series <= {"matched", "unmatched"} or len(series) == 1
+    if axis.share and single and metric is LOSS and arms["x"][drawn].nunique() >= 5:
+        places = {arm: float(arms["x"][arm]) for arm in drawn}
+        forms = ("exponential", "hyperbolic")
+        curves = [fit_curve(fit.only(drawn), places, form=form) for form in forms]
     best = fit.not_worse_than_best(metric.lower_is_better) if fit.sigma > 0 else list(fit.arms)
     return Comparison(metric, fit, str(first), fit.against(str(first)), best, curves)
 
@@ -294,20 +317,53 @@ def judge(analysis: Analysis) -> list[Verdict]:
 
 
 def _progress(analysis: Analysis) -> list[Verdict]:
-    frame = analysis.frame[~analysis.frame["orphan"]]
+    lines = _tuning(analysis)
+    own = ~analysis.frame["orphan"] & (analysis.frame["stage"] == "confirm")
+    frame = analysis.frame[own]
     counts = frame["state"].value_counts().to_dict()
-    missing = len(missing_cells(analysis.frame))
+    missing = int((missing_cells(analysis.frame)["stage"] == "confirm").sum())
     planned = len(frame) + missing
     broken = int(((frame["state"] == "done") & (frame["cause"] != "")).sum())
     done = counts.pop("done", 0) - broken
     if done == planned:
-        return []
+        return lines
     parts = [f"{n} {state}" for state, n in counts.items()]
     parts += [f"{missing} not started"] * bool(missing)
     parts += [f"{broken} without a finite loss"] * bool(broken)
     rest = "; what follows rests on those." if done else "."
     text = f"Incomplete: {done} of {planned} runs have a usable result ({', '.join(parts)}){rest}"
-    return [Verdict("state", text)]
+    return [*lines, Verdict("state", text)]
+
+
+def _tuning(analysis: Analysis) -> list[Verdict]:
+    """Where a study that tunes learning rates stands, and what its optima leave open."""
+    frame = analysis.frame
+    runs = frame[(frame["stage"] == "tune") & ~frame["orphan"]]
+    tuned = analysis.study.get("tuned")
+    if not tuned:
+        missing = int((missing_cells(frame)["stage"] == "tune").sum())
+        if runs.empty and not missing:
+            return []
+        ended = int(runs["state"].isin(["done", "failed"]).sum())
+        text = (
+            f"Learning rates are being tuned: {ended} of {len(runs) + missing} runs of the first "
+            "stage have ended; arms are compared in the second."
+        )
+        return [Verdict("state", text)]
+    lines = [
+        Verdict("state", f"The second stage has not begun: {problem}.")
+        for problem in tuned.get("problems") or []
+    ]
+    fits = analysis.rate_fits()
+    open_ended = [f.arm for f in fits if f.open and not f.problem]
+    if open_ended:
+        text = f"The learning rate of {_join(open_ended)} is not pinned down: its interval goes "
+        lines.append(Verdict("limit", f"{text}beyond the rates that were tried."))
+    smooth_p = Tuning.of(tuned["fit"]).smooth_p
+    if smooth_p < 0.05:
+        text = "The arms' best learning rates scatter about the smooth model of them more than "
+        lines.append(Verdict("limit", f"{text}noise does (p = {_p(smooth_p)})."))
+    return lines
 
 
 def _about(analysis: Analysis, comparison: Comparison) -> list[Verdict]:
@@ -320,10 +376,27 @@ def _about(analysis: Analysis, comparison: Comparison) -> list[Verdict]:
         return [_without_interval(analysis, comparison)]
     different = comparison.different()
     if different.empty:
-        return _nothing(analysis, comparison)
+        return _nothing(analysis, comparison) + _equivalent(analysis, comparison)
     lines = [_difference(analysis, comparison, different)]
     lines += _best(analysis, comparison)
-    return lines
+    return lines + _equivalent(analysis, comparison)
+
+
+def _equivalent(analysis: Analysis, comparison: Comparison) -> list[Verdict]:
+    """Arms whose loss is the reference's within the study's margin."""
+    margin, fit = analysis.margin, comparison.fit
+    if margin is None or comparison.metric not in (LOSS, LOSS_A):
+        return []
+    others = [arm for arm in fit.arms if arm != comparison.reference]
+    p = adjust([comparison.equivalence(arm, margin).p for arm in others])
+    same = [analysis.short(a) for a, value in zip(others, p, strict=True) if value <= 0.05]
+    reference = f"the arm {analysis.describe(comparison.reference)}"
+    tests = f"two one-sided tests{', Holm' if len(others) > 1 else ''}, {_seeds(fit)}"
+    if same:
+        text = f"{comparison.metric.name} within {margin:g} nats of {reference}: {_join(same)} "
+        return [Verdict("result", f"{text}({tests}).")]
+    text = f"{comparison.metric.name}: no arm can be called equal to {reference} within "
+    return [Verdict("null", f"{text}{margin:g} nats ({tests}).")]
 
 
 def _without_interval(analysis: Analysis, comparison: Comparison) -> Verdict:

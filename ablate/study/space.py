@@ -2,6 +2,8 @@
 
 Every cell is resolved and checked before anything runs, so one bad cell stops the study by name.
 Cells that come to the same run (two shares that give one pattern) are one cell with two labels.
+Where arms are matched (`match.by`) a cell's architecture is made equal to the target here, and the
+arm as configured, the unmatched swap, becomes a cell of its own where `match.arms` asks for it.
 """
 
 from __future__ import annotations
@@ -9,11 +11,14 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 from ablate import config
-from ablate.errors import UserError
+from ablate.arch import match as matching
+from ablate.arch.certificate import Certificate
+from ablate.errors import UserError, did_you_mean
 from ablate.study import trial as trial_module
+from ablate.study import tune as rates
 from ablate.study.trial import Trial
 
 Resolve = Callable[[dict[str, Any]], Trial]
@@ -24,7 +29,8 @@ class Cell:
     """One trial of a study and what it stands for.
 
     arm: the label that trials differing only in the seed share; factors: dotted field -> value;
-    also: labels of other arms that turned out to be the same run.
+    also: labels of other arms that turned out to be the same run; stage: whether it looks for its
+    arm's learning rate or gives the figures that arms are compared by.
     """
 
     arm: str
@@ -32,10 +38,34 @@ class Cell:
     seed: int
     trial: Trial
     also: tuple[str, ...] = ()
+    stage: Literal["tune", "confirm"] = "confirm"
+
+    @property
+    def name(self) -> str:
+        """The arm, and the learning rate that is tried for it."""
+        return self.arm if self.stage == "confirm" else f"{self.arm}, tuning lr={self.rate:.3g}"
+
+    @property
+    def rate(self) -> float:
+        return self.trial.config.train.lr
 
     @property
     def key(self) -> str:
         return self.trial.key
+
+    @property
+    def certificate(self) -> Certificate | None:
+        """How its architecture was matched; None for one as configured."""
+        plain = self.trial.config.match.certificate
+        return None if plain is None else Certificate(**plain)
+
+
+@dataclass(frozen=True)
+class _Goal:
+    """What the arms are matched to, and where the figure is from."""
+
+    target: float
+    reference: str
 
 
 def cells(tree: Mapping[str, Any], resolve: Resolve | None = None) -> list[Cell]:
@@ -49,18 +79,154 @@ def cells(tree: Mapping[str, Any], resolve: Resolve | None = None) -> list[Cell]
         check_search(base, resolve)
         return []
     fields = factor_names(cfg)
-    _check_fields(fields)
+    _check_fields([name for name in fields if name != "match.arms"])
     combinations = list(_combinations(cfg))
+    seeds = cfg.study.seeds or [cfg.seed]
+    goal = _goal(base, cfg, combinations, fields, seeds[0], resolve)
     found: dict[str, Cell] = {}
-    for seed in cfg.study.seeds or [cfg.seed]:
+    for seed in seeds:
         for label, changes in combinations:
-            cell = _cell(base, label, changes, fields, seed, resolve)
-            if cell.key not in found:
-                found[cell.key] = cell
-            elif label != found[cell.key].arm and label not in found[cell.key].also:
-                first = found[cell.key]
-                found[cell.key] = replace(first, also=(*first.also, label))
+            for cell in _variants(base, cfg, label, changes, fields, seed, resolve, goal):
+                first = found.setdefault(cell.key, cell)
+                if cell.arm not in (first.arm, *first.also):
+                    found[cell.key] = replace(first, also=(*first.also, cell.arm))
     return list(found.values())
+
+
+def _variants(
+    base: dict[str, Any],
+    cfg: config.Config,
+    label: str,
+    changes: Mapping[str, Any],
+    fields: Sequence[str],
+    seed: int,
+    resolve: Resolve | None,
+    goal: _Goal | None,
+) -> Iterator[Cell]:
+    """The cell of a combination; with `match.arms` 'both' the unmatched swap after it."""
+    matched = _cell(base, label, changes, fields, seed, resolve, goal)
+    yield matched
+    certificate = matched.certificate
+    if certificate is not None and cfg.match.arms == "both" and certificate.needed:
+        plain = {**changes, "match.arms": "unmatched"}
+        yield _cell(base, f"{label}, unmatched", plain, fields, seed, resolve, None)
+
+
+def _goal(
+    base: dict[str, Any],
+    cfg: config.Config,
+    combinations: Sequence[tuple[str, dict[str, Any]]],
+    fields: Sequence[str],
+    seed: int,
+    resolve: Resolve | None,
+) -> _Goal | None:
+    """The target of `match`, from the arm that has it where it is not a figure."""
+    match = cfg.match
+    if match.by is None or match.arms == "unmatched":
+        return None
+    if isinstance(match.target, int | float):
+        return _Goal(match.target, "match.target")
+    labels = [label for label, _ in combinations]
+    if len(labels) == 1:
+        raise UserError(
+            "match.target must be a figure where a study has one arm: it would be matched with "
+            "itself"
+        )
+    reference = match.target or labels[0]
+    if reference not in labels:
+        raise UserError(
+            f"match.target is '{reference}', but no arm is called so"
+            f"{did_you_mean(reference, labels)}; there are {', '.join(map(repr, labels))}"
+        )
+    changes = combinations[labels.index(reference)][1]
+    trial = _cell(base, reference, changes, fields, seed, resolve, None).trial
+    seq_len = trial.config.data.seq_len
+    target = matching.figures(trial.architecture, seq_len)[match.quantity]
+    if not target > 0:
+        raise UserError(f"match.target: the arm '{reference}' has no {match.quantity} to match")
+    return _Goal(target, f"'{reference}'")
+
+
+def _match(trial: Trial, goal: _Goal) -> dict[str, Any]:
+    """The tree of a trial, with its architecture matched."""
+    cfg = trial.config
+    changes, certificate = matching.solve(
+        cfg.arch,
+        trial.architecture,
+        cfg.match,
+        seq_len=cfg.data.seq_len,
+        target=goal.target,
+        reference=goal.reference,
+    )
+    return config.override(
+        trial.tree,
+        {
+            **{f"arch.{name}": value for name, value in changes.items()},
+            "match.certificate": certificate.plain(),
+            "match.arms": "matched",
+        },
+    )
+
+
+def tuning(cfg: config.Config, arms: Sequence[Cell]) -> list[Cell]:
+    """The first stage of a study whose arms, at their own learning rate, are `cells`."""
+    tune = cfg.study.tune
+    _check_tuning(cfg, arms)
+    one = {cell.arm: cell for cell in arms}.values()
+    return [
+        _at_rate(cell, rate, seed, "tune")
+        for seed in tune.seeds
+        for cell in one
+        for rate in rates.grid(cell.rate, tune.points, tune.octaves)
+    ]
+
+
+def confirming(arms: Sequence[Cell], chosen: Mapping[str, float]) -> list[Cell]:
+    """The second stage: every cell at the learning rate that was chosen for its arm."""
+    return [_at_rate(cell, chosen[cell.arm], cell.seed, "confirm") for cell in arms]
+
+
+def place(cell: Cell, x: str | None) -> float | None:
+    """Where a cell's arm stands on the axis of the study: `x`, or else its first factor."""
+    value = config.get(cell.trial.tree, x) if x else next(iter(cell.factors.values()), None)
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return float(value) if is_number else None  # type: ignore[arg-type]
+
+
+def _check_tuning(cfg: config.Config, arms: Sequence[Cell]) -> None:
+    tune = cfg.study.tune
+    if not cfg.study.seeds and cfg.seed in tune.seeds:
+        raise UserError(
+            f"study.tune.seeds has {cfg.seed}, which is `seed`: figures need fresh seeds"
+        )
+    for cell in arms:
+        for rate in rates.grid(cell.rate, tune.points, tune.octaves):
+            if rate > 10:
+                raise UserError(
+                    f"study.tune.points {tune.points} with study.tune.octaves {tune.octaves:g} "
+                    f"tries the learning rate {rate:.3g} for '{cell.arm}'; the most is 10"
+                )
+    if tune.smooth != "none":
+        places = {cell.arm: place(cell, cfg.study.x) for cell in arms}
+        least = 4 if tune.smooth == "quadratic" else 3
+        wrong = next((arm for arm, x in places.items() if x is None), None)
+        if wrong is not None:
+            raise UserError(
+                f"study.tune.smooth is '{tune.smooth}', but the factor of arm '{wrong}' is no "
+                "number; give study.x a numeric field, or study.tune.smooth=none"
+            )
+        if len(set(places.values())) < least:
+            raise UserError(
+                f"study.tune.smooth is '{tune.smooth}', which needs {least} different values of "
+                f"the factor, got {len(set(places.values()))}"
+            )
+
+
+def _at_rate(cell: Cell, rate: float, seed: int, stage: Literal["tune", "confirm"]) -> Cell:
+    tree = config.override(cell.trial.tree, {"train.lr": rate, "seed": seed})
+    factors = {**cell.factors, "train.lr": rate} if stage == "tune" else cell.factors
+    trial = trial_module.resolve(tree)
+    return replace(cell, factors=factors, seed=seed, trial=trial, stage=stage)
 
 
 def full(tree: Mapping[str, Any]) -> dict[str, Any]:
@@ -72,6 +238,8 @@ def factor_names(cfg: config.Config) -> list[str]:
     """Dotted fields in which the study's trials differ, seeds apart."""
     study = cfg.study
     names = [*study.grid, *itertools.chain.from_iterable(study.arms.values()), *study.search]
+    if cfg.match.by is not None and cfg.match.arms == "both" and not study.search:
+        names.append("match.arms")
     return list(dict.fromkeys(names))
 
 
@@ -83,7 +251,17 @@ def proposed(
     cfg = config.load(base)
     label = _label(changes)
     seeds = cfg.study.seeds or [cfg.seed]
-    return [_cell(base, label, changes, list(changes), seed, resolve) for seed in seeds]
+    goal = _search_goal(cfg)
+    return [_cell(base, label, changes, list(changes), seed, resolve, goal) for seed in seeds]
+
+
+def _search_goal(cfg: config.Config) -> _Goal | None:
+    match = cfg.match
+    if match.by is None or match.arms == "unmatched":
+        return None
+    if not isinstance(match.target, int | float):
+        raise UserError("match.target must be a figure with study.search: there is no first arm")
+    return _Goal(match.target, "match.target")
 
 
 def check_search(tree: Mapping[str, Any], resolve: Resolve | None = None) -> None:
@@ -92,6 +270,7 @@ def check_search(tree: Mapping[str, Any], resolve: Resolve | None = None) -> Non
     cfg = config.load(base)
     _check_fields(list(cfg.study.search))
     seed = (cfg.study.seeds or [cfg.seed])[0]
+    goal = _search_goal(cfg)
     for name, dim in cfg.study.search.items():
         if dim.integer and any(v is not None and v != int(v) for v in (dim.low, dim.high)):
             raise UserError(f"study.search.{name}: 'low' and 'high' of whole numbers must be whole")
@@ -101,7 +280,7 @@ def check_search(tree: Mapping[str, Any], resolve: Resolve | None = None) -> Non
         ends = dim.choices if dim.choices is not None else [cast(dim.low or 0), cast(dim.high or 0)]
         for value in ends:
             changes = {name: value}
-            _cell(base, _label(changes), changes, [name], seed, resolve)
+            _cell(base, _label(changes), changes, [name], seed, resolve, goal)
 
 
 def _cell(
@@ -111,10 +290,14 @@ def _cell(
     fields: Sequence[str],
     seed: int,
     resolve: Resolve | None,
+    goal: _Goal | None,
 ) -> Cell:
+    resolve = resolve or trial_module.resolve
     try:
         tree = config.override(_with_options(base, changes), {**changes, "seed": seed})
-        trial = (resolve or trial_module.resolve)(tree)
+        trial = resolve(tree)
+        if goal is not None:
+            trial = resolve(_match(trial, goal))
     except UserError as error:
         if not changes:
             raise
@@ -153,8 +336,8 @@ def _check_fields(names: Sequence[str]) -> None:
     for name in names:
         if name == "seed":
             raise UserError("'seed' cannot be a factor of a study: give study.seeds instead")
-        if name.split(".")[0] in ("study", "tracker"):
-            raise UserError(f"'{name}' cannot be a factor of a study: it changes no trial")
+        if name.split(".")[0] in ("study", "tracker", "match"):
+            raise UserError(f"'{name}' cannot be a factor of a study: it is one thing for all arms")
 
 
 def _label(changes: Mapping[str, Any]) -> str:

@@ -37,13 +37,20 @@ def frame(path: Path | str) -> pd.DataFrame:
         rows.append(
             {
                 "key": key,
-                "arm": cell.get("arm"),
+                "arm": _arm(cell),
                 "seed": cell.get("seed"),
                 "orphan": bool(cells) and key not in cells,
                 **_state(folder.run(key) if key in cells else runs[key]),
             }
         )
     return pd.DataFrame(rows, columns=list(COLUMNS))
+
+
+def _arm(cell: dict[str, Any]) -> str | None:
+    """The arm's label, with the learning rate of a run that looks for the arm's own."""
+    if cell.get("stage") != "tune":
+        return cell.get("arm")
+    return f"{cell['arm']}, tuning lr={cell['factors']['train.lr']:.3g}"
 
 
 def _state(run: RunFolder) -> dict[str, Any]:

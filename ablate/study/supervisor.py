@@ -4,12 +4,17 @@ A slot trains one trial at a time in a child process of its own, and has the nex
 torch meanwhile. A trial is claimed by its run folder's lock, which the child holds and its death
 frees; so any number of invocations of the same command may work on one study, and a kill at any
 moment leaves nothing to clean up. The run folders say what is finished; Optuna is told.
+
+A study with `study.tune` has two stages. The trials of the first are known from the start; once all
+of them have ended, the learning rates are fitted, written to study.json, and the trials of the
+second join the others. Every process comes to the same rates, as they follow from the results.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import selectors
 import signal
@@ -41,6 +46,7 @@ from ablate.study.progress import Display, Running, Snapshot
 from ablate.study.space import Cell
 from ablate.study.status import is_held
 from ablate.study.store import Store, objective
+from ablate.study.tune import Run, Tuning, tune
 from ablate.train import checkpoint
 from ablate.train.budget import Budget
 from ablate.train.environment import commit
@@ -55,7 +61,8 @@ REPEATS = 50  # proposals in a row that are known already, before a search count
 class StudyOutcome:
     """What became of a study.
 
-    causes: key -> why it failed; unfinished: keys that still wait (after a stop or a deadline).
+    causes: key -> why it failed; unfinished: keys that still wait (after a stop or a deadline);
+    problems: why the learning rates of the first stage cannot be confirmed.
     exit_code: 0 all done, 1 some failed or wait, 130 after Ctrl-C, 143 after SIGTERM.
     """
 
@@ -65,6 +72,7 @@ class StudyOutcome:
     causes: dict[str, str]
     unfinished: list[str]
     exit_code: int
+    problems: list[str] = field(default_factory=list)
 
 
 def run_study(
@@ -72,16 +80,18 @@ def run_study(
     *,
     console: Console | None = None,
     child_command: Sequence[str] | None = None,
+    words: Sequence[str] | None = None,
 ) -> StudyOutcome:
     """Run what is not finished of the study that a composed config describes.
 
+    words: of the command line that asked for it, which the report repeats.
     Raises UserError, before anything is written, when any of its trials cannot be run.
     """
     console = console or Console()
     cells = space.cells(tree)
     cfg = config.load(tree)
     command = list(child_command or (sys.executable, "-m", "ablate.study.child"))
-    return _Supervisor(space.full(tree), cfg, cells, console, command).run()
+    return _Supervisor(space.full(tree), cfg, cells, console, command, words).run()
 
 
 @dataclass
@@ -118,6 +128,7 @@ class _Supervisor:
     cells: list[Cell]
     console: Console
     command: list[str]
+    words: Sequence[str] | None = None
     done: set[str] = field(default_factory=set)
     causes: dict[str, str] = field(default_factory=dict)
     pruned: set[str] = field(default_factory=set)
@@ -132,8 +143,12 @@ class _Supervisor:
     repeats: int = 0
     start_failures: int = 0
     seconds: dict[str, float] = field(default_factory=dict)  # key -> what the trial took
+    arms: list[Cell] = field(default_factory=list)  # of a study that tunes: at their own rate
+    tuned: dict[str, Any] | None = None  # what the first stage came to, as study.json has it
 
     def __post_init__(self) -> None:
+        if self.cfg.study.tune.points:
+            self.arms, self.cells = self.cells, space.tuning(self.cfg, self.cells)
         self.folder = StudyFolder(Path(self.cfg.study.folder).expanduser() / self.cfg.study.name)
         self.selector = selectors.DefaultSelector()
         self.started = time.monotonic()
@@ -145,7 +160,8 @@ class _Supervisor:
         self._load_proposals()
         for line in _remarks(self.cells):
             self._say(line)
-        self._look_at_disk()
+        self._look_at_disk(self.cells)
+        self._advance()
         work = bool(self._missing() or self._may_propose())
         if work:
             try:
@@ -196,7 +212,58 @@ class _Supervisor:
         if self.cfg.study.search:
             self._load_proposals()
         fitting = any(cell.key not in self.too_long for cell in self._missing())
-        return fitting or self._may_propose()
+        return fitting or self._may_propose() or self._advance()
+
+    # --- two stages -----------------------------------------------------------------------------
+
+    def _advance(self) -> bool:
+        """From tuning to confirming, once every trial of the first stage has ended."""
+        if not self.arms or self.tuned is not None or self._missing() or self._untold():
+            return False
+        keys = sorted(cell.key for cell in self.cells)
+        before = self.folder.index().get("tuned") or {}
+        same = before.get("keys") == keys and not before.get("problems")
+        fitted = Tuning.of(before["fit"]) if same else self._fit_rates()
+        self.tuned = {"keys": keys, "fit": fitted.plain(), "problems": fitted.problems}
+        added: list[Cell] = []
+        if not fitted.problems:
+            added = space.confirming(self.arms, fitted.rates())
+            for fit in fitted.fits:
+                self._say(f"{fit.arm}: learning rate {fit.chosen:.3g} is confirmed")
+        self.cells += added
+        self._look_at_disk(added)
+        if hasattr(self, "store"):  # else it is all written in a moment
+            try:
+                self._write_index()
+                with self.folder.locked():
+                    self.store.reconcile(added)
+            except OSError as error:
+                self._say(f"study.json was not written ({error}); the next start makes up for it")
+        return bool(added)
+
+    def _untold(self) -> list[Cell]:
+        """Trials of the first stage that say nothing of their rate: failed, and not diverged."""
+        return [
+            cell
+            for cell in self.cells
+            if not self.causes.get(cell.key, "diverged").startswith("diverged")
+        ]
+
+    def _fit_rates(self) -> Tuning:
+        runs = []
+        for cell in self.cells:
+            loss = objective(self.folder.run(cell.key))
+            runs.append(Run(cell.arm, cell.rate, cell.seed, math.inf if loss is None else loss))
+        places = {cell.arm: space.place(cell, self.cfg.study.x) or 0.0 for cell in self.arms}
+        return tune(runs, smooth=self.cfg.study.tune.smooth, places=places)
+
+    def _problems(self) -> list[str]:
+        """Why a study that tunes has not come to its second stage."""
+        if not self.arms or self._missing():
+            return []
+        if self._untold():
+            return ["the learning rates are not known until the failed trials have been run again"]
+        return list((self.tuned or {}).get("problems", []))
 
     # --- slots ----------------------------------------------------------------------------------
 
@@ -214,7 +281,7 @@ class _Supervisor:
             workers = self.cfg.study.workers or max(
                 1, (cores or os.cpu_count() or 1) // self.cfg.train.threads
             )
-        if not self.cfg.study.search:
+        if not self.cfg.study.search and (not self.arms or self.tuned):
             workers = min(workers, max(1, len(self._missing())))
         return [gpus[i % len(gpus)] if gpus else None for i in range(workers)]
 
@@ -264,7 +331,7 @@ class _Supervisor:
     def _assign(self, child: _Child, cell: Cell) -> None:
         run = self.folder.run(cell.key)
         child.cell = cell
-        child.running = Running(cell.arm, cell.seed, time.monotonic())
+        child.running = Running(cell.name, cell.seed, time.monotonic())
         child.send(
             folder=str(run.path.resolve()),
             config=cell.trial.tree,
@@ -640,6 +707,7 @@ class _Supervisor:
                     "name": study.name,
                     "question": study.question,
                     "finding": study.finding,
+                    "margin": study.margin,
                     "x": study.x or (factors[0] if factors else None),
                     "factors": factors,
                     "cells": cells,
@@ -647,17 +715,24 @@ class _Supervisor:
                     "orphan_cells": {key: old[key] for key in orphans if key in old},
                     "search": self.tree["study"]["search"],
                     "proposals": before.get("proposals", []) if self.n_proposals else [],
+                    **({"tuned": self.tuned} if self.arms else {}),
                     **commit(),
+                    **self._command_line(before),
                     "config": self.tree,
                 }
             )
-        if orphans:
+        if orphans and not hasattr(self, "store"):
             self._say(f"{len(orphans)} runs of an earlier form of this study are kept, as orphans")
 
-    def _look_at_disk(self) -> None:
+    def _command_line(self, before: Mapping[str, Any]) -> dict[str, Any]:
+        if self.words is not None:
+            return {"command": ["python", "-m", "ablate", *self.words]}
+        return {"command": before["command"]} if "command" in before else {}
+
+    def _look_at_disk(self, cells: Sequence[Cell]) -> None:
         """Count what has ended before this start."""
         retry = self.cfg.study.retry == "failed"
-        for cell in self.cells:
+        for cell in cells:
             run = self.folder.run(cell.key)
             status = run.status()
             if run.result() is not None:
@@ -710,7 +785,7 @@ class _Supervisor:
 
     def _say_end(self, cell: Cell, state: str, cause: str | None = None) -> None:
         run = self.folder.run(cell.key)
-        text = f"{cell.arm}, seed {cell.seed}: {state}"
+        text = f"{cell.name}, seed {cell.seed}: {state}"
         value = objective(run)
         if state == "done" and value is not None:
             text += f", validation loss {value:.4f}"
@@ -722,6 +797,8 @@ class _Supervisor:
         running = [c.running for c in self.children if c.running is not None and c.cell is not None]
         n_seeds = len(self.cfg.study.seeds) or 1
         total = (self.cfg.study.n_trials or 0) * n_seeds if self.cfg.study.search else 0
+        if self.arms and self.tuned is None:
+            total = len(self.cells) + len(self.arms)
         total = max(total, len(self.cells))
         ended = len(self.done) + len(self.pruned) + len(self.causes)
         left = None
@@ -748,10 +825,17 @@ class _Supervisor:
 
     def _outcome(self) -> StudyOutcome:
         missing = [cell.key for cell in self._missing()]
+        problems = self._problems()
+        # A rate at which the loss diverges is an answer of the first stage, not a failure.
+        stages = {cell.key: cell.stage for cell in self.cells}
+        failed = any(
+            stages[key] == "confirm" or not cause.startswith("diverged")
+            for key, cause in self.causes.items()
+        )
         if self.signals:
             code = 128 + self.signals[0]
         else:
-            code = 1 if self.causes or missing or self._may_propose() else 0
+            code = 1 if failed or missing or problems or self._may_propose() else 0
         order = [cell.key for cell in self.cells]
         return StudyOutcome(
             folder=self.folder.path,
@@ -760,6 +844,7 @@ class _Supervisor:
             causes=dict(self.causes),
             unfinished=missing,
             exit_code=code,
+            problems=problems,
         )
 
 
@@ -775,7 +860,8 @@ def summary(outcome: StudyOutcome) -> Table:
         state = (
             "done" if cell.key in done else "failed" if cell.key in outcome.causes else "waiting"
         )
-        arms.setdefault(cell.arm, Counter())[state] += 1
+        name = cell.arm if cell.stage == "confirm" else f"{cell.arm}, tuning"
+        arms.setdefault(name, Counter())[state] += 1
     for arm, counts in arms.items():
         table.add_row(
             arm, *(str(counts[s]) if counts[s] else "" for s in ("done", "failed", "waiting"))
@@ -786,9 +872,11 @@ def summary(outcome: StudyOutcome) -> Table:
 def _causes(outcome: StudyOutcome) -> Iterator[str]:
     for cell in outcome.cells:
         if cell.key in outcome.causes:
-            yield f"failed: {cell.arm}, seed {cell.seed} ({cell.key}): {outcome.causes[cell.key]}"
+            yield f"failed: {cell.name}, seed {cell.seed} ({cell.key}): {outcome.causes[cell.key]}"
     if outcome.causes:
         yield "study.retry=failed runs the failed ones again"
+    for problem in outcome.problems:
+        yield f"the confirming stage has not begun: {problem}"
 
 
 def _remarks(cells: Sequence[Cell]) -> Iterator[str]:
@@ -806,6 +894,7 @@ def _index_cells(cells: Sequence[Cell]) -> dict[str, dict[str, Any]]:
             "factors": cell.factors,
             "seed": cell.seed,
             **({"also": list(cell.also)} if cell.also else {}),
+            **({"stage": cell.stage} if cell.stage == "tune" else {}),
         }
         for cell in cells
     }

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from ablate import config
+from ablate.arch import match as matching
 from ablate.arch.spec import Architecture
 from ablate.config import Config, DataConfig
 from ablate.data import model_vocab
@@ -51,6 +52,7 @@ def resolve(tree: Mapping[str, Any]) -> Trial:
     warnings: list[str] = []
     _check_data(cfg)
     architecture = Architecture.from_config(cfg.arch, vocabulary(cfg))
+    matching.check(cfg.match, architecture, cfg.data.seq_len)
     _check_recall(cfg)
     _check_windows(cfg, architecture, warnings)
     _check_train(cfg, warnings)
@@ -129,19 +131,17 @@ def _check_recall(cfg: Config) -> None:
 
 def _check_windows(cfg: Config, architecture: Architecture, warnings: list[str]) -> None:
     length = cfg.data.seq_len
-    for letter in sorted(set(architecture.pattern)):
-        kind = KINDS[letter]
-        window = getattr(architecture.options[kind.name], "window", None)
-        if window is None:
-            continue
+    layers = zip(architecture.letters, architecture.layer_options, strict=True)
+    windows = {(KINDS[letter].name, getattr(options, "window", None)) for letter, options in layers}
+    for name, window in sorted((n, w) for n, w in windows if w is not None):
         if window > length:
             raise UserError(
-                f"arch.{kind.name}.window is {window}, longer than data.seq_len {length}: it would "
+                f"arch.{name}.window is {window}, longer than data.seq_len {length}: it would "
                 f"be full attention; give at most {length}"
             )
         if length < 2 * window:
             warnings.append(
-                f"data.seq_len {length} is less than twice arch.{kind.name}.window {window}: most "
+                f"data.seq_len {length} is less than twice arch.{name}.window {window}: most "
                 "tokens never lose sight of another"
             )
 

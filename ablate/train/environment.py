@@ -51,9 +51,8 @@ def numerics(cfg: TrainConfig, device: torch.device) -> Iterator[None]:
     if cfg.deterministic:
         # Read by cuBLAS when it starts; without it some of its products differ between runs.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        # An operation without a deterministic form (cumsum on CUDA, in the PyTorch fallbacks of
-        # our kernels) warns in the log instead of failing the trial.
-        torch.use_deterministic_algorithms(True, warn_only=True)
+        # With warn_only, attention's backward would take its faster, varying form.
+        torch.use_deterministic_algorithms(True)
         # Filling every new tensor with NaN is a debugging aid that costs a pass over memory.
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     try:

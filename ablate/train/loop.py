@@ -669,4 +669,5 @@ class _Run:
             "train_flops_per_token": cost.train_flops,
             "state_bytes": cost.state_bytes,
             **arch.shares(),
+            "match": self.cfg.match.certificate,
         }

@@ -40,17 +40,27 @@ _GPUS: tuple[tuple[str, float, float], ...] = (
 )
 
 
+def data_sheet(name: str) -> tuple[float, float] | None:
+    """(bf16, fp32) FLOP/s of the GPU of this name; None where it is not known."""
+    for part, tensor, plain in _GPUS:
+        if part.upper() in name.upper():
+            return tensor * 1e12, plain * 1e12
+    return None
+
+
+def known_gpus() -> str:
+    return ", ".join(part for part, _, _ in _GPUS)
+
+
 @functools.cache
 def peak_flops(device: str, bf16: bool, threads: int = 1) -> tuple[float, str]:
     """(FLOP/s, "data sheet" or "measured") of `device`, "cpu" or "cuda", for one trial.
 
     Measured once in a process, in half a second; `threads` is part of the cache's key.
     """
-    if device == "cuda":
-        name = torch.cuda.get_device_name()
-        for part, tensor, plain in _GPUS:
-            if part in name:
-                return (tensor if bf16 else plain) * 1e12, "data sheet"
+    rates = data_sheet(torch.cuda.get_device_name()) if device == "cuda" else None
+    if rates is not None:
+        return rates[0 if bf16 else 1], "data sheet"
     return _measure(device, bf16), "measured"
 
 

@@ -30,6 +30,8 @@ def cause_of(error: BaseException) -> str:
         return f"disk full: {text}"
     if isinstance(error, TrialFailed):
         return text
+    if "does not have a deterministic implementation" in text:
+        return f"use train.deterministic=false, an operation has no deterministic form: {text}"
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 

@@ -129,8 +129,8 @@ def test_options_of_used_kinds_only():
     arch = Architecture("mS-x2", d_model=64, vocab_size=128, options=OPTIONS)
     assert arch.pattern == "mS-mS-"
     assert list(arch.options) == ["mamba1", "swa", "mlp"]
-    assert arch.options_of("S").window == 16
-    assert arch.options_of("m").d_inner == 128
+    assert arch.options["swa"].window == 16
+    assert arch.options["mamba1"].d_inner == 128
     assert arch.init_std == pytest.approx((2 / 5 / 64) ** 0.5)
     with pytest.raises(dataclasses.FrozenInstanceError):
         arch.d_model = 3
@@ -188,7 +188,7 @@ def test_cost_sums_the_contracts(tied):
     arch = Architecture(
         "mM-*S-", d_model=64, vocab_size=128, tie_embeddings=tied, options={"swa": {"window": 16}}
     )
-    options = [arch.options_of(letter) for letter in arch.letters]
+    options = arch.layer_options
     cost = arch.cost(100)
     embeddings = 128 * 64 * (1 if tied else 2)
     assert cost.params == arch.num_params()

@@ -14,7 +14,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 sys.path.insert(0, str(Path(__file__).parent))  # for the helpers _check and _compile
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
@@ -27,8 +26,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="needs TRITON_INTERPRET=1"))
         if item.get_closest_marker("compile") and (INTERPRET or not HAS_TRITON):
             item.add_marker(pytest.mark.skip(reason="compiles; not under TRITON_INTERPRET=1"))
-        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
-            item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
 
 
 def _repair_interpreter() -> None:

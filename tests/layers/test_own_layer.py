@@ -100,7 +100,7 @@ def config(**fields):
 
 def test_it_is_a_kind_like_the_others():
     arch = Architecture.from_config(config(), 128)
-    assert arch.options_of("W").rank == 3
+    assert arch.options["average"].rank == 3
     assert arch.canonical()["options"]["average"] == {"rank": 3}
     assert arch.shares()["attention_of_mixers"] == 0
     lm = LanguageModel(arch)
@@ -128,7 +128,7 @@ def test_its_options_are_checked_as_ours_are():
 def test_a_module_imported_before_is_taken():
     import my_pkg.my_layer  # noqa: F401
 
-    assert Architecture.from_config(config(), 128).options_of("W").rank == 3
+    assert Architecture.from_config(config(), 128).options["average"].rank == 3
 
 
 @pytest.mark.parametrize(

@@ -225,3 +225,94 @@ def write_study(
         },
     )
     return path
+
+
+def write_two_stages(
+    path: Path,
+    *,
+    shares: Sequence[float] = (0.0, 0.125, 0.25, 0.5),
+    points: int = 5,
+    noise: float = 0.004,
+    confirm: bool = True,
+    best: float = 2.6e-3,
+    margin: float | None = None,
+    random: int = 0,
+    **match: Any,
+) -> Path:
+    """A study of matched arms that tuned its learning rates: real configs, planted losses.
+
+    best: the arms' optimal rate; confirm: whether the second stage has run.
+    """
+    from ablate import config
+    from ablate.study import space
+    from ablate.study.tune import Run, tune
+
+    rng = np.random.default_rng(random)
+    full = tree({"arch.n_layers": 24, "arch.d_model": 128, "train.lr": 3e-3})
+    full["arch"]["attention"] = {"head_dim": 32, "n_heads": 4}
+    full["data"]["mqar"]["share"] = 0.0
+    full["evaluate"]["mqar_rows"] = 0
+    full["match"] |= {"by": "attention_inner", **match}
+    full["study"] |= {
+        "name": path.name,
+        "question": "What share of the layers should be attention?",
+        "finding": "attention_share",
+        "grid": {"arch.attention_share": list(shares)},
+        "seeds": [0, 1, 2],
+        "tune": {**full["study"]["tune"], "points": points},
+    }
+    cfg = config.load(full)
+    arms = space.cells(full)
+    cells, runs = {}, []
+
+    def write(cell: Any, loss: float) -> None:
+        arch = cell.trial.architecture
+        cost = arch.cost(cfg.data.seq_len)
+        content = result(loss=loss, params=cost.non_embedding_params, layers=24, lr=cell.rate)
+        content["architecture"] |= {
+            **arch.shares(),
+            "pattern": arch.pattern,
+            "train_flops_per_token": cost.train_flops,
+            "state_bytes": cost.state_bytes,
+            "match": cell.trial.config.match.certificate,
+        }
+        run = RunFolder(path / cell.key)
+        run.create(cell.trial.tree)
+        run.write_environment(ENVIRONMENT)
+        curve(run, loss, None, content["train"]["tokens"], cell.seed)
+        generation = run.begin()
+        run.write_result(content, generation)
+        run.end("done", generation)
+
+    def entry(cell: Any) -> dict[str, Any]:
+        tuning = {"stage": "tune"} if cell.stage == "tune" else {}
+        return {"arm": cell.arm, "factors": cell.factors, "seed": cell.seed, **tuning}
+
+    def excess(rate: float) -> float:
+        return 0.02 * float(np.log2(rate / best)) ** 2
+
+    for cell in space.tuning(cfg, arms):
+        loss = 2.3 + excess(cell.rate) + float(rng.normal(0, noise))
+        write(cell, loss)
+        runs.append(Run(cell.arm, cell.rate, cell.seed, loss + 0.01))
+        cells[cell.key] = entry(cell)
+    found = tune(runs)
+    tuned = {"keys": sorted(cells), "fit": found.plain(), "problems": found.problems}
+    if confirm and not found.problems:
+        lucky = rng.normal(0, noise * 0.5, 3)
+        for cell in space.confirming(arms, found.rates()):
+            gain = 0.0 if cell.factors["arch.attention_share"] == 0 else -0.03
+            loss = 2.3 + gain + excess(cell.rate) + lucky[cell.seed] + float(rng.normal(0, noise))
+            write(cell, loss)
+            cells[cell.key] = entry(cell)
+    content = {
+        **{name: getattr(cfg.study, name) for name in ("name", "question", "finding")},
+        "factors": space.factor_names(cfg),
+        "x": "arch.attention_share",
+        "margin": margin,
+        "cells": cells,
+        "orphans": [],
+        "tuned": tuned,
+    }
+    write_json(path / "study.json", content)
+    return path

@@ -5,7 +5,15 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from ablate.report.stats import ArmFit, fit_arms, fit_curve, many_to_one_quantile
+from ablate.report.stats import (
+    ArmFit,
+    adjust,
+    fit_arms,
+    fit_curve,
+    many_to_one_quantile,
+    seeds_for_equivalence,
+    seeds_needed,
+)
 
 # The Mamba-2 paper's curve (published_findings, companion to A.1): nats above the minimum by share.
 SHARES = np.array([0, 1, 2, 3, 4, 6, 8, 12]) / 24
@@ -114,3 +122,36 @@ def test_equivalence_is_rarely_claimed_at_the_margin() -> None:
     assert np.mean([c.holds for c in claims]) == pytest.approx(0.05, abs=0.02)
     same = [study(rng, np.zeros(4), 6).equivalence(ARMS[1], ARMS[0], margin) for _ in range(300)]
     assert np.mean([c.holds for c in same]) > 0.7
+
+
+def test_the_planned_seeds_keep_their_power() -> None:
+    rng = np.random.default_rng(8)
+    margin, effect = 0.008, 0.006
+    n = seeds_for_equivalence(margin, NOISE, n_arms=4, correlation=CORRELATION)
+    equal = [study(rng, np.zeros(4), n).equivalence(ARMS[1], ARMS[0], margin) for _ in range(800)]
+    assert 0.77 <= np.mean([e.holds for e in equal]) <= 0.92  # whole seeds: a little more than 80%
+    n = seeds_needed(effect, NOISE, n_arms=4, correlation=CORRELATION)
+    truth = np.array([0.0, effect, 0.0, 0.0])
+    found = [study(rng, truth, n).difference(ARMS[1], ARMS[0]).p < 0.05 for _ in range(800)]
+    assert 0.76 <= np.mean(found) <= 0.92
+    fewer = [study(rng, truth, n - 1).difference(ARMS[1], ARMS[0]).p < 0.05 for _ in range(800)]
+    assert np.mean(fewer) < 0.82
+
+
+def test_a_part_of_a_fit_keeps_the_noise_of_all() -> None:
+    fit = study(np.random.default_rng(9), EXCESS, 4)
+    part = fit.only(ARMS[2:5])
+    assert (part.df, part.sigma) == (fit.df, fit.sigma)
+    assert part.difference(ARMS[3], ARMS[2]) == fit.difference(ARMS[3], ARMS[2])
+    assert part.mean(ARMS[4]) == fit.mean(ARMS[4])
+
+
+def test_holm_over_all_claims_keeps_a_null_null() -> None:
+    rng = np.random.default_rng(10)
+    wrong = []
+    for _ in range(400):  # two metrics of one null study
+        fits = [study(rng, np.zeros(5), 4) for _ in range(2)]
+        claims = [f.difference(arm, ARMS[0]).p for f in fits for arm in ARMS[1:5]]
+        wrong.append((adjust(claims) < 0.05).any())
+        assert (adjust(claims, "bh") <= adjust(claims) + 1e-12).all()
+    assert np.mean(wrong) <= 0.05 + 2.6 * np.sqrt(0.05 * 0.95 / 400)

@@ -19,7 +19,7 @@ from ablate.run import atomic_write
 from ablate.study.child import main
 
 STEPS = 8
-RAISES, KILLED, EXITS, FULL, SLOW, ONCE, DEAF = (0.1 + i / 1000 for i in range(1, 8))
+RAISES, KILLED, EXITS, FULL, SLOW, ONCE, DEAF, DIVERGES = (0.1 + i / 1000 for i in range(1, 9))
 
 
 def note(folder: Any, *words: Any) -> None:
@@ -30,6 +30,8 @@ def note(folder: Any, *words: Any) -> None:
 def misbehave(lr: float, step: int, generation: int) -> None:
     if lr == RAISES and step == 3:
         raise RuntimeError("the line says why")
+    if lr == DIVERGES and step == 3:
+        raise RuntimeError("diverged: the loss is not finite")
     if lr == KILLED and step == 3:
         os.kill(os.getpid(), signal.SIGKILL)
     if lr == EXITS and step == 3:
@@ -67,7 +69,9 @@ def train(cfg: Any, folder: Any, *, on_progress: Any, should_prune: Any) -> dict
                     folder.end("pruned", generation)
                     raise RuntimeError("the caller said so")
         except (RuntimeError, ValueError) as error:
-            if folder.status()["state"] == "running":
+            if lr == DIVERGES:
+                folder.end("failed", generation, str(error))
+            elif folder.status()["state"] == "running":
                 folder.end("failed", generation, f"{type(error).__name__}: {error}")
             raise
         except KeyboardInterrupt:

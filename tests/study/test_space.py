@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
 
 from ablate.errors import UserError
 from ablate.study.space import cells, proposed
+from ablate.study.trial import resolve
 
 
 def test_grid_times_arms_times_seeds(make: Any) -> None:
@@ -99,3 +101,86 @@ def test_a_proposal_is_a_cell_for_every_seed(make: Any) -> None:
     found = proposed(tree, {"train.lr": 0.00123456789})
     assert [(c.arm, c.seed) for c in found] == [("lr=0.00123457", 1), ("lr=0.00123457", 2)]
     assert found[0].factors == {"train.lr": 0.00123456789}
+
+
+# --- matched arms --------------------------------------------------------------------------------
+
+MATCHED = {
+    "arch.pattern": None,
+    "arch.n_layers": 8,
+    "arch.mlp_share": 0.0,
+    "arch.d_model": 32,
+    "arch.mamba2": {"d_state": 16, "head_dim": 16},
+    "arch.attention": {"head_dim": 8, "n_heads": 3},
+    "match.by": "attention_inner",
+    "match.tolerance": 0.02,
+    "study.grid": {"arch.attention_share": [0.0, 0.25, 0.5]},
+    "study.seeds": [0, 1],
+}
+
+
+def test_arms_are_matched_with_the_first_and_the_swap_runs_beside(make: Any) -> None:
+    found = cells(make(**MATCHED))
+    labels = ["attention_share=0", "attention_share=0.25", "attention_share=0.25, unmatched"]
+    labels += ["attention_share=0.5", "attention_share=0.5, unmatched"]
+    assert [c.arm for c in found] == 2 * labels
+    sizes = {c.arm: c.trial.architecture.non_embedding_params() for c in found}
+    assert sizes["attention_share=0.5"] == pytest.approx(sizes["attention_share=0"], rel=0.02)
+    assert sizes["attention_share=0.5, unmatched"] < 0.9 * sizes["attention_share=0"]
+    assert [c.factors["match.arms"] for c in found[:3]] == ["matched", "matched", "unmatched"]
+    certificate = found[3].certificate
+    assert certificate is not None
+    assert certificate.reference == "'attention_share=0'"
+    assert certificate.after["non_embedding_params"] == sizes["attention_share=0.5"]
+    assert certificate.before["non_embedding_params"] == sizes["attention_share=0.5, unmatched"]
+    assert found[4].certificate is None
+    # what a child gets is enough to make the same architecture and key
+    again = resolve(json.loads(json.dumps(found[3].trial.tree)))
+    assert (again.key, again.architecture) == (found[3].key, found[3].trial.architecture)
+
+
+def test_the_unmatched_swap_is_the_study_without_matching(make: Any) -> None:
+    plain = {c.key: c.arm for c in cells(make(**{**MATCHED, "match.by": None}))}
+    both = {c.key: c.arm for c in cells(make(**MATCHED))}
+    alone = {c.key for c in cells(make(**MATCHED, **{"match.arms": "unmatched"}))}
+    assert set(plain) == alone
+    assert set(plain) < set(both)
+    assert {both[k] for k in plain} == {a for a in both.values() if "un" in a or a.endswith("=0")}
+    only = cells(make(**MATCHED, **{"match.arms": "matched"}))
+    assert [c.arm for c in only[:3]] == [f"attention_share={s}" for s in ("0", "0.25", "0.5")]
+    assert "match.arms" not in only[0].factors
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"match.tolerance": 1e-5}, r"cell 'attention_share=0\.25': match\.quantity.*nearest"),
+        (
+            {"match.target": "attention_share=1"},
+            r"match\.target is 'attention_share=1', but no arm",
+        ),
+        ({"match.quantity": "state_bytes", "match.by": "layers"}, "beyond match.tolerance"),
+        ({"study.grid": {}}, r"match\.target must be a figure"),
+        ({"study.grid": {"match.by": ["state"]}}, r"'match\.by' cannot be a factor"),
+        (
+            {
+                "study.grid": {},
+                "study.search": {"train.lr": {"low": 1e-4, "high": 1e-2}},
+                "study.n_trials": 2,
+            },
+            r"match\.target must be a figure with study\.search",
+        ),
+    ],
+)
+def test_matching_mistakes(make: Any, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        cells(make(**{**MATCHED, **changes}))
+
+
+def test_a_target_can_be_a_figure_or_an_arm(make: Any) -> None:
+    given = cells(make(**{**MATCHED, "match.target": 24_000, "match.force": True}))
+    assert given[1].certificate is not None
+    assert given[1].certificate.target == 24_000
+    last = cells(make(**{**MATCHED, "match.target": "attention_share=0.5", "match.force": True}))
+    assert last[-1].certificate is not None
+    assert not last[-1].certificate.changes
