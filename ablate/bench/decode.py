@@ -79,9 +79,7 @@ def measure(
 
 def _contract(arch: Architecture, context: int, dtype: torch.dtype) -> int:
     """Bytes of one sequence's caches by the layers' contracts."""
-    return sum(
-        arch.options_of(letter).state_bytes(context, dtype.itemsize) for letter in arch.letters
-    )
+    return sum(options.state_bytes(context, dtype.itemsize) for options in arch.layer_options)
 
 
 def _speed(
