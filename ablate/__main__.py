@@ -328,8 +328,16 @@ def _bench(args: list[str]) -> int:
         return kernels.run(args[1:])
     if what == "decode":
         from ablate.bench import decode
+        from ablate.compose import choices_of, compose
+        from ablate.config import ArchConfig
 
-        return decode.run(args[1:])
+        return decode.run(
+            args[1:],
+            known=[name for name in choices_of("arch") if name != "hybrid"],
+            section_of=lambda name: ArchConfig.model_validate(
+                compose([f"arch={name}", "scale=cpu"]).tree["arch"]
+            ),
+        )
     raise UserError(f"bench has 'data', 'kernels' and 'decode', got '{what}'")
 
 

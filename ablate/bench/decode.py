@@ -15,7 +15,7 @@ import argparse
 import contextlib
 import gc
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,11 +23,11 @@ from rich.console import Console
 from rich.table import Table
 
 from ablate.arch.spec import Architecture
-from ablate.compose import choices_of, compose
 from ablate.config import ArchConfig
 from ablate.errors import UserError, did_you_mean
 from ablate.model import Decoder, LanguageModel, cast_weights
 
+Section = Callable[[str], ArchConfig]
 CONTEXTS = (1024, 4096, 16384, 65536, 131072)
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -117,17 +117,17 @@ def _speed(
     return batch * n / run(n)
 
 
-def _architectures(options: argparse.Namespace) -> dict[str, Architecture]:
+def _architectures(
+    options: argparse.Namespace, known: Sequence[str], section_of: Section
+) -> dict[str, Architecture]:
     found = {}
-    known = [name for name in choices_of("arch") if name != "hybrid"]
     for name in options.names:
         if name not in known:
             raise UserError(
                 f"bench decode: there is no architecture '{name}'{did_you_mean(name, known)}; "
                 f"there are {', '.join(known)}"
             )
-        section = compose([f"arch={name}", "scale=cpu"]).tree["arch"]
-        arch = ArchConfig.model_validate(section)
+        arch = section_of(name)
         found[name] = Architecture.from_config(arch, arch.vocab_size or options.vocab_size)
     for pattern in options.pattern or []:
         found[pattern] = Architecture(
@@ -149,8 +149,17 @@ def _contexts(text: str) -> list[int]:
     return [_whole(part) for part in text.split(",")]
 
 
-def run(args: Sequence[str], console: Console | None = None) -> int:
-    """Print a row for each context with every architecture beside the first; 0."""
+def run(
+    args: Sequence[str],
+    *,
+    known: Sequence[str],
+    section_of: Section,
+    console: Console | None = None,
+) -> int:
+    """Print a row for each context with every architecture beside the first; 0.
+
+    known: names of published architectures; section_of: their `arch` section by name.
+    """
     parser = argparse.ArgumentParser(prog="python -m ablate bench decode", description=__doc__)
     parser.add_argument("names", nargs="*", help="published architectures: `ablate cost --help`")
     parser.add_argument("--pattern", action="append", help="a pattern of one's own")
@@ -165,7 +174,7 @@ def run(args: Sequence[str], console: Console | None = None) -> int:
     dtype = DTYPES[options.dtype or ("bf16" if device.type == "cuda" else "fp32")]
     rows: list[Row] = []
     names = []
-    for name, arch in _architectures(options).items():
+    for name, arch in _architectures(options, known, section_of).items():
         names.append(name)
         with contextlib.suppress(torch.cuda.OutOfMemoryError):
             rows += measure(
@@ -198,7 +207,7 @@ def _table(rows: Sequence[Row], names: Sequence[str], title: str) -> Table:
         for name in names:
             row = at.get((name, context))
             fits = row is not None and row.tokens_per_second == row.tokens_per_second
-            cells.append(f"{row.tokens_per_second:,.0f}" if row and fits else "no memory")
+            cells.append(f"{row.tokens_per_second:,.4g}" if row and fits else "no memory")
             cells.append(f"{row.state_bytes / 2**20:,.1f} MiB" if row else "")
             if name != names[0]:
                 told = row and fits and first and first.tokens_per_second > 0

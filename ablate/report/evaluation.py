@@ -109,7 +109,7 @@ class Evaluations:
                     pairs = ", ".join(f"{s}: {v:.0%}" for s, v in zip(sizes, y, strict=True))
                     told.append(f"{task}, {self.analysis.short(arm)}: {pairs}")
                 ax.set_xscale("log", base=2)
-                ax.set_xticks(sizes, [si(s) for s in sizes])
+                ax.set_xticks(sizes, [_size(s) for s in sizes])
                 ax.xaxis.set_minor_locator(NullLocator())
                 ax.set_ylim(-0.04, 1.04)
                 ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
@@ -142,9 +142,7 @@ class Evaluations:
                     image = ax.imshow(
                         grid.to_numpy(), aspect="auto", vmin=0, vmax=1, cmap="viridis"
                     )
-                    ax.set_xticks(
-                        range(len(grid.columns)), [si(float(str(c))) for c in grid.columns]
-                    )
+                    ax.set_xticks(range(len(grid.columns)), [_size(c) for c in grid.columns])
                     ax.set_yticks(
                         range(len(grid.index)), [f"{float(str(d)):.0%}" for d in grid.index]
                     )
@@ -204,6 +202,12 @@ class Evaluations:
 
 
 # --- items ---------------------------------------------------------------------------------------
+
+
+def _size(value: Any) -> str:
+    """A number of tokens or entries: 1024 as it is, 131k short."""
+    number = float(value)
+    return f"{number:.0f}" if number < 1e5 else si(number)
 
 
 @dataclass(frozen=True)
