@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from rich import box
 from rich.table import Table
 
 from ablate.arch.certificate import QUANTITIES
@@ -119,15 +120,16 @@ def summary(frame: pd.DataFrame) -> Table:
     analysis = analyse(frame)
     metrics = [analysis.comparisons[m.column] for m in _shown(analysis)]
     title = analysis.study.get("question") or analysis.study.get("name") or None
-    table = Table(title=title, title_justify="left", caption=_interval_note(metrics))
+    note = _interval_note(metrics)
+    table = Table(title=title, title_justify="left", caption=note, box=box.SIMPLE_HEAD)
     table.caption_justify = "left"
     plain = analysis.axis.numeric and (analysis.arms["series"] == "").all()
-    name = str(analysis.axis.field).rpartition(".")[2] if plain else "arm"
+    name = str(analysis.axis.field).rpartition(".")[2].replace("_", " ") if plain else "arm"
     table.add_column(name, overflow="fold", justify="right" if plain else "left")
     table.add_column("runs", justify="right")
     for comparison in metrics:
         table.add_column(_heading(comparison), justify="right")
-    table.add_column("parameters", justify="right")
+    table.add_column("params", justify="right")
     for arm, row in analysis.arms.iterrows():
         cells = [_mean(c, str(arm)) for c in metrics]
         table.add_row(
@@ -271,7 +273,11 @@ def _difference_row(
     scale = 100.0 if metric.percent else 1.0
 
     def signed(value: float) -> str:
-        return f"{scale * value:+.{digits}f}".replace("-", "−") if math.isfinite(value) else "–"
+        if not math.isfinite(value):
+            return "–"
+        if metric.percent:  # accuracies differ by 100 points at most
+            value = min(max(value, -1.0), 1.0)
+        return f"{scale * value:+.{digits}f}".replace("-", "−")
 
     def between(name: str) -> str:
         return f"{signed(row[f'{name}low'])} to {signed(row[f'{name}high'])}"

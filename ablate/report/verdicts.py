@@ -60,8 +60,8 @@ class Metric:
         return f"{abs(difference):.{self.digits(half_width)}f} {self.unit.split(' ')[0]}".strip()
 
     def show_range(self, low: float, high: float) -> str:
-        if self.percent:
-            return f"{100 * low:.0f} to {100 * high:.0f}"
+        if self.percent:  # accuracies differ by 100 points at most, whatever the t interval says
+            return f"{100 * max(low, -1):.0f} to {100 * min(high, 1):.0f}"
         digits = self.digits((high - low) / 2)
         return f"{low:.{digits}f} to {high:.{digits}f}"
 
