@@ -25,8 +25,9 @@ and read what the difference does to loss and recall.
   cost      layers, parameters, FLOPs and state bytes of an architecture
   status    FOLDER...      states of the trials of a study
   report    FOLDER...      tables, plots and one page from run folders
+  evaluate  RUN_FOLDER     recall, benchmarks and loss over length of a trained model
   rerun     RUN_FOLDER     train one trial again and compare its losses
-  bench     data | kernels speed of the loader, or of the kernels beside their peers
+  bench     data | kernels | decode   speed of the loader, the kernels, of decoding
 
   python -m ablate +sweep=attn_ratio             what share of the layers should be attention?
   python -m ablate +sweep=attn_ratio scale=14m   the same question, larger
@@ -97,11 +98,27 @@ usage: python -m ablate rerun RUN_FOLDER
 Trains a finished trial again from its own config.yaml, in a temporary folder, and compares the
 losses. Exit code 0 when they agree within the stated tolerance, 1 when not.
 """,
+    "evaluate": """\
+usage: python -m ablate evaluate RUN_FOLDER | MODEL [name=value ...]
+
+Evaluates trained weights (train.keep=weights keeps them), or a transformers model from a folder
+or the hub, whose own code is never run. Writes RUN_FOLDER/evaluation/: a file a task, with items.
+Without settings: what the run's config asks for, or every recall task.
+
+  recall=[phonebook,needle]  phonebook, phonebook_reversed, passkey, needle, needle_multivalue,
+                             mqar_text, induction, copying
+  sizes="{{entries: [10, 20], lengths: [1024], items: 50}}"
+  suites=[small,piqa@5]      small, mamba7b, btlm, oute, empirical12, mmlu, or single tasks
+  local_data=FOLDER          <task>/<split>.jsonl instead of the hub
+  length=[1,2,4]             loss on the same tokens at multiples of the training length
+  long_documents=FILE        limit=100        device=cpu       out=FOLDER
+""",
     "bench": """\
-usage: python -m ablate bench data | kernels
+usage: python -m ablate bench data | kernels | decode NAME...
 
 data     tokens a second that the loader delivers, against ten times the fastest planned step
 kernels  our kernels beside every installed peer, on a GPU
+decode   tokens a second and bytes of state against context, architectures side by side
 """,
 }
 
@@ -293,6 +310,12 @@ def _rerun(args: list[str]) -> int:
     return max(rerun(folder) for folder in folders)
 
 
+def _evaluate(args: list[str]) -> int:
+    from ablate.evaluate.trial import command
+
+    return command(args)
+
+
 def _bench(args: list[str]) -> int:
     what = args[0] if args else ""
     if what == "data":
@@ -303,7 +326,19 @@ def _bench(args: list[str]) -> int:
         from ablate.bench import kernels
 
         return kernels.run(args[1:])
-    raise UserError(f"bench has 'data' and 'kernels', got '{what}'")
+    if what == "decode":
+        from ablate.bench import decode
+        from ablate.compose import choices_of, compose
+        from ablate.config import ArchConfig
+
+        return decode.run(
+            args[1:],
+            known=[name for name in choices_of("arch") if name != "hybrid"],
+            section_of=lambda name: ArchConfig.model_validate(
+                compose([f"arch={name}", "scale=cpu"]).tree["arch"]
+            ),
+        )
+    raise UserError(f"bench has 'data', 'kernels' and 'decode', got '{what}'")
 
 
 _VERBS: dict[str, Callable[[list[str]], int]] = {
@@ -313,6 +348,7 @@ _VERBS: dict[str, Callable[[list[str]], int]] = {
     "cost": _cost,
     "status": _status,
     "report": _report,
+    "evaluate": _evaluate,
     "rerun": _rerun,
     "bench": _bench,
 }

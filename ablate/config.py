@@ -180,6 +180,30 @@ class MQARConfig(Section):
     queries: int | None = Field(None, ge=1, description="queries in a row; null: one per pair")
 
 
+class WrittenConfig(Section):
+    """Recall documents of made names and numbers among the text rows (`ablate/data/written.py`)."""
+
+    share: float = Field(0.0, ge=0, le=1, description="share of the rows of each training batch")
+    kinds: list[Literal["phonebook", "pairs", "needle", "copying"]] = Field(
+        ["phonebook", "pairs", "needle", "copying"], description="kinds of documents, equally often"
+    )
+    entries: list[int] = Field([4, 24], description="fewest and most entries of a document")
+    scored: Literal["all", "answers"] = Field(
+        "answers", description="what the loss of these rows counts: all tokens, or answers alone"
+    )
+
+    @model_validator(mode="after")
+    def _ranges(self) -> WrittenConfig:
+        if not self.kinds:
+            raise ValueError("'recall.kinds' is empty")
+        if len(self.entries) != 2 or not 1 <= self.entries[0] <= self.entries[1] <= 1000:
+            raise ValueError(
+                f"'recall.entries' must be two numbers, 1 <= fewest <= most <= 1000, "
+                f"got {self.entries}"
+            )
+        return self
+
+
 class HubConfig(Section):
     name: str = Field("HuggingFaceFW/fineweb-edu", description="dataset on the Hugging Face hub")
     subset: str | None = Field("sample-10BT", description="its configuration")
@@ -211,6 +235,7 @@ class DataConfig(Section):
     reset_documents: bool = Field(False, description="layers do not see across documents in a row")
     allow_repeats: bool = Field(False, description="more than four epochs over the text")
     mqar: MQARConfig = MQARConfig()
+    recall: WrittenConfig = WrittenConfig()
     cache: str = operational("~/.cache/ablate", "folder of tokenised text")
     workers: int | None = operational(None, "processes that tokenise; null: one per core", ge=1)
 
@@ -297,12 +322,45 @@ class TrainConfig(Section):
         return self
 
 
+RecallTask = Literal[
+    "phonebook",
+    "phonebook_reversed",
+    "passkey",
+    "needle",
+    "needle_multivalue",
+    "mqar_text",
+    "induction",
+    "copying",
+]
+
+
 class EvaluateConfig(Section):
     tokens: int | None = Field(
         2_000_000, ge=1, description="validation tokens, of A and of B; null: all"
     )
     mqar_rows: int = Field(0, ge=0, description="held-out recall rows to score; 0: no recall score")
     mqar_pairs: list[int] | None = Field(None, description="pairs to score; null: data.mqar.pairs")
+    # What follows is run on the trained weights: asking for more never trains again.
+    suites: list[str] = operational([], "suites or tasks of lm-eval: small, btlm, piqa@5, …")
+    recall: list[RecallTask] = operational([], "recall tasks made offline")
+    sizes: dict[str, Any] = operational({}, "sizes of recall tasks: entries, lengths, items, …")
+    length: list[int] = operational(
+        [], "multiples of the training length to score the same targets at"
+    )
+    long_documents: str | None = operational(
+        None, "folder or file of long documents for `length`; null: those of validation B"
+    )
+    local_data: str | None = operational(
+        None, "folder of <task>/<split>.jsonl; null: the Hugging Face hub"
+    )
+    limit: int | None = operational(None, "documents of each benchmark; null: all", ge=1)
+    batch_tokens: int = operational(16384, "tokens of a batch that is evaluated", ge=256)
+
+    @model_validator(mode="after")
+    def _length(self) -> EvaluateConfig:
+        if any(multiple < 1 for multiple in self.length):
+            raise ValueError(f"'length' must be multiples of 1 or more, got {self.length}")
+        return self
 
 
 class SearchDimension(Section):

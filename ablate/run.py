@@ -140,6 +140,10 @@ class RunFolder:
     def evaluation(self, task: str) -> dict[str, Any] | None:
         return read_json(self.path / "evaluation" / f"{task}.json")
 
+    def evaluations(self) -> list[str]:
+        """Names of the tasks that have been evaluated."""
+        return sorted(path.stem for path in (self.path / "evaluation").glob("*.json"))
+
     # --- writing -------------------------------------------------------------------------------
 
     def lock(self, timeout: float = 0) -> FileLock:

@@ -20,6 +20,7 @@ from ablate.config import DataConfig
 from ablate.data import bits
 from ablate.data.recall import IGNORE, check_recall, packed_recall, recall_rows
 from ablate.data.tokens import Split, TokenSet
+from ablate.data.written import written_count, written_rows
 from ablate.errors import UserError
 
 MAX_EPOCHS = 4
@@ -83,7 +84,8 @@ class TrainStream:
     """Training batches; `batch(step)` depends on the text, the sizes, the seed and the step alone.
 
     Epoch e visits every window of the text once, in the e-th shuffle of the seed. Recall rows
-    (`data.mqar.share` of the rows, spread evenly over the batch) are new in every step.
+    (`data.mqar.share` of the rows, spread evenly over the batch) are new in every step, and so are
+    rows of recall documents (`data.recall.share`), which follow the text rows.
     """
 
     def __init__(
@@ -95,7 +97,8 @@ class TrainStream:
         if n_recall:
             length = data.mqar.length or data.seq_len
             check_recall(data.mqar.pairs, length, data.mqar.queries, token_set.vocab_size)
-        self.text_rows = batch_size - n_recall
+        n_written = written_count(data, batch_size, n_recall)
+        self.text_rows = batch_size - n_recall - n_written
         train = token_set.splits["train"]
         self.n_windows = train.n_tokens // self.seq_len
         if self.text_rows and not self.n_windows:
@@ -112,7 +115,8 @@ class TrainStream:
         )
         is_recall = np.zeros(batch_size, bool)
         is_recall[np.arange(n_recall) * batch_size // max(n_recall, 1)] = True
-        self._recall_at, self._text_at = np.flatnonzero(is_recall), np.flatnonzero(~is_recall)
+        self._recall_at, rest = np.flatnonzero(is_recall), np.flatnonzero(~is_recall)
+        self._text_at, self._written_at = rest[: self.text_rows], rest[self.text_rows :]
         self._shuffles: dict[int, np.ndarray] = {}
         self._recall_steps = max(1, _RECALL_BLOCK_TOKENS // max(1, n_recall * self.seq_len))
         self._recall: tuple[int, np.ndarray, np.ndarray] | None = None
@@ -136,7 +140,7 @@ class TrainStream:
             windows = self._order(step)
             rows = self._windows[windows]
             # a slice instead of an index array where every row is text: no second copy
-            at = self._text_at if len(self._recall_at) else slice(None)
+            at = self._text_at if self.text_rows < self.batch_size else slice(None)
             tokens[at], targets[at] = rows[:, :-1], rows[:, 1:]
             if doc_start is not None:
                 offsets = self.token_set.splits["train"].doc_offsets
@@ -147,6 +151,12 @@ class TrainStream:
                 length = self.data.mqar.length or self.seq_len
                 position = np.arange(self.seq_len, dtype=np.int32)
                 doc_start[self._recall_at] = position // length * length
+        if n := len(self._written_at):
+            numbers = np.arange(step * n, (step + 1) * n)
+            made = written_rows(self.seed, numbers, self.data, self.token_set.tokenizer)
+            tokens[self._written_at], targets[self._written_at] = made[:2]
+            if doc_start is not None:
+                doc_start[self._written_at] = made[2]
         return Batch(
             torch.from_numpy(tokens),
             torch.from_numpy(targets),

@@ -25,7 +25,7 @@ from ablate.kernels import (
     causal_conv1d_step,
     rotary,
 )
-from ablate.layers.context import Context, State, pre_norm
+from ablate.layers.context import Context, State, last_inputs, pre_norm
 from ablate.layers.options import DERIVED, STRICT, DerivedInt, PositiveFloat, PositiveInt
 
 
@@ -131,6 +131,7 @@ class SlidingAttentionOptions(AttentionOptions):
 class Attention(nn.Module):
     """x + out_proj(attention(rotary(conv(qkv_proj(norm(x))))))."""
 
+    ragged = True
     roles: ClassVar[dict[str, str]] = {
         "norm": "ones",
         "qkv_proj": "matrix",
@@ -169,6 +170,8 @@ class Attention(nn.Module):
         u = pre_norm(x_BLD, self.norm, self.eps)
         qkv = F.linear(u, self.qkv_proj, self.qkv_bias)
         if self.conv_weight is not None:
+            if state is not None and ctx.lengths_B is not None:
+                state["conv"].copy_(last_inputs(qkv, ctx.lengths_B, o.d_conv - 1))
             qkv, conv = causal_conv1d(
                 qkv,
                 self.conv_weight,
@@ -177,17 +180,30 @@ class Attention(nn.Module):
                 return_final_state=True,
                 doc_start_BL=ctx.doc_start_BL,
             )
-            if state is not None:
+            if state is not None and ctx.lengths_B is None:
                 state["conv"].copy_(conv)
         q, k, v = self._heads(qkv, ctx)
         if state is not None:
-            # The cache is a ring: position i lies in slot i modulo its length.
-            length, slots = k.shape[1], state["k"].shape[1]
-            kept = torch.arange(max(0, length - slots), length, device=k.device)
-            state["k"][:, kept % slots] = k[:, kept].to(state["k"].dtype)
-            state["v"][:, kept % slots] = v[:, kept].to(state["v"].dtype)
+            self._fill(state, k, v, ctx.lengths_B)
         y = attention(q, k, v, window=o.window, doc_start_BL=ctx.doc_start_BL)
         return x_BLD + F.linear(y.flatten(-2), self.out_proj, self.out_bias)
+
+    @staticmethod
+    def _fill(state: State, k: Tensor, v: Tensor, lengths_B: Tensor | None) -> None:
+        """Keep a prompt. The cache is a ring: position i lies in slot i modulo its length."""
+        length, slots = k.shape[1], state["k"].shape[1]
+        if lengths_B is None:
+            kept = torch.arange(max(0, length - slots), length, device=k.device)
+            for name, value in (("k", k), ("v", v)):
+                state[name][:, kept % slots] = value[:, kept].to(state[name].dtype)
+            return
+        # The newest position of each slot; a slot that has none yet is not visible to any query.
+        last_B1 = lengths_B[:, None] - 1
+        slot_T = torch.arange(slots, device=k.device)
+        newest_BT = (last_B1 - (last_B1 - slot_T) % slots).clamp(min=0)
+        index = newest_BT[..., None, None].expand(-1, -1, *k.shape[2:])
+        for name, value in (("k", k), ("v", v)):
+            state[name].copy_(value.gather(1, index))
 
     def init_state(
         self, batch: int, max_len: int, device: torch.device | None, dtype: torch.dtype

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import cast
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -23,6 +24,8 @@ class Context:
     x0_BLD: the input embedding; (B, D) in a step.
     tables: by (base, dim), the rotary tables of `positions_BL` (`kernels.rotary_table`); a layer
         that finds none makes its own.
+    lengths_B: real tokens of each row, in a prefill of rows that are padded on the right; None
+        where all are real. Only modules with `ragged = True` are given it.
     losses: auxiliary losses that layers add to the training loss.
     """
 
@@ -30,12 +33,28 @@ class Context:
     doc_start_BL: Tensor | None = None
     x0_BLD: Tensor | None = None
     tables: dict[tuple[float, int], tuple[Tensor, Tensor]] = field(default_factory=dict)
+    lengths_B: Tensor | None = None
     losses: list[Tensor] = field(default_factory=list)
 
 
 def pre_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     """RMSNorm over the last dimension."""
     return cast(Tensor, rms_norm(x, weight_D, eps=eps))
+
+
+def last_inputs(x_BLD: Tensor, lengths_B: Tensor, n: int) -> Tensor:
+    """The last `n` real inputs of each row, (B, n, D), zeros before its start: what a short
+    convolution must remember of rows that are padded on the right."""
+    padded = F.pad(x_BLD, (0, 0, n, 0))
+    index_Bn = lengths_B[:, None] + torch.arange(n, device=x_BLD.device)
+    return padded.gather(1, index_Bn[..., None].expand(-1, -1, x_BLD.shape[-1]))
+
+
+def stop_at_end(dt_BLx: Tensor, lengths_B: Tensor) -> Tensor:
+    """Step sizes before softplus that leave a scan's state alone from each row's end on: softplus
+    of -1e4 is exactly 0, so the state decays by exp(0) and takes up nothing."""
+    index_L = torch.arange(dt_BLx.shape[1], device=dt_BLx.device)
+    return dt_BLx.masked_fill((index_L >= lengths_B[:, None])[..., None], -1e4)
 
 
 ALIGN = 8  # numbers of 16 bits in 16 bytes, below which matrix products on a GPU crawl

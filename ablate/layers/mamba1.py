@@ -15,7 +15,14 @@ from ablate.kernels import (
     selective_scan,
     selective_scan_step,
 )
-from ablate.layers.context import Context, State, aligned_linear, pre_norm
+from ablate.layers.context import (
+    Context,
+    State,
+    aligned_linear,
+    last_inputs,
+    pre_norm,
+    stop_at_end,
+)
 from ablate.layers.options import DERIVED, STRICT, DerivedInt, PositiveFloat, PositiveInt
 
 
@@ -82,6 +89,7 @@ class Mamba1Options:
 class Mamba1(nn.Module):
     """x + out_proj(scan(conv(in_proj(norm(x)))) * silu(z)); in_proj holds x, z; x_proj dt, B, C."""
 
+    ragged = True
     roles: ClassVar[dict[str, str]] = {
         "norm": "ones",
         "in_proj": "matrix",
@@ -118,6 +126,7 @@ class Mamba1(nn.Module):
 
     def forward(self, x_BLD: Tensor, ctx: Context, state: State | None = None) -> Tensor:
         u, z = F.linear(pre_norm(x_BLD, self.norm, self.eps), self.in_proj).chunk(2, dim=-1)
+        inputs = u
         u, conv = causal_conv1d(
             u,
             self.conv_weight,
@@ -126,6 +135,9 @@ class Mamba1(nn.Module):
             doc_start_BL=ctx.doc_start_BL,
         )
         dt, B, C = self._maps(u)
+        if ctx.lengths_B is not None:
+            conv = last_inputs(inputs, ctx.lengths_B, self.options.d_conv - 1)
+            dt = stop_at_end(dt, ctx.lengths_B)
         y, ssm = selective_scan(
             u,
             dt,

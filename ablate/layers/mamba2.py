@@ -18,7 +18,14 @@ from ablate.kernels import (
     ssd_step,
 )
 from ablate.kernels.ssd import CHUNK
-from ablate.layers.context import Context, State, aligned_linear, pre_norm
+from ablate.layers.context import (
+    Context,
+    State,
+    aligned_linear,
+    last_inputs,
+    pre_norm,
+    stop_at_end,
+)
 from ablate.layers.options import DERIVED, STRICT, DerivedInt, PositiveFloat, PositiveInt
 
 
@@ -171,6 +178,7 @@ class Mamba2(nn.Module):
     def _prefill(self, zxbcdt: Tensor, ctx: Context, state: State) -> Tensor:
         o = self.options
         z, xbc, dt = zxbcdt.split((o.d_inner, o.conv_width, o.n_heads), dim=-1)
+        inputs = xbc
         xbc, conv = causal_conv1d(
             xbc,
             self.conv_weight,
@@ -178,6 +186,9 @@ class Mamba2(nn.Module):
             return_final_state=True,
             doc_start_BL=ctx.doc_start_BL,
         )
+        if ctx.lengths_B is not None:
+            conv = last_inputs(inputs, ctx.lengths_B, o.d_conv - 1)
+            dt = stop_at_end(dt, ctx.lengths_B)
         x, B, C = self._heads(xbc)
         y, ssm = ssd(
             x,

@@ -56,6 +56,7 @@ class MLPOptions:
 class MLP(nn.Module):
     """x + out_proj(act(in_proj(norm(x)))); in_proj of SwiGLU holds the gate, then the value."""
 
+    ragged = True
     roles: ClassVar[dict[str, str]] = {
         "norm": "ones",
         "in_proj": "matrix",

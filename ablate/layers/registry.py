@@ -15,8 +15,8 @@ A kind is an options dataclass and a module. The options have `d_model` as their
 The module is built as `Module(options, norm_eps)` and has `forward(x_BLD, ctx, state=None)`, which
 returns the new residual stream and, given a fresh state, fills it; `init_state(batch, max_len,
 device, dtype)`; `step(x_BD, ctx, state)`, which decodes one token and updates the state in place;
-and `roles`, which tells for each of its parameters how it is initialised and whether it decays (the
-roles are in `model/init.py`).
+`ragged = True` where its prefill heeds `ctx.lengths_B`; and `roles`, which tells for each of its
+parameters how it is initialised and whether it decays (the roles are in `model/init.py`).
 """
 
 from __future__ import annotations

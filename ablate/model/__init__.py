@@ -2,8 +2,17 @@
 
 from __future__ import annotations
 
-from ablate.model.generate import generate
+from ablate.model.generate import Decoder, Sampling, cast_weights, generate
 from ablate.model.init import init_weights, param_groups
 from ablate.model.lm import DecodeState, LanguageModel
 
-__all__ = ["DecodeState", "LanguageModel", "generate", "init_weights", "param_groups"]
+__all__ = [
+    "DecodeState",
+    "Decoder",
+    "LanguageModel",
+    "Sampling",
+    "cast_weights",
+    "generate",
+    "init_weights",
+    "param_groups",
+]

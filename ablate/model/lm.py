@@ -22,15 +22,27 @@ from ablate.model.init import init_weights
 
 @dataclass
 class DecodeState:
-    """Caches of a batch of sequences of equal length.
+    """Caches of a batch of sequences.
 
-    position_1: number of tokens seen, a tensor so that a captured step can advance it.
+    position_B: tokens that each row has seen, a tensor so that a captured step can advance it.
     max_len: tokens that the caches have room for.
     """
 
-    position_1: Tensor
+    position_B: Tensor
     max_len: int
     layers: list[State]
+
+    @property
+    def nbytes(self) -> int:
+        """Of all caches of all rows."""
+        return sum(tensor.nbytes for layer in self.layers for tensor in layer.values())
+
+    def reset(self) -> None:
+        """Empty again, in place."""
+        self.position_B.zero_()
+        for layer in self.layers:
+            for tensor in layer.values():
+                tensor.zero_()
 
 
 def _is_ours(kind: type) -> bool:
@@ -181,23 +193,52 @@ class LanguageModel(nn.Module):
         device = self.embedding.device
         dtype = dtype or self.embedding.dtype
         return DecodeState(
-            position_1=torch.zeros(1, dtype=torch.long, device=device),
+            position_B=torch.zeros(batch, dtype=torch.long, device=device),
             max_len=max_len,
             layers=[layer.init_state(batch, max_len, device, dtype) for layer in self.layers],
         )
 
-    def prefill(self, tokens_BL: Tensor, state: DecodeState) -> Tensor:
-        """Fill empty caches with a prompt; returns the logits after its last token, (B, V)."""
+    def prefill(
+        self, tokens_BL: Tensor, state: DecodeState, lengths_B: Tensor | None = None
+    ) -> Tensor:
+        """Fill empty caches with prompts; returns the logits after each one's last token, (B, V).
+
+        lengths_B: tokens of each prompt, where rows are padded on the right; every one 1 or more.
+        """
         length = tokens_BL.shape[1]
         if length > state.max_len:
             raise ValueError(f"a prompt of {length} tokens does not fit max_len {state.max_len}")
+        if lengths_B is not None and not all(getattr(x, "ragged", False) for x in self.layers):
+            return self._prefill_by_length(tokens_BL, state, lengths_B)
         x = F.embedding(tokens_BL, self.embedding)
         positions_1L = torch.arange(length, device=tokens_BL.device)[None]
         ctx = self._context(x, positions_1L)
+        ctx.lengths_B = lengths_B
         for layer, cache in zip(self.layers, state.layers, strict=True):
             x = layer(x, ctx, cache)
-        state.position_1 += length
-        return self._project(self._final(x[:, -1]))
+        state.position_B += length if lengths_B is None else lengths_B
+        rows_B = torch.arange(len(x), device=x.device)
+        last = x[:, -1] if lengths_B is None else x[rows_B, lengths_B - 1]
+        return self._project(self._final(last))
+
+    def _prefill_by_length(
+        self, tokens_BL: Tensor, state: DecodeState, lengths_B: Tensor
+    ) -> Tensor:
+        """Rows of equal length together, for layers that know nothing of padding."""
+        logits_BV = torch.empty(0)
+        for length in sorted(set(lengths_B.tolist())):
+            rows = (lengths_B == length).nonzero()[:, 0]
+            layers = [{name: t[rows] for name, t in cache.items()} for cache in state.layers]
+            part = DecodeState(state.position_B[rows], state.max_len, layers)
+            logits = self.prefill(tokens_BL[rows, :length], part)
+            if not logits_BV.numel():
+                logits_BV = logits.new_empty(len(lengths_B), logits.shape[1])
+            logits_BV[rows] = logits
+            state.position_B[rows] = part.position_B
+            for cache, filled in zip(state.layers, layers, strict=True):
+                for name, tensor in filled.items():
+                    cache[name][rows] = tensor
+        return logits_BV
 
     def step(self, tokens_B: Tensor, state: DecodeState) -> Tensor:
         """One more token each; returns the logits after it, (B, V). Updates the caches in place.
@@ -205,8 +246,8 @@ class LanguageModel(nn.Module):
         The caller keeps within max_len: nothing is read back from the device to check it.
         """
         x = F.embedding(tokens_B, self.embedding)
-        ctx = self._context(x, state.position_1[None])
+        ctx = self._context(x, state.position_B[:, None])
         for layer, cache in zip(self.layers, state.layers, strict=True):
             x = layer.step(x, ctx, cache)
-        state.position_1 += 1
+        state.position_B += 1
         return self._project(self._final(x))

@@ -11,6 +11,8 @@
         learning_rates.csv .md .parquet    rates tuned, with intervals and sensitivity
         certificates.csv .md .parquet      how each arm was matched
         runs.csv .md .parquet              one row a run, as `load_study` gives it
+        recall.png .svg  needle.png .svg  positions.png .svg     where runs were evaluated, with
+        evaluation.csv .md .parquet                              one row a task, cell and arm
 
 What is uncertain, missing, failed or confounded stands on the page; nothing is dropped in silence.
 """
@@ -31,6 +33,7 @@ from rich.table import Table
 
 from ablate.arch.certificate import QUANTITIES
 from ablate.report.confounds import Confound, confounds, si
+from ablate.report.evaluation import Evaluations
 from ablate.report.frames import load_details, load_metrics, load_study, missing_cells, records
 from ablate.report.plots import Plot, plot_curves, plot_outcomes, plot_rates
 from ablate.report.stats import Estimate
@@ -94,6 +97,9 @@ def write_report(
         "certificates": certificate_table(analysis, path),
     }
     tables |= {name: table for name, table in optional.items() if len(table)}
+    evaluations = Evaluations.read(analysis, path)
+    if evaluations.tasks:
+        tables["evaluation"] = evaluations.table()
     write_tables(tables, folder, say)
     plots = [
         plot_outcomes(analysis, folder),
@@ -102,6 +108,7 @@ def write_report(
     ]
     details = load_details(path)
     found = confounds(frame, details)
+    plots += evaluations.plots(folder)
     text = _page(analysis, [p for p in plots if p], found, details, tables, path)
     page = folder / "index.html"
     atomic_write(page, text)
@@ -152,6 +159,11 @@ def _page(
         _figure(by_name.get("outcomes")),
         _section("Results", _results(analysis) + _differences(analysis, tables["differences"])),
         _section("Learning curves", _figure(by_name.get("learning_curves"))),
+        _section(
+            "Recall, length and benchmarks",
+            "".join(_figure(by_name.get(n)) for n in ("recall", "needle", "positions"))
+            + _evaluation(tables.get("evaluation")),
+        ),
         _section("At equal budgets", _budgets(analysis, tables["equal_budgets"])),
         _section(
             "Learning rates",
@@ -378,6 +390,44 @@ def _matching(table: pd.DataFrame | None, analysis: Analysis) -> str:
     )
     table_text = _table(header, rows, {0, 7})
     return f"<p class='note'>{_e(note)}</p><div class='long'>{table_text}</div>"
+
+
+def _evaluation(table: pd.DataFrame | None) -> str:
+    if table is None or table.empty:
+        return ""
+    rows = []
+    for r in records(table):
+        percent = r["metric"] != "loss"
+        scale, digits = (100.0, 1) if percent else (1.0, 4)
+
+        def shown(name: str, row: dict[str, Any] = r, scale: float = scale, d: int = digits) -> str:
+            value = row[name]
+            return f"{scale * value:.{d}f}".replace("-", "−") if math.isfinite(value) else "–"
+
+        told = {"floor": "at floor", "ceiling": "at ceiling"}.get(r["verdict"], "")
+        rows.append(
+            [
+                *(_e(r["task"]), _e(r["cell"]), _e(r["arm"]), _e(r["metric"]), str(r["items"])),
+                f"{shown('value')} ({shown('low')} to {shown('high')})",
+                "–"
+                if not math.isfinite(r["difference"])
+                else f"{shown('difference')} ({shown('difference_low')} to "
+                f"{shown('difference_high')})",
+                *(_p(r["p"]), _p(r["mcnemar_p"])),
+                told + ("; fuzzy" if r["fuzzy"] else ""),
+            ]
+        )
+    header = [
+        *("Task", "Cell", "Arm", "Metric", "Items", "Value (95%)"),
+        *("Against the reference (95%)", "p", "p (McNemar)", ""),
+    ]
+    return _table(header, rows, {0, 1, 2, 3, len(header) - 1}) + (
+        "<p class='note'>Intervals and p over documents (those that share a text together, seeds "
+        "averaged): they speak of other documents, not of other seeds. McNemar's exact test where "
+        "there is one seed an arm and no shared text. At floor or ceiling a task cannot tell arms "
+        "apart. Fuzzy: wrong numbers agree with the right one in more digits than with permuted "
+        "ones and than with others of their text.</p>"
+    )
 
 
 def _confounds(found: Sequence[Confound], analysis: Analysis) -> str:

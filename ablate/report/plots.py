@@ -97,7 +97,7 @@ def plot_outcomes(analysis: Analysis, folder: Path) -> Plot | None:
                 f" Dashed: {first.curves[0].formula}; dotted: {first.curves[1].formula}. Shaded: "
                 "shares that the curves cannot tell from the best."
             )
-        return _save(figure, folder, "outcomes", alt, caption)
+        return save(figure, folder, "outcomes", alt, caption)
 
 
 class _Layout:
@@ -234,7 +234,7 @@ def plot_curves(analysis: Analysis, metrics: pd.DataFrame, folder: Path) -> Plot
     if not panels:
         return None
     arms = [str(a) for a in analysis.arms.index]
-    colours, dashes = _colours(analysis, arms), _dashes(analysis)
+    shades, dashes = colours(analysis, arms), _dashes(analysis)
     with mpl.rc_context(STYLE):
         widest = max(len(analysis.short(a)) for a in arms)
         columns = max(1, min(4, len(arms), 72 // (widest + 8)))
@@ -248,7 +248,7 @@ def plot_curves(analysis: Analysis, metrics: pd.DataFrame, folder: Path) -> Plot
                 own = lines[(lines["arm"] == arm) & lines[column].notna()]
                 if own.empty:
                     continue
-                _learning(ax, own, column, colours[arm], dashes[arm], analysis.short(arm))
+                _learning(ax, own, column, shades[arm], dashes[arm], analysis.short(arm))
             ax.set_ylabel(label)
             if column == "less":
                 _trim_first(ax, lines)
@@ -274,7 +274,7 @@ def plot_curves(analysis: Analysis, metrics: pd.DataFrame, folder: Path) -> Plot
         caption = "Mean over seeds of each arm; faint lines are single runs."
         if any(column == "less" for column, _ in panels):
             caption += " Differences are taken within seeds, at the same tokens."
-        return _save(figure, folder, "learning_curves", alt, caption)
+        return save(figure, folder, "learning_curves", alt, caption)
 
 
 def _less_reference(analysis: Analysis, lines: pd.DataFrame) -> tuple[pd.DataFrame, str | None]:
@@ -368,7 +368,7 @@ def plot_rates(analysis: Analysis, folder: Path) -> Plot | None:
             "the 95% interval of its optimum. Diamond: the rate that the second stage uses, with "
             "what half an octave below and above would cost."
         )
-        return _save(figure, folder, "learning_rates", alt, caption)
+        return save(figure, folder, "learning_rates", alt, caption)
 
 
 def _rates(ax: Axes, runs: pd.DataFrame, fit: RateFit | None) -> None:
@@ -413,7 +413,7 @@ def _trim(ax: Axes, values: pd.Series) -> None:
         ax.set_ylim(low - 0.05 * (top - low), top + 0.05 * (top - low))
 
 
-def _colours(analysis: Analysis, arms: list[str]) -> dict[str, str]:
+def colours(analysis: Analysis, arms: list[str]) -> dict[str, str]:
     if analysis.axis.numeric and (analysis.arms["series"] != "").any():
         values = sorted(set(analysis.arms["x"]))  # colour tells the place, the dash the series
         points = np.linspace(0.0, 0.88, len(values))
@@ -445,7 +445,7 @@ def _cut(text: str, length: int) -> str:
     return text if len(text) <= length else text[: length - 1] + "…"
 
 
-def _save(figure: Figure, folder: Path, name: str, alt: str, caption: str) -> Plot:
+def save(figure: Figure, folder: Path, name: str, alt: str, caption: str) -> Plot:
     FigureCanvasAgg(figure)
     png, svg = folder / f"{name}.png", folder / f"{name}.svg"
     figure.savefig(png, metadata={"Software": None})

@@ -551,6 +551,45 @@ def bootstrap_ratio(
     return Estimate(value, float(ratios.std(ddof=1)), n - 1, float(low), float(high))
 
 
+def paired_items(
+    one: ArrayLike,
+    other: ArrayLike,
+    clusters: ArrayLike | None = None,
+    *,
+    level: float = 0.95,
+    draws: int = 2000,
+) -> Estimate:
+    """Mean of one - other over the same items, with an interval over resampled clusters.
+
+    p: two-sided, of the sum of the clusters' differences when each keeps or flips its sign (a
+    randomisation test: under no difference the two models' scores could be exchanged).
+    """
+    difference = np.asarray(one, dtype=np.float64) - np.asarray(other, dtype=np.float64)
+    found = bootstrap_ratio(
+        difference, np.ones_like(difference), clusters, level=level, draws=draws
+    )
+    if clusters is not None:
+        _, group = np.unique(np.asarray(clusters), return_inverse=True)
+        difference = np.bincount(group, difference).astype(np.float64)
+    own = difference[difference != 0]
+    if not len(own):
+        return Estimate(found.value, found.se, found.df, found.low, found.high, 1.0)
+    rng = np.random.default_rng(0)
+    sums = np.array([(own * rng.choice((-1.0, 1.0), len(own))).sum() for _ in range(draws)])
+    p = (1 + (np.abs(sums) >= abs(own.sum()) - 1e-9).sum()) / (1 + draws)
+    return Estimate(found.value, found.se, found.df, found.low, found.high, float(p))
+
+
+def mcnemar(one: ArrayLike, other: ArrayLike) -> float:
+    """Exact two-sided p of McNemar's test: right or wrong answers of two models to the same items,
+    which must be independent of each other (one model each, no shared documents)."""
+    a, b = np.asarray(one) > 0.5, np.asarray(other) > 0.5
+    only_one, only_other = int((a & ~b).sum()), int((b & ~a).sum())
+    if only_one + only_other == 0:
+        return 1.0
+    return float(stats.binomtest(only_one, only_one + only_other).pvalue)
+
+
 # --- a curve over shares -------------------------------------------------------------------------
 
 # Loss over the share s of attention: a gain that saturates plus a cost that grows. Linear, given c.

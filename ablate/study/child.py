@@ -113,7 +113,7 @@ def main(train: Train | None = None) -> None:
     channel = Channel()
     threading.Thread(target=_wait_for_term, args=(channel,), daemon=True).start()
     if train is None:
-        from ablate.train import train as imported
+        from ablate.evaluate.trial import train_and_evaluate as imported
 
         train = imported
     channel.send("ready")

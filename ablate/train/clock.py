@@ -17,6 +17,7 @@ PHASES = (
     "first_step",
     "train",
     "validation",
+    "evaluation",
     "checkpoint",
 )
 

@@ -50,6 +50,7 @@ _LOADED = process_age()  # what this process took to start and to import torch; 
 
 Progress = Callable[[dict[str, Any]], None]
 ShouldPrune = Callable[[int, float], bool]
+Evaluate = Callable[..., dict[str, Any]]
 
 
 def train(
@@ -58,6 +59,7 @@ def train(
     *,
     on_progress: Progress | None = None,
     should_prune: ShouldPrune | None = None,
+    evaluate: Evaluate | None = None,
 ) -> dict[str, Any]:
     """Train, validate, and return the content of result.json.
 
@@ -67,6 +69,9 @@ def train(
     on_progress: called with {phase, step, steps, tokens, loss, lr, tokens_per_second, mfu,
         seconds_left} a few times a second and at log steps; figures not known yet are None.
     should_prune: called with (step, loss on validation A) after each validation; True ends the run.
+    evaluate: called with (cfg, folder, model, token_set, bf16=…, check=…) after the last
+        validation; what it returns stands under "evaluation" in the result. `check` is to be called
+        now and then, and may raise to stop.
 
     However it ends, status.json says so. Raises UserError for a config that cannot be run (before
     any compute), Pruned, TrialFailed with the cause (out of memory, disk full, diverged, a bug),
@@ -78,7 +83,13 @@ def train(
     if folder is None:
         with tempfile.TemporaryDirectory(prefix="ablate-") as path:
             temporary = RunFolder(Path(path) / "run")
-            return train(cfg, temporary, on_progress=on_progress, should_prune=should_prune)
+            return train(
+                cfg,
+                temporary,
+                on_progress=on_progress,
+                should_prune=should_prune,
+                evaluate=evaluate,
+            )
     with folder.lock():
         result = folder.result()
         if result is not None:
@@ -92,6 +103,7 @@ def train(
             device = device_of(cfg.train)
             with Interrupts() as interrupts, numerics(cfg.train, device):
                 run = _Run(cfg, folder, generation, device, interrupts, on_progress, should_prune)
+                run.evaluate = evaluate
                 result = run.run()
                 _finish(cfg, folder, generation)
             return result
@@ -209,6 +221,7 @@ class _Run:
         self.branch: dict[str, Any] | None = None
         self.lr_scale = 0.0  # of the last step
         self.latest: dict[str, Any] = {}  # newest figures, for on_progress
+        self.evaluate: Evaluate | None = None
         self._reported = 0.0
 
     # --- the order of things -------------------------------------------------------------------
@@ -325,7 +338,21 @@ class _Run:
         for name, score in (("val_a", val_a), ("val_b", val_b), ("mqar", recall)):
             if score is not None:
                 self.folder.write_evaluation(name, {**score.summary(), **score.items()})
+        evaluation: dict[str, Any] = {}
+        if self.evaluate is not None:
+            with self.clock.of("evaluation"):
+                self.report("evaluation", force=True)
+                evaluation = self.evaluate(
+                    self.cfg,
+                    self.folder,
+                    self.model,
+                    self.token_set,
+                    bf16=self.bf16,
+                    check=self.between_batches,
+                )
         result = self.result(val_a, val_b, recall)
+        if evaluation:
+            result["evaluation"] = evaluation
         self.folder.write_result(result, self.generation)
         return result
 

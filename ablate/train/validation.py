@@ -52,6 +52,20 @@ class TextScore:
         }
 
 
+def uninformative(accuracy: float, n: int, chance: float) -> str | None:
+    """ "floor" or "ceiling" where an accuracy over `n` items tells nothing of a difference.
+
+    At the floor when its 95% Wilson interval reaches down to chance, at the ceiling when fewer than
+    one item in a hundred is wrong.
+    """
+    z = 1.96
+    centre = (accuracy + z * z / (2 * n)) / (1 + z * z / n)
+    spread = accuracy * (1 - accuracy) / n + z * z / (4 * n * n)
+    if accuracy <= 0 or centre - z / (1 + z * z / n) * spread**0.5 <= chance:
+        return "floor"
+    return "ceiling" if accuracy > 0.99 else None
+
+
 @dataclass(frozen=True)
 class RecallScore:
     """MQAR: per number of pairs, for each row its correct answers, and the nats of its answers."""
@@ -61,10 +75,14 @@ class RecallScore:
     nats: dict[int, list[float]]
 
     def summary(self) -> dict[str, Any]:
-        """Accuracy and loss over all queries; by_pairs: accuracy for each number of pairs."""
+        """Accuracy and loss over all queries; by_pairs: accuracy for each number of pairs; verdict:
+        "floor" or "ceiling" where the accuracy cannot tell models apart."""
         asked = {p: n * len(self.correct[p]) for p, n in self.queries.items()}
         total = sum(asked.values())
+        correct = sum(sum(c) for c in self.correct.values()) / total
+        floor = sum(n / p for p, n in asked.items()) / total  # one of the row's values, blindly
         return {
+            "verdict": uninformative(correct, total, floor),
             "accuracy": sum(sum(c) for c in self.correct.values()) / total,
             "loss": sum(sum(n) for n in self.nats.values()) / total,
             "queries": total,

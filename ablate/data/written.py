@@ -1,0 +1,158 @@
+"""Recall documents as text, to mix into pretraining: phonebooks, pairs, needles, copies.
+
+Their templates are not those of the recall tasks (`ablate/evaluate/recall.py`): what is learnt is
+to look up, not a format. Names, words and numbers are made, and new in every row. A document is an
+end-of-text, its text, and questions whose answers stand in it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+
+from ablate.config import DataConfig
+from ablate.data.made import Draw
+from ablate.data.tokenizer import Tokenizer
+from ablate.errors import UserError
+
+IGNORE = -100
+Piece = tuple[str, bool]  # a text, and whether it is an answer
+
+# An entry and its question are the same words up to the number.
+_PHONE = (
+    "{n} - {m}\n",
+    "{n}, tel. {m}\n",
+    "{n} can be reached at {m}.\n",
+    "- {n} | {m}\n",
+    "Call {n} on {m}.\n",
+    "{n} ({m})\n",
+)
+_PAIRS = ("{k} => {v}\n", "{k} means {v}.\n", "{k}, {v}\n", "[{k}: {v}] ")
+_CODES = (
+    "Note that the code of {k} equals {v}.",
+    "Someone wrote {v} next to {k}, so {k} has {v}.",
+    "In room {k} there is item {v}.",
+)
+
+
+def _phonebook(draw: Draw, entries: int) -> Iterator[Piece]:
+    form = draw.one(_PHONE)
+    before, after = form.split("{m}")
+    names = draw.distinct(entries, "name")
+    book = dict(zip(names, draw.distinct(entries, "digits", 7 + draw.below(4)), strict=True))
+    yield "".join(form.format(n=n, m=m) for n, m in book.items()) + "\n", False
+    for n in draw.sample(names, max(1, entries // 2)):
+        yield before.format(n=n).rstrip(" "), False
+        yield f"{' ' if before.endswith(' ') else ''}{book[n]}", True
+        yield after, False
+
+
+def _pairs(draw: Draw, entries: int) -> Iterator[Piece]:
+    form = draw.one(_PAIRS)
+    before, after = form.split("{v}")
+    words = draw.distinct(2 * entries, "word", 2)
+    of = dict(zip(words[:entries], words[entries:], strict=True))
+    yield "".join(form.format(k=k, v=v) for k, v in of.items()) + "\n", False
+    for k in draw.sample(words[:entries], max(1, entries // 2)):
+        yield before.format(k=k).rstrip(" "), False
+        yield f" {of[k]}", True
+        yield after, False
+
+
+def _needle(draw: Draw, entries: int) -> Iterator[Piece]:
+    form = draw.one(_CODES)
+    before, _ = form.rsplit("{v}", 1)
+    keys = draw.distinct(max(1, entries // 4), "word", 3)
+    of = dict(zip(keys, draw.distinct(len(keys), "digits", 5), strict=True))
+    sentences = [_sentence(draw) for _ in range(entries)]
+    for k, v in of.items():
+        sentences.insert(draw.below(len(sentences) + 1), form.format(k=k, v=v))
+    yield " ".join(sentences) + "\n", False
+    asked = draw.one(keys)
+    # the question of the second form would hold its answer: it is asked from its second half on
+    question = before.split("so ")[-1].format(k=asked, v="").rstrip(" ")
+    yield f"So {question}", False
+    yield f" {of[asked]}", True
+    yield ".\n", False
+
+
+def _copy(draw: Draw, entries: int) -> Iterator[Piece]:
+    words = " ".join(draw.word(1 + draw.below(3)) for _ in range(2 * entries))
+    yield f"{words} //", False
+    yield f" {words}", True
+    yield "\n", False
+
+
+def _sentence(draw: Draw) -> str:
+    words = [draw.word(1 + draw.below(3)) for _ in range(4 + draw.below(6))]
+    return f"{' '.join(words)}."
+
+
+_KINDS: dict[str, Callable[[Draw, int], Iterator[Piece]]] = {
+    "phonebook": _phonebook,
+    "pairs": _pairs,
+    "needle": _needle,
+    "copying": _copy,
+}
+
+
+def document(seed: int, row: int, number: int, data: DataConfig) -> list[Piece]:
+    """A document's pieces; a function of (seed, row, number) and the sizes of data.recall."""
+    draw = Draw(seed, "written", row, number)
+    low, high = data.recall.entries
+    kind = draw.one(data.recall.kinds)
+    return list(_KINDS[kind](draw, low + draw.below(high - low + 1)))
+
+
+def written_rows(
+    seed: int, rows: np.ndarray, data: DataConfig, tokenizer: Tokenizer
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(tokens, targets, doc_start), each (len(rows), seq_len), of rows full of documents.
+
+    Targets are -100 but at answers where data.recall.scored is "answers". The last document of a
+    row is cut.
+    """
+    length = data.seq_len
+    tokens = np.empty((len(rows), length), np.int64)
+    targets = np.empty((len(rows), length), np.int64)
+    starts = np.empty((len(rows), length), np.int32)
+    for i, row in enumerate(rows.tolist()):
+        ids: list[int] = []
+        scored: list[bool] = []
+        start: list[int] = []
+        number = 0
+        while len(ids) <= length:
+            begun = len(ids)
+            ids.append(tokenizer.eos_id)
+            scored.append(data.recall.scored == "all")
+            for text, answer in document(seed, row, number, data):
+                piece = tokenizer.encode(text)
+                ids += piece
+                scored += [answer or data.recall.scored == "all"] * len(piece)
+            start += [begun] * (len(ids) - begun)
+            number += 1
+        tokens[i] = ids[:length]
+        targets[i] = np.where(scored[1 : length + 1], ids[1 : length + 1], IGNORE)
+        starts[i] = start[:length]
+    return tokens, targets, starts
+
+
+def written_count(data: DataConfig, batch_size: int, recall_rows: int) -> int:
+    """Rows of a batch that are recall documents: data.recall.share of them, rounded.
+
+    recall_rows: those that MQAR takes. UserError when the share leaves none, or nothing else.
+    """
+    share = data.recall.share
+    rows = round(share * batch_size)
+    if rows == 0 and share > 0:
+        raise UserError(
+            f"data.recall.share={share} of train.batch_size={batch_size} rounds to no row; "
+            "change one of the two"
+        )
+    if rows + recall_rows > batch_size or (rows == batch_size and share < 1):
+        raise UserError(
+            f"data.recall.share={share} and data.mqar.share={data.mqar.share} of "
+            f"train.batch_size={batch_size} leave no row of text; change one of the three"
+        )
+    return rows

@@ -1,0 +1,216 @@
+"""lm-eval in process: a subject as an `lm_eval.api.model.LM`.
+
+What an item scores is lm-eval's own definition, that of its `hf` model: the same split of context
+and continuation, the same truncation on the left, the same windows of a long document, the same
+stop strings. What differs is how: inputs that several choices share run once, a batch holds rows of
+like length up to a number of tokens, only scored positions are projected to the vocabulary, and
+log-softmax is in float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from lm_eval import utils
+from lm_eval.api.model import TemplateLM
+from lm_eval.models.utils import (
+    handle_stop_sequences,
+    normalize_gen_kwargs,
+    postprocess_generated_text,
+)
+from tqdm import tqdm
+
+from ablate.errors import UserError
+from ablate.evaluate.subjects import Subject
+
+Request = tuple[Any, list[int], list[int]]  # (text, context ids, continuation ids)
+UNLIMITED = 1 << 30
+
+
+class SubjectLM(TemplateLM):
+    """A subject for `lm_eval.evaluator.evaluate`.
+
+    batch_size: rows at most; batch_tokens: rows × longest row at most (one row may be longer).
+    quiet: no progress bars; None: where stderr is not a terminal.
+    """
+
+    def __init__(
+        self,
+        subject: Subject,
+        *,
+        batch_size: int = 64,
+        batch_tokens: int = 16384,
+        quiet: bool | None = None,
+    ) -> None:
+        super().__init__()
+        self.subject = subject
+        self.max_length = subject.max_length
+        self.batch_size, self.batch_tokens, self.quiet = batch_size, batch_tokens, quiet
+        self._device = subject.device
+
+    @property
+    def eot_token_id(self) -> int:
+        return int(self.subject.eos_id)
+
+    @property
+    def prefix_token_id(self) -> int:
+        return int(self.subject.prefix_id)
+
+    @property
+    def tokenizer_name(self) -> str:
+        return self.subject.name
+
+    def tok_encode(
+        self, string: str, add_special_tokens: bool | None = None, **_: Any
+    ) -> list[int]:
+        return self.subject.encode(string, special=add_special_tokens is not False)
+
+    # --- log-likelihoods -----------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _loglikelihood_tokens(
+        self, requests: Sequence[Request], disable_tqdm: bool = False, **_: Any
+    ) -> list[tuple[float, bool]]:
+        """(sum of log-probabilities, whether greedy) of each continuation."""
+        users: dict[tuple[int, ...], list[int]] = {}  # an input, and the requests that read it
+        for i, (_, context, continuation) in enumerate(requests):
+            limit = self.max_length
+            if len(continuation) > limit:
+                if self.subject.bounded:
+                    raise UserError(
+                        f"a continuation of {len(continuation)} tokens is longer than the model's "
+                        f"{limit}"
+                    )
+                limit = len(continuation)
+            ids = (context + continuation)[-(limit + 1) :][:-1]
+            users.setdefault(tuple(ids), []).append(i)
+        answers: list[tuple[float, bool]] = [(0.0, True)] * len(requests)
+        ordered = sorted(users, key=lambda ids: (-len(ids), ids))
+        bar = self._bar(len(requests), "log-likelihoods", disable_tqdm)
+        for batch in self._batches(ordered):
+            targets = [[requests[i][2] for i in users[ids]] for ids in batch]
+            for ids, found in zip(batch, self._score(batch, targets), strict=True):
+                for i, answer in zip(users[ids], found, strict=True):
+                    answers[i] = answer
+                bar.update(len(users[ids]))
+        bar.close()
+        return answers
+
+    def _score(
+        self, batch: Sequence[tuple[int, ...]], targets: list[list[list[int]]]
+    ) -> list[list[tuple[float, bool]]]:
+        """For each row the scores of several continuations that end where the row's output does."""
+        width = len(batch[0])
+        tokens_BL = torch.zeros(len(batch), width, dtype=torch.long)
+        keep_BL = torch.zeros(len(batch), width, dtype=torch.bool)
+        for row, (ids, wanted) in enumerate(zip(batch, targets, strict=True)):
+            tokens_BL[row, : len(ids)] = torch.tensor(ids)
+            keep_BL[row, len(ids) - max(map(len, wanted)) : len(ids)] = True
+        counts = keep_BL.sum(1)
+        # what is asked of each kept position: (position, token) of every continuation
+        starts = counts.cumsum(0) - counts
+        position: list[int] = []
+        token: list[int] = []
+        for row, wanted in enumerate(targets):
+            end = int(starts[row] + counts[row])
+            for continuation in wanted:
+                position += range(end - len(continuation), end)
+                token += continuation
+        device = self.subject.device
+        parts = self.subject.logits(tokens_BL.to(device), keep_BL.to(device))
+        place, wanted_id = (torch.tensor(x, device=device) for x in (position, token))
+        chosen = torch.empty(len(position), device=device, dtype=torch.float32)
+        greedy = torch.empty(len(position), device=device, dtype=torch.bool)
+        first = 0
+        for logits in parts:
+            here = ((place >= first) & (place < first + len(logits))).nonzero()[:, 0]
+            log_p = torch.log_softmax(logits.float(), -1)
+            rows, ids_here = place[here] - first, wanted_id[here]
+            chosen[here] = log_p[rows, ids_here]
+            greedy[here] = log_p.argmax(-1)[rows] == ids_here
+            first += len(logits)
+        chosen_list, greedy_list = chosen.cpu(), greedy.cpu()
+        result, at = [], 0
+        for wanted in targets:
+            row_result = []
+            for continuation in wanted:
+                end = at + len(continuation)
+                row_result.append(
+                    (float(chosen_list[at:end].sum()), bool(greedy_list[at:end].all()))
+                )
+                at = end
+            result.append(row_result)
+        return result
+
+    def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
+        windows: list[Request] = []
+        owner: list[int] = []
+        for i, request in enumerate(requests):
+            pieces = utils.get_rolling_token_windows(
+                token_list=self.subject.encode_rolling(request.args[0]),
+                prefix_token=self.prefix_token_id,
+                max_seq_len=self.max_length,
+                context_len=1,
+            )
+            for piece in pieces:
+                context, continuation = utils.make_disjoint_window(piece)
+                windows.append((None, context, continuation))
+                owner.append(i)
+        totals = [0.0] * len(requests)
+        scores = self._loglikelihood_tokens(windows, disable_tqdm=disable_tqdm)
+        for i, (value, _) in zip(owner, scores, strict=True):
+            totals[i] += value
+        return totals
+
+    # --- generation ----------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
+        groups: dict[str, list[int]] = {}  # requests with the same options run together
+        for i, request in enumerate(requests):
+            groups.setdefault(repr(request.args[1]), []).append(i)
+        answers = [""] * len(requests)
+        bar = self._bar(len(requests), "generations", disable_tqdm)
+        for members in groups.values():
+            options: dict[str, Any] = dict(normalize_gen_kwargs(requests[members[0]].args[1], 256))
+            n_tokens = int(options.pop("max_gen_toks"))
+            eos = self.subject.decode([self.eot_token_id])
+            until = handle_stop_sequences(options.pop("until", None), eos=eos or None)
+            room = self.max_length - n_tokens
+            if room <= 0 and not self.subject.bounded:
+                room = (
+                    self.max_length // 2
+                )  # the rest of the answer lies beyond the training length
+            if room <= 0:
+                raise UserError(
+                    f"max_gen_toks is {n_tokens}, not less than the model's {self.max_length}"
+                )
+            prompts = {i: self.subject.encode(requests[i].args[0])[-room:] for i in members}
+            ordered = sorted(members, key=lambda i: (-len(prompts[i]), prompts[i]))
+            for batch in self._batches(ordered, lambda i: len(prompts[i]) + n_tokens):  # noqa: B023
+                rows = [prompts[i] for i in batch]
+                texts = self.subject.generate(rows, n_tokens, until, dict(options))
+                for i, text in zip(batch, texts, strict=True):
+                    answers[i] = postprocess_generated_text(text, until, None)
+                bar.update(len(batch))
+        bar.close()
+        return answers
+
+    # --- batches -------------------------------------------------------------------------------
+
+    def _batches(self, ordered: Sequence[Any], length: Any = len) -> Iterator[list[Any]]:
+        """Neighbours of a list ordered by falling length."""
+        batch: list[Any] = []
+        for item in ordered:
+            full = batch and (len(batch) + 1) * length(batch[0]) > self.batch_tokens
+            if full or len(batch) == self.batch_size:
+                yield batch
+                batch = []
+            batch.append(item)
+        if batch:
+            yield batch
+
+    def _bar(self, total: int, what: str, off: bool) -> Any:
+        return tqdm(total=total, desc=what, disable=True if off else self.quiet, leave=False)

@@ -1,0 +1,227 @@
+"""Runs lm-eval tasks on a subject, and keeps what each item scored."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import logging
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import ablate.evaluate
+from ablate.errors import UserError
+from ablate.evaluate import suites
+from ablate.evaluate.local_data import NoLocalData, local_data
+from ablate.evaluate.subjects import Subject
+from ablate.evaluate.suites import Entry
+
+TASKS = Path(ablate.evaluate.__file__).parent / "tasks"
+SHOT_SEED = 1234  # lm-eval's own default
+
+
+class Skipped(Exception):
+    """A task that could not be run; its text is one line for the user."""
+
+
+def need_lm_eval() -> None:
+    if importlib.util.find_spec("lm_eval") is None:
+        raise UserError("benchmarks and recall tasks need `pip install 'ablate-hybrids[eval]'`")
+
+
+def run_suite_entry(
+    subject: Subject, entry: Entry, *, data: Path | None, limit: int | None, lm: Any
+) -> dict[str, Any]:
+    """The content of evaluation/<entry.name>.json; `Skipped` where its data is not to be had."""
+    name = "mmlu" if entry.task == suites.MMLU_TEXT else entry.task
+    import lm_eval
+
+    folder = Path(lm_eval.__file__).parent / "tasks" / entry.folder
+    reading: Any = local_data(data) if data else contextlib.nullcontext([])
+    with _quiet(), reading as notes:
+        loaded = _load([folder], name, entry.task)
+        for task in loaded["tasks"].values():
+            if entry.task == suites.MMLU_TEXT:
+                suites.as_choice_text(task)
+            if task.get_config("num_fewshot") != 0:
+                task.set_config(key="num_fewshot", value=entry.shots)
+            task.set_fewshot_seed(seed=SHOT_SEED)
+        found = _evaluate(lm, loaded, limit)
+        tasks = loaded["tasks"].values()
+        shots_from_training = entry.shots > 0 and any(
+            t.get_config("training_split") and not t.get_config("fewshot_split") for t in tasks
+        )
+    figures = _figures(found, name, entry.metric)
+    items = [
+        _item(task, sample, entry.metric)
+        for task, samples in found["samples"].items()
+        for sample in samples
+    ]
+    return {
+        "task": entry.task,
+        "shots": entry.shots,
+        "metric": entry.metric.split(",")[0],
+        "value": figures["value"],
+        "metrics": figures["all"],
+        "by_subtask": figures["parts"],
+        "notes": sorted(set(notes)) if shots_from_training else [],
+        "limit": limit,
+        "items": _columns(items),
+    }
+
+
+def run_recall(
+    subject: Subject, task: str, *, sizes: Mapping[str, Any], limit: int | None, lm: Any
+) -> dict[str, Any]:
+    """The content of evaluation/<task>.json: cells with their accuracy, and every item."""
+    with _quiet(), subject.tokenizer_file() as tokenizer:
+        loaded = _load([TASKS], task, task, metadata={**sizes, "tokenizer": tokenizer})
+        for task_object in loaded["tasks"].values():
+            task_object.set_config(key="num_fewshot", value=0)
+        found = _evaluate(lm, loaded, limit)
+    samples = next(iter(found["samples"].values()))
+    items = []
+    for sample in samples:
+        document, response = sample["doc"], sample["filtered_resps"][0]
+        scores = {m: sample[m] for m in sample["metrics"] if "@" not in m}
+        kept = {k: document[k] for k in ("cell", "x", "depth", "tokens", "cluster", "target")}
+        items.append(
+            {**kept, "response": str(response)[:200], **scores, "others": document["others"]}
+        )
+    names = [m for m in samples[0]["metrics"] if "@" not in m]
+    cells: dict[str, dict[str, Any]] = {}
+    for cell in dict.fromkeys(item["cell"] for item in items):
+        own = [item for item in items if item["cell"] == cell]
+        cells[cell] = {
+            "x": own[0]["x"],
+            "items": len(own),
+            "tokens": sum(item["tokens"] for item in own) / len(own),
+            **{m: sum(item[m] for item in own) / len(own) for m in names},
+        }
+    return {
+        "task": task,
+        "metric": "exact_match",
+        "value": sum(item["exact_match"] for item in items) / len(items),
+        "chance": chance(task, items),
+        "cells": cells,
+        "limit": limit,
+        "items": _columns(items),
+    }
+
+
+def chance(task: str, items: Sequence[Mapping[str, Any]]) -> float:
+    """Accuracy of an answer taken from the text blindly: one of the numbers or values in it."""
+    if task in ("induction", "copying"):
+        return 0.0
+    return sum(1 / (1 + len(item["others"])) for item in items) / len(items)
+
+
+# --- lm-eval ----------------------------------------------------------------------------------
+
+
+def _load(
+    folders: list[Path], name: str, shown: str, metadata: dict[str, Any] | None = None
+) -> Any:
+    from lm_eval.tasks import TaskManager
+
+    manager = TaskManager(include_path=folders, include_defaults=False, metadata=metadata)
+    try:
+        return manager.load([name])
+    except UserError:
+        raise
+    except NoLocalData as error:
+        raise Skipped(f"{shown}: skipped, {error}") from None
+    except Exception as error:  # datasets raises many kinds for what it cannot reach
+        reason = " ".join(str(error).split())[:160]
+        raise Skipped(
+            f"{shown}: skipped, its data cannot be had from the hub ({type(error).__name__}: "
+            f"{reason}); give evaluate.local_data=FOLDER"
+        ) from None
+
+
+def _evaluate(lm: Any, loaded: Any, limit: int | None) -> dict[str, Any]:
+    from lm_eval.evaluator import evaluate
+
+    result: dict[str, Any] = evaluate(lm, loaded, limit=limit, bootstrap_iters=0, log_samples=True)
+    return result
+
+
+def _figures(found: Mapping[str, Any], name: str, metric: str) -> dict[str, Any]:
+    results = found["results"]
+    whole = found.get("groups", {}).get(name) or results[name]
+    kept = {k: float(v) for k, v in whole.items() if _is_figure(k, v)}
+    parts = {t: float(r[metric]) for t, r in results.items() if t != name and metric in r}
+    return {"value": float(whole[metric]), "all": kept, "parts": parts}
+
+
+def _is_figure(name: str, value: Any) -> bool:
+    number = isinstance(value, int | float) or hasattr(value, "dtype")
+    return "," in name and "stderr" not in name and number
+
+
+def _item(task: str, sample: Mapping[str, Any], metric: str) -> dict[str, Any]:
+    """One document: which, what it scored, and where documents share a text, the cluster."""
+    value = sample[metric.split(",")[0]]
+    document = sample["doc"]
+    shared = document.get("passage") or document.get("article") or document.get("context")
+    name = f"{task}:{sample['doc_id']}"
+    item = {
+        "id": name,
+        "cluster": f"{task}:{hash_of(shared)}" if shared else name,
+        "score": float(value[0] if isinstance(value, tuple | list) else value),
+    }
+    answers = sample["filtered_resps"]
+    if answers and isinstance(answers[0], tuple | list):
+        item["loglikelihoods"] = [round(float(a[0]), 4) for a in answers]
+    else:
+        item["response"] = str(answers[0])[:200] if answers else ""
+    return item
+
+
+def hash_of(text: Any) -> str:
+    import hashlib
+
+    return hashlib.blake2b(str(text).encode(), digest_size=6).hexdigest()
+
+
+def _columns(items: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
+    names = dict.fromkeys(name for item in items for name in item)
+    return {name: [item.get(name) for item in items] for name in names}
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """lm-eval and datasets say much that is not for our reader; and nothing is uploaded."""
+    import datasets
+
+    loggers = [logging.getLogger(n) for n in ("lm_eval", "datasets", "huggingface_hub")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    bars = datasets.utils.logging.is_progress_bar_enabled()
+    datasets.disable_progress_bars()
+    before = os.environ.get("TOKENIZERS_PARALLELISM")
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+        if bars:
+            datasets.enable_progress_bars()
+        if before is None:
+            os.environ.pop("TOKENIZERS_PARALLELISM", None)
+        else:
+            os.environ["TOKENIZERS_PARALLELISM"] = before
+
+
+def adapter(subject: Subject, *, batch_size: int, batch_tokens: int, whole: bool) -> Any:
+    """lm-eval's face of a subject. whole: nothing of a prompt is cut, where a model has no end of
+    its own, as ours have none."""
+    from ablate.evaluate.adapter import UNLIMITED, SubjectLM
+
+    lm = SubjectLM(subject, batch_size=batch_size, batch_tokens=batch_tokens)
+    if whole and not subject.bounded:
+        lm.max_length = UNLIMITED
+    return lm

@@ -1,0 +1,133 @@
+"""Benchmarks from local JSONL, where lm-eval would ask the hub.
+
+    <local_data>/<task>/<split>.jsonl[.zst]
+
+Rows keep the hub's field names, which the task definitions read. One file holds all of MMLU
+(`subject` names the part) and all of BLiMP (`UID`). A training split that is not there is replaced
+by validation, as a source of shots only; lm-eval keeps an item out of its own shots.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import io
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ablate.errors import UserError
+
+# (hub path, configuration or None for any) -> (folder, {split: file stem where they differ}, field
+# that names the configuration)
+_PLACES: dict[tuple[str, str | None], tuple[str, dict[str, str], str | None]] = {
+    ("Rowan/hellaswag", None): ("hellaswag", {}, None),
+    ("baber/piqa", None): ("piqa", {}, None),
+    ("allenai/winogrande", None): ("winogrande", {}, None),
+    ("aps/super_glue", "boolq"): ("boolq", {}, None),
+    ("aps/super_glue", "copa"): ("copa", {}, None),
+    ("aps/super_glue", "cb"): ("cb", {}, None),
+    ("lighteval/siqa", None): ("social_iqa", {}, None),
+    ("tau/commonsense_qa", None): ("commonsense_qa", {}, None),
+    ("allenai/ai2_arc", "ARC-Easy"): ("arc_easy", {}, None),
+    ("allenai/ai2_arc", "ARC-Challenge"): ("arc_challenge", {}, None),
+    ("allenai/openbookqa", None): ("openbookqa", {}, None),
+    ("EleutherAI/race", "high"): ("race", {}, None),
+    ("EleutherAI/lambada_openai", "default"): ("lambada_openai", {}, None),
+    ("cimec/lambada", None): ("lambada_standard", {}, None),
+    ("nyu-mll/blimp", None): ("blimp", {}, "UID"),
+    ("cais/mmlu", None): ("mmlu", {}, "subject"),
+    ("openai/gsm8k", None): ("gsm8k", {}, None),
+    ("google-research-datasets/nq_open", None): ("nq_open", {}, None),
+    ("truthfulqa/truthful_qa", "multiple_choice"): (
+        "truthfulqa",
+        {"validation": "validation_multiple_choice"},
+        None,
+    ),
+    ("EleutherAI/wikitext_document_level", None): ("wikitext", {"test": "test_raw"}, None),
+    ("nyu-mll/glue", "mrpc"): ("glue_mrpc", {}, None),
+    ("nyu-mll/glue", "rte"): ("glue_rte", {}, None),
+    ("nyu-mll/glue", "sst2"): ("glue_sst2", {}, None),
+    ("bigbio/pubmed_qa", None): ("pubmedqa", {}, None),
+    ("squad_v2", None): ("squadv2", {}, None),
+}
+_SPLITS = ("train", "validation", "dev", "test")
+
+
+class NoLocalData(LookupError):
+    """A benchmark that has no folder here; its text is the line that the user reads."""
+
+
+def check(folder: str) -> Path:
+    """The folder of evaluate.local_data; UserError when it is none."""
+    path = Path(folder).expanduser()
+    if not path.is_dir():
+        raise UserError(f"evaluate.local_data '{folder}' is not a folder of <task>/<split>.jsonl")
+    return path
+
+
+@contextlib.contextmanager
+def local_data(root: Path) -> Iterator[list[str]]:
+    """Inside, lm-eval reads its data from `root`; yields notes on what stands in for what."""
+    import datasets
+
+    notes: list[str] = []
+    original = datasets.load_dataset
+
+    def load(path: str, name: str | None = None, **options: Any) -> Any:
+        if path == "json":
+            return original(path, name, **options)
+        return _load(root, path, name, notes)
+
+    datasets.load_dataset = load
+    try:
+        yield notes
+    finally:
+        datasets.load_dataset = original
+
+
+def _load(root: Path, path: str, name: str | None, notes: list[str]) -> Any:
+    import datasets
+
+    place = _PLACES.get((path, name)) or _PLACES.get((path, None))
+    if place is None:
+        raise NoLocalData(f"evaluate.local_data has no place for '{path}'")
+    folder, stems, field = place
+    found = {s: f for s in _SPLITS if (f := _file(root / folder, stems.get(s, s))) is not None}
+    if not found:
+        raise NoLocalData(f"no {root / folder}/<split>.jsonl in evaluate.local_data")
+    splits: dict[str, Any] = {}
+    for split, file in found.items():
+        rows = _rows(file)
+        if field is not None:
+            rows = [row for row in rows if row[field] == name]
+        if rows:
+            splits[split] = datasets.Dataset.from_list(rows)
+    if "train" not in splits and "validation" in splits:
+        splits["train"] = splits["validation"]
+        notes.append(f"{folder}: no training split here, shots come from validation")
+    return datasets.DatasetDict(splits)
+
+
+def _file(folder: Path, stem: str) -> Path | None:
+    for suffix in (".jsonl", ".jsonl.zst"):
+        path = folder / f"{stem}{suffix}"
+        if path.is_file():
+            return path
+    return None
+
+
+@functools.lru_cache(maxsize=6)
+def _rows(path: Path) -> list[dict[str, Any]]:
+    try:
+        with path.open("rb") as file:
+            raw: Any = file
+            if path.suffix == ".zst":
+                import zstandard
+
+                raw = io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(file))
+            # by bytes: only a line feed ends a row, not what else Unicode calls a line's end
+            return [json.loads(line) for line in raw if line.strip()]
+    except (OSError, ValueError) as error:
+        raise UserError(f"evaluate.local_data: {path} cannot be read ({error})") from None

@@ -1,0 +1,286 @@
+"""What can be evaluated: a model of ours, or any causal transformers model; and how each is found.
+
+A subject turns text into ids and scores or continues them; `adapter.py` is lm-eval's face of it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ablate import config
+from ablate.arch.spec import Architecture
+from ablate.data import corpus, model_vocab
+from ablate.data import tokenizer as tokenizers
+from ablate.data.tokenizer import Tokenizer
+from ablate.errors import UserError
+from ablate.model import Decoder, LanguageModel, Sampling, generate
+from ablate.run import RunFolder
+from ablate.train import checkpoint
+from ablate.train.environment import device_of, uses_bf16
+
+_PROJECTED = 4096  # positions whose logits are held at a time
+_ROUNDED = 256  # prompts and caches come in multiples of this, so that few shapes are captured
+
+
+class OwnModel:
+    """A `LanguageModel` with its tokenizer.
+
+    max_length: tokens that benchmarks may use, the training length: what is longer is cut on the
+        left, as lm-eval does. Recall tasks set it aside.
+    Texts are read after an end-of-text, as training documents are.
+    """
+
+    bounded = False  # whether positions end at max_length
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        tokenizer: Tokenizer,
+        *,
+        max_length: int,
+        name: str = "model",
+        bf16: bool = False,
+    ) -> None:
+        self.model, self.tokenizer, self.max_length, self.name = model, tokenizer, max_length, name
+        self.device = model.embedding.device
+        self.eos_id = self.prefix_id = tokenizer.eos_id
+        self.bf16 = bf16
+        self._decoder: Decoder | None = None
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.bf16)
+
+    def encode(self, text: str, *, special: bool = True) -> list[int]:
+        ids = self.tokenizer.encode(text)
+        return [self.prefix_id, *ids] if special else ids
+
+    def encode_rolling(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self.tokenizer.decode(list(ids))
+
+    def logits(self, tokens_BL: Tensor, keep_BL: Tensor) -> list[Tensor]:
+        """Logits after the positions in `keep_BL`, row by row, in parts of (n, V)."""
+        with self.autocast():
+            hidden = self.model.hidden(tokens_BL)[keep_BL]
+            vocab = self.tokenizer.vocab_size
+            return [
+                F.linear(part, self.model.output_weight_VD)[:, :vocab]
+                for part in hidden.split(_PROJECTED)
+            ]
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], n_tokens: int, until: Sequence[str], options: Any
+    ) -> list[str]:
+        """Text after each prompt, up to and with the first of the stop strings."""
+        sampling = _sampling(options)
+
+        def stop(row: int, new: list[int]) -> bool:
+            if new[-1] == self.eos_id:
+                return True
+            text = self.decode(new)
+            return any(word in text for word in until)
+
+        longest = max(map(len, prompts)) + n_tokens
+        new = generate(
+            self.model,
+            prompts,
+            n_tokens,
+            sampling=sampling,
+            vocab_size=self.tokenizer.vocab_size,
+            stop=stop,
+            decoder=self._decoder_for(len(prompts), longest),
+        )
+        return [self.decode(ids) for ids in new]
+
+    def _decoder_for(self, batch: int, length: int) -> Decoder:
+        d = self._decoder
+        if d is None or d.batch < batch or not length <= d.max_len <= 2 * length + _ROUNDED:
+            self._decoder = None  # its memory goes first
+            room = -(-length // _ROUNDED) * _ROUNDED
+            dtype = torch.bfloat16 if self.bf16 else None
+            d = Decoder(self.model, batch, room, cache_dtype=dtype, autocast=self.autocast)
+            self._decoder = d
+        return d
+
+    @contextlib.contextmanager
+    def tokenizer_file(self) -> Any:
+        """What recall tasks count tokens with: "byte" or a tokenizer.json."""
+        if self.tokenizer.definition is None:
+            yield "byte"
+            return
+        import tempfile
+
+        with tempfile.TemporaryDirectory(prefix="ablate-tokenizer-") as folder:
+            path = Path(folder) / "tokenizer.json"
+            path.write_text(self.tokenizer.definition)
+            yield str(path)
+
+
+class HFModel:
+    """A causal transformers model with its tokenizer, scored as lm-eval's own `hf` model does."""
+
+    bounded = True
+
+    def __init__(self, model: Any, tokenizer: Any, *, name: str = "hf") -> None:
+        from lm_eval.models.utils import configure_pad_token, resolve_max_length
+
+        self.model, self.name = model.eval(), name
+        self.tokenizer = configure_pad_token(tokenizer, model_config=model.config)
+        self.device = model.device
+        self.max_length = resolve_max_length(model.config, tokenizer, default=2048)
+        self.eos_id = tokenizer.eos_token_id
+        bos = tokenizer.bos_token_id
+        self.prefix_id = self.eos_id if bos is None else bos
+
+    def encode(self, text: str, *, special: bool = True) -> list[int]:
+        """With the special tokens that the tokenizer adds by itself, unless the text has them."""
+        begun = text.startswith(self.tokenizer.decode(self.prefix_id))
+        if special and not begun:
+            return list(self.tokenizer.encode(text))
+        return list(self.tokenizer.encode(text, add_special_tokens=False))
+
+    def encode_rolling(self, text: str) -> list[int]:
+        return self.encode(text)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return str(self.tokenizer.decode(ids, skip_special_tokens=True))
+
+    def logits(self, tokens_BL: Tensor, keep_BL: Tensor) -> list[Tensor]:
+        return list(self.model(tokens_BL).logits[keep_BL].split(_PROJECTED))
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], n_tokens: int, until: Sequence[str], options: Any
+    ) -> list[str]:
+        from lm_eval.models.utils_hf import stop_sequences_criteria
+
+        width = max(map(len, prompts))
+        shape = (len(prompts), width)
+        tokens = torch.full(shape, self.tokenizer.pad_token_id, dtype=torch.long)
+        mask = torch.zeros(shape, dtype=torch.long)
+        for row, prompt in enumerate(prompts):
+            tokens[row, width - len(prompt) :] = torch.tensor(prompt)
+            mask[row, width - len(prompt) :] = 1
+        eos = self.tokenizer.decode(self.eos_id, skip_special_tokens=False)
+        words = [*until, *([] if eos in until else [eos])]
+        out = self.model.generate(
+            input_ids=tokens.to(self.device),
+            attention_mask=mask.to(self.device),
+            max_length=width + n_tokens,
+            stopping_criteria=stop_sequences_criteria(self.tokenizer, words, width, len(prompts)),
+            pad_token_id=self.tokenizer.pad_token_id,
+            use_cache=True,
+            **options,
+        )
+        return [self.decode(ids) for ids in out[:, width:].tolist()]
+
+    @contextlib.contextmanager
+    def tokenizer_file(self) -> Any:
+        yield self.tokenizer.name_or_path
+
+
+Subject = OwnModel | HFModel
+
+
+def _sampling(options: dict[str, Any]) -> Sampling:
+    """lm-eval's generation options as ours; UserError for one that has no meaning here."""
+    known = {"do_sample", "temperature", "top_p", "repetition_penalty"}
+    unknown = sorted(set(options) - known)
+    if unknown:
+        raise UserError(
+            f"generation_kwargs: '{unknown[0]}' is not supported; "
+            f"there are {', '.join(sorted(known))}"
+        )
+    given = {k: float(v) for k, v in options.items() if k != "do_sample"}
+    if options.get("do_sample") is False:
+        given["temperature"] = 0.0
+    return Sampling(**given)
+
+
+# --- finding -------------------------------------------------------------------------------------
+
+
+def load(target: str, *, device: str = "auto") -> Subject:
+    """A run folder's trained model, or a transformers model from a folder or the hub.
+
+    Code that comes with a model is never run. UserError says what is missing.
+    """
+    path = Path(target).expanduser()
+    if (path / "config.yaml").is_file():
+        return load_run(RunFolder(path), device=device)
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise UserError(
+            f"'{target}' is neither a run folder (no config.yaml) nor a transformers model "
+            "(no config.json)"
+        )
+    return _load_hf(target, device)
+
+
+def load_run(folder: RunFolder, *, device: str = "auto") -> OwnModel:
+    """The model of a run folder with its newest weights; UserError when there are none."""
+    tree = folder.config()
+    if tree is None:
+        raise UserError(f"'{folder.path}' is not a run folder: it has no readable config.yaml")
+    cfg = config.load(config.override(tree, {"train.device": device}))
+    place = device_of(cfg.train)
+    weights = _weights(folder)
+    tokenizer = tokenizers.load(cfg.data, corpus.sources(cfg.data)["text"])
+    vocab_size = cfg.arch.vocab_size or model_vocab(tokenizer.vocab_size)
+    arch = Architecture.from_config(cfg.arch, vocab_size=vocab_size)
+    model = LanguageModel(arch, seed=None)
+    with torch.no_grad():
+        for name, tensor in model.state_dict(keep_vars=True).items():
+            if name not in weights or weights[name].shape != tensor.shape:
+                raise UserError(f"'{folder.path}': its checkpoint does not fit its config ({name})")
+            tensor.copy_(weights[name])
+    return OwnModel(
+        model.to(place).eval(),
+        tokenizer,
+        max_length=cfg.data.seq_len,
+        name=folder.key,
+        bf16=uses_bf16(cfg.train, place),
+    )
+
+
+def _weights(folder: RunFolder) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        kept = folder.checkpoint / "model.safetensors"
+        if kept.is_file():
+            return load_file(kept)
+        steps = checkpoint.steps(folder.checkpoint)
+        if steps:
+            return checkpoint.load(folder.checkpoint, steps[-1]).model
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(f"'{folder.path}': its weights cannot be read ({error})") from None
+    raise UserError(
+        f"'{folder.path}' has no weights to evaluate: train with train.keep=weights (or all)"
+    )
+
+
+def _load_hf(target: str, device: str) -> HFModel:
+    try:
+        import transformers
+    except ImportError:
+        raise UserError("transformers models need `pip install 'ablate-hybrids[eval]'`") from None
+    options: Callable[..., Any] = transformers.AutoModelForCausalLM.from_pretrained
+    place = "cuda" if device == "auto" and torch.cuda.is_available() else device
+    try:
+        model = options(target, dtype="auto", trust_remote_code=False)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(target, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") else ""
+        raise UserError(f"'{target}' cannot be loaded{offline}: {reason}") from None
+    return HFModel(model.to("cpu" if place == "auto" else place), tokenizer, name=target)

@@ -1,0 +1,280 @@
+"""Evaluation as part of a trial, of a finished run folder, and of any transformers model.
+
+train_and_evaluate(cfg, folder)   `train`, with cfg.evaluate's tasks before its result
+evaluate(subject, options, …)     the tasks themselves; each one's content goes to `write`
+command(words)                    python -m ablate evaluate TARGET [name=value …]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from ablate import config
+from ablate.config import Config, EvaluateConfig
+from ablate.data import TokenSet, prepare
+from ablate.errors import UserError, did_you_mean
+from ablate.evaluate import harness, length, local_data, suites
+from ablate.evaluate.fuzzy import fuzzy
+from ablate.evaluate.recall import DEFAULTS, first_answer
+from ablate.evaluate.subjects import OwnModel, Subject, load
+from ablate.model import LanguageModel
+from ablate.run import RunFolder
+from ablate.train.loop import train
+from ablate.train.validation import uninformative
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+Write = Callable[[str, Mapping[str, Any]], None]
+
+
+def check(options: EvaluateConfig) -> None:
+    """UserError, before any compute, for what cannot be evaluated."""
+    for name in options.suites:
+        suites.entries_of(name)
+    known = {size for sizes in DEFAULTS.values() for size in sizes} | {"seed", "digit_tokens"}
+    for name in options.sizes:
+        if name not in known:
+            raise UserError(f"evaluate.sizes: unknown size '{name}'{did_you_mean(name, known)}")
+    if options.local_data is not None:
+        local_data.check(options.local_data)
+    length.check_long_documents(options.long_documents)
+    if options.suites or options.recall:
+        harness.need_lm_eval()
+
+
+def train_and_evaluate(
+    cfg: Config, folder: RunFolder | None = None, **hooks: Any
+) -> dict[str, Any]:
+    """`ablate.train`, with the tasks of cfg.evaluate run before the result is written."""
+    check(cfg.evaluate)
+    return train(cfg, folder, evaluate=_of_trial, **hooks)
+
+
+def _of_trial(
+    cfg: Config,
+    folder: RunFolder,
+    model: LanguageModel,
+    token_set: TokenSet,
+    *,
+    bf16: bool,
+    check: Callable[[], None],
+) -> dict[str, Any]:
+    subject = OwnModel(
+        model, token_set.tokenizer, max_length=cfg.data.seq_len, name=folder.key, bf16=bf16
+    )
+    model.eval()
+    try:
+        return evaluate(
+            subject,
+            cfg.evaluate,
+            write=folder.write_evaluation,
+            documents=lambda: length.split_documents(token_set.splits["val_b"]),
+            training_length=cfg.data.seq_len,
+            between=check,
+        )
+    finally:
+        model.train()
+
+
+def evaluate(
+    subject: Subject,
+    options: EvaluateConfig,
+    *,
+    write: Write,
+    documents: Callable[[], list[Any]],
+    training_length: int,
+    between: Callable[[], None] = lambda: None,
+    say: Callable[[str], object] = print,
+) -> dict[str, Any]:
+    """Run every task that `options` asks for; {name: value, metric, …} of those that ran.
+
+    write: takes each task's name and whole content, items included.
+    documents: those of validation B, for `options.length` where no file is given.
+    say: takes a line for each task that is skipped.
+    """
+    summary: dict[str, Any] = {}
+    data = None if options.local_data is None else local_data.check(options.local_data)
+
+    def keep(name: str, content: dict[str, Any], **more: Any) -> None:
+        write(name, content)
+        summary[name] = {"value": content["value"], "metric": content["metric"], **more}
+
+    for task in options.recall:
+        between()
+        lm = harness.adapter(subject, batch_size=64, batch_tokens=options.batch_tokens, whole=True)
+        content = harness.run_recall(subject, task, sizes=options.sizes, limit=None, lm=lm)
+        _judge_recall(content)
+        keep(task, content, verdict=content["verdict"])
+    if options.length:
+        between()
+        given = options.long_documents
+        texts = length.long_documents(subject, given) if given else documents()
+        content = length.loss_by_length(
+            subject, texts, length=training_length, multiples=options.length, check=between
+        )
+        keep("length", content)
+    entries = {e.name: (s, e) for s in options.suites for e in suites.entries_of(s)}
+    lm = None
+    for name, (suite, entry) in entries.items():
+        between()
+        lm = lm or harness.adapter(
+            subject, batch_size=64, batch_tokens=options.batch_tokens, whole=False
+        )
+        try:
+            content = harness.run_suite_entry(subject, entry, data=data, limit=options.limit, lm=lm)
+        except harness.Skipped as error:
+            say(str(error))
+            continue
+        content["published"] = suites.published(suite, entry)
+        keep(name, content)
+    return summary
+
+
+def _judge_recall(content: dict[str, Any]) -> None:
+    """Add to a recall task: which cells tell nothing, and where numbers were asked for whether
+    wrong ones are fuzzy."""
+    items = content["items"]
+    for cell in content["cells"].values():
+        cell["verdict"] = uninformative(cell["exact_match"], cell["items"], content["chance"])
+    told = [cell["verdict"] for cell in content["cells"].values()]
+    content["verdict"] = told[0] if told[0] is not None and len(set(told)) == 1 else None
+    targets = items["target"]
+    if targets[0].isdigit():
+        answers = [first_answer(r, t) for r, t in zip(items["response"], targets, strict=True)]
+        content["fuzzy"] = fuzzy(answers, targets, items["others"]).summary()
+    del items["others"]  # as large as the texts, and made again from the seed
+
+
+# --- the verb ------------------------------------------------------------------------------------
+
+
+def command(words: Sequence[str], console: Console | None = None) -> int:
+    """`python -m ablate evaluate TARGET [name=value …]`; prints a table, 0 when all went well."""
+    from rich.console import Console
+
+    console = console or Console()
+    if not words or "=" in words[0]:
+        raise UserError("evaluate needs a run folder or a transformers model, before name=value")
+    target, given = words[0], _words(words[1:])
+    device, out = str(given.pop("device", "auto")), given.pop("out", None)
+    folder = RunFolder(Path(target).expanduser())
+    tree = folder.config()
+    own = config.load(tree) if tree is not None else None
+    before = own.evaluate.model_dump() if own else EvaluateConfig().model_dump()
+    options = _options({**before, **given})
+    if not (options.suites or options.recall or options.length):
+        options = options.model_copy(update={"recall": list(DEFAULTS)})
+    check(options)
+    subject = load(target, device=device)
+    contents: dict[str, Mapping[str, Any]] = {}
+    place = folder if out is None else RunFolder(Path(str(out)).expanduser())
+
+    def write(name: str, content: Mapping[str, Any]) -> None:
+        contents[name] = content
+        if own is not None or out is not None:
+            place.write_evaluation(name, content)
+
+    def documents() -> list[Any]:
+        if own is None:
+            raise UserError("evaluate.length on this model needs long_documents=FILE")
+        return length.split_documents(prepare(own.data).splits["val_b"])
+
+    training_length = own.data.seq_len if own else subject.max_length
+    evaluate(subject, options, write=write, documents=documents, training_length=training_length)
+    if not contents:
+        console.print("nothing was evaluated: every task was skipped")
+        return 1
+    for table in tables(contents):
+        console.print(table)
+    if own is not None or out is not None:
+        console.print(f"written to {place.path / 'evaluation'}", highlight=False)
+    else:
+        console.print("nothing was written: give out=FOLDER to keep the items", highlight=False)
+    return 0
+
+
+def _words(words: Iterable[str]) -> dict[str, Any]:
+    known = {*EvaluateConfig.model_fields, "device", "out"}
+    given = {}
+    for word in words:
+        name, equals, value = word.removeprefix("evaluate.").partition("=")
+        if not equals:
+            raise UserError(f"'{word}' has no value: settings are written name=value")
+        if name not in known:
+            raise UserError(f"unknown setting '{name}'{did_you_mean(name, known)}")
+        try:
+            given[name] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise UserError(f"'{word}' cannot be read as name=value") from None
+    if given.get("device", "auto") not in ("auto", "cpu", "cuda"):
+        raise UserError(f"device is '{given['device']}'; it must be auto, cpu or cuda")
+    return given
+
+
+def _options(values: dict[str, Any]) -> EvaluateConfig:
+    """A checked section, with the sentences of `config.load`."""
+    return config.load({"train": {"tokens": 1}, "evaluate": values}).evaluate
+
+
+def tables(contents: Mapping[str, Mapping[str, Any]]) -> list[Table]:
+    """Results for a terminal: recall by cell, loss by length, benchmarks beside published ones."""
+    from rich.table import Table
+
+    found = []
+    recall = {n: c for n, c in contents.items() if "cells" in c}
+    if recall:
+        table = Table(title="Recall", title_justify="left")
+        for column in ("task", "cell", "items", "tokens", "exact match", "digits", ""):
+            table.add_column(column, justify="left" if column in ("task", "cell") else "right")
+        for name, content in recall.items():
+            for label, cell in content["cells"].items():
+                digits = cell.get("digit_accuracy")
+                told = {"floor": "at floor: uninformative", "ceiling": "at ceiling: uninformative"}
+                table.add_row(
+                    name,
+                    label,
+                    str(cell["items"]),
+                    f"{cell['tokens']:.0f}",
+                    f"{100 * cell['exact_match']:.1f}%",
+                    "" if digits is None else f"{100 * digits:.1f}%",
+                    told.get(cell["verdict"] or "", ""),
+                )
+        found.append(table)
+    if "length" in contents:
+        content = contents["length"]
+        table = Table(
+            title=f"Loss on the same {content['scored_tokens']} tokens of "
+            f"{content['documents']} documents",
+            title_justify="left",
+        )
+        table.add_column("training lengths", justify="right")
+        table.add_column("tokens", justify="right")
+        table.add_column("loss (nats)", justify="right")
+        for multiple, loss in content["by_multiple"].items():
+            table.add_row(multiple, str(int(multiple) * content["training_length"]), f"{loss:.4f}")
+        found.append(table)
+    benchmarks = {n: c for n, c in contents.items() if "shots" in c}
+    if benchmarks:
+        models = list(dict.fromkeys(m for c in benchmarks.values() for m in c["published"]))
+        table = Table(title="Benchmarks (published figures: %)", title_justify="left")
+        for column in ("task", "shots", "metric", "items", "here", *models):
+            table.add_column(column, justify="left" if column in ("task", "metric") else "right")
+        for content in benchmarks.values():
+            scale = 100 if content["value"] <= 1 else 1
+            shown = [content["published"].get(m) for m in models]
+            table.add_row(
+                content["task"],
+                str(content["shots"]),
+                content["metric"],
+                str(len(content["items"]["id"])),
+                f"{scale * content['value']:.2f}",
+                *("" if v is None else f"{v:g}" for v in shown),
+            )
+        found.append(table)
+    return found

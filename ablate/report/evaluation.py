@@ -1,0 +1,310 @@
+"""What evaluation/ says of a study's arms: recall by size, needles, loss over length, benchmarks.
+
+Scores are kept by item, so arms are compared on the same items (`stats.paired_items`); seeds of an
+arm are averaged item by item first.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, NullLocator, PercentFormatter
+
+from ablate.report.confounds import si
+from ablate.report.frames import records
+from ablate.report.plots import COLUMN, MARKERS, STYLE, Plot, colours, save
+from ablate.report.stats import NAN, Estimate, bootstrap_ratio, mcnemar, paired_items
+from ablate.report.verdicts import Analysis
+from ablate.run import find_runs
+
+_OF_TRAINING = {"val_a", "val_b", "mqar"}  # shown elsewhere on the page
+_HEAT = ("passkey", "needle", "needle_multivalue")
+
+
+@dataclass(frozen=True)
+class Evaluations:
+    """tasks: task -> arm -> the contents of its runs' files, one a seed."""
+
+    analysis: Analysis
+    tasks: dict[str, dict[str, list[dict[str, Any]]]] = field(repr=False)
+
+    @classmethod
+    def read(cls, analysis: Analysis, path: Path) -> Evaluations:
+        """Of the runs that count in the analysis."""
+        arms = {row["key"]: str(row["arm"]) for row in records(analysis.runs)}
+        order = {str(arm): i for i, arm in enumerate(analysis.arms.index)}
+        tasks: dict[str, dict[str, list[dict[str, Any]]]] = {}
+        for run in find_runs(path):
+            if run.key not in arms:
+                continue
+            for name in run.evaluations():
+                content = run.evaluation(name)
+                if name not in _OF_TRAINING and content and "items" in content:
+                    tasks.setdefault(name, {}).setdefault(arms[run.key], []).append(content)
+        ordered = {
+            name: dict(sorted(found.items(), key=lambda p: order.get(p[0], len(order))))
+            for name, found in sorted(tasks.items())
+        }
+        return cls(analysis, ordered)
+
+    # --- the table -----------------------------------------------------------------------------
+
+    def table(self) -> pd.DataFrame:
+        """One row a task, cell and arm: value, low, high; difference from the first arm with its
+        interval, p and mcnemar_p; items, verdict ('floor', 'ceiling' or ''), fuzzy."""
+        rows = []
+        for task, arms in self.tasks.items():
+            reference = next(iter(arms))
+            for cell in _cells(next(iter(arms.values()))[0]):
+                base = _scores(arms[reference], cell)
+                for arm, contents in arms.items():
+                    own = _scores(contents, cell)
+                    rows.append(_row(task, cell, arm, contents, own, base, arm == reference))
+        return pd.DataFrame(rows)
+
+    # --- figures -------------------------------------------------------------------------------
+
+    def plots(self, folder: Path) -> list[Plot | None]:
+        return [self._recall(folder), self._needle(folder), self._positions(folder)]
+
+    def _shades(self) -> dict[str, str]:
+        return colours(self.analysis, [str(a) for a in self.analysis.arms.index])
+
+    def _recall(self, folder: Path) -> Plot | None:
+        """Accuracy by size of the task, one panel a task, one line an arm."""
+        tasks = {
+            task: arms
+            for task, arms in self.tasks.items()
+            if "cells" in next(iter(arms.values()))[0]
+        }
+        if not tasks:
+            return None
+        shades, told = self._shades(), []
+        with mpl.rc_context(STYLE):
+            figure = Figure(figsize=(COLUMN, 1.9 * len(tasks) + 0.5), layout="constrained")
+            axes = figure.subplots(len(tasks), 1, squeeze=False)[:, 0]
+            for ax, (task, arms) in zip(axes, tasks.items(), strict=True):
+                for i, (arm, contents) in enumerate(arms.items()):
+                    sizes, found = _by_size(contents)
+                    y = [e.value for e in found]
+                    bars = [
+                        [max(0.0, e.value - e.low) if e.low == e.low else 0.0 for e in found],
+                        [max(0.0, e.high - e.value) if e.high == e.high else 0.0 for e in found],
+                    ]
+                    ax.errorbar(
+                        sizes,
+                        y,
+                        yerr=bars,
+                        color=shades[arm],
+                        marker=MARKERS[i % len(MARKERS)],
+                        markersize=4,
+                        label=self.analysis.short(arm),
+                    )
+                    pairs = ", ".join(f"{s}: {v:.0%}" for s, v in zip(sizes, y, strict=True))
+                    told.append(f"{task}, {self.analysis.short(arm)}: {pairs}")
+                ax.set_xscale("log", base=2)
+                ax.set_xticks(sizes, [_size(s) for s in sizes])
+                ax.xaxis.set_minor_locator(NullLocator())
+                ax.set_ylim(-0.04, 1.04)
+                ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+                ax.set_title(task)
+            axes[0].set_ylabel("exact match")
+            if len(shades) > 1:
+                handles, labels = axes[0].get_legend_handles_labels()
+                figure.legend(handles, labels, loc="outside lower center", ncols=3)
+            caption = (
+                "Exact match by size of the task (entries, pairs, words or tokens), with 95% "
+                "intervals over documents."
+            )
+            return save(figure, folder, "recall", "; ".join(told) + ".", caption)
+
+    def _needle(self, folder: Path) -> Plot | None:
+        """Heat maps of accuracy over length and depth, one row a task, one column an arm."""
+        tasks = [t for t in _HEAT if t in self.tasks]
+        if not tasks:
+            return None
+        arms = list(self.tasks[tasks[0]])[:6]
+        told = []
+        with mpl.rc_context({**STYLE, "axes.grid": False}):
+            size = (max(COLUMN, 1.5 * len(arms) + 1.0), 2.0 * len(tasks) + 0.4)
+            figure = Figure(figsize=size, layout="constrained")
+            axes = figure.subplots(len(tasks), len(arms), squeeze=False, sharey="row")
+            image = None
+            for row, task in enumerate(tasks):
+                for ax, arm in zip(axes[row], arms, strict=True):
+                    grid = _heat(self.tasks[task].get(arm, []))
+                    image = ax.imshow(
+                        grid.to_numpy(), aspect="auto", vmin=0, vmax=1, cmap="viridis"
+                    )
+                    ax.set_xticks(range(len(grid.columns)), [_size(c) for c in grid.columns])
+                    ax.set_yticks(
+                        range(len(grid.index)), [f"{float(str(d)):.0%}" for d in grid.index]
+                    )
+                    ax.set_title(self.analysis.short(arm))
+                    mean = float(np.nanmean(grid.to_numpy())) if grid.size else NAN
+                    told.append(f"{task}, {self.analysis.short(arm)}: {mean:.0%} on average")
+                axes[row, 0].set_ylabel(f"{task}: depth")
+                axes[row, -1].set_xlabel("tokens")
+            if image is not None:
+                bar = figure.colorbar(image, ax=axes, shrink=0.8)
+                bar.ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+            more = "" if len(self.tasks[tasks[0]]) <= 6 else " The first six arms."
+            caption = f"Exact match by length and depth of the needle, seeds averaged.{more}"
+            return save(figure, folder, "needle", "; ".join(told) + ".", caption)
+
+    def _positions(self, folder: Path) -> Plot | None:
+        """Loss by position within the training length, and at multiples of it."""
+        arms = self.tasks.get("length")
+        if not arms:
+            return None
+        shades, told = self._shades(), []
+        with mpl.rc_context(STYLE):
+            figure = Figure(figsize=(COLUMN, 4.4), layout="constrained")
+            by_position, by_multiple = figure.subplots(2, 1)
+            for arm, contents in arms.items():
+                places = contents[0]["by_position"]["last"]
+                losses = np.mean([c["by_position"]["loss"] for c in contents], axis=0)
+                label = self.analysis.short(arm)
+                by_position.plot(places, losses, color=shades[arm], marker="o", markersize=2.5)
+                multiples = [int(m) for m in contents[0]["by_multiple"]]
+                means = np.mean([list(c["by_multiple"].values()) for c in contents], axis=0)
+                by_multiple.plot(
+                    multiples, means, color=shades[arm], marker="o", markersize=3.5, label=label
+                )
+                told.append(
+                    f"{label}: "
+                    + ", ".join(f"{m} times {v:.3f}" for m, v in zip(multiples, means, strict=True))
+                )
+                by_multiple.set_xscale("log", base=2)
+                by_multiple.set_xticks(multiples, [f"{m}×" for m in multiples])
+            by_multiple.xaxis.set_minor_locator(NullLocator())
+            by_position.set_xscale("log", base=2)
+            by_position.xaxis.set_major_formatter(FuncFormatter(lambda v, _: si(v)))
+            by_position.set_xlabel("position in the training length (tokens)")
+            by_position.set_ylabel("loss (nats a token)")
+            by_multiple.set_xlabel("context, in training lengths")
+            by_multiple.set_ylabel("loss (nats a token)")
+            if len(arms) > 1:
+                handles, labels = by_multiple.get_legend_handles_labels()
+                figure.legend(handles, labels, loc="outside lower center", ncols=3)
+            n = next(iter(arms.values()))[0]["documents"]
+            caption = (
+                f"Loss over length in {n} long documents. Below, the same tokens are scored after "
+                "more and more of the text before them."
+            )
+            return save(figure, folder, "positions", "; ".join(told) + ".", caption)
+
+
+# --- items ---------------------------------------------------------------------------------------
+
+
+def _size(value: Any) -> str:
+    """A number of tokens or entries: 1024 as it is, 131k short."""
+    number = float(value)
+    return f"{number:.0f}" if number < 1e5 else si(number)
+
+
+@dataclass(frozen=True)
+class _Scores:
+    """Of one arm: score by item, seeds averaged, clusters, and how many seeds there are."""
+
+    score: pd.Series
+    clusters: pd.Series
+    seeds: int
+
+
+def _cells(content: dict[str, Any]) -> list[str]:
+    if "cells" in content:
+        return list(content["cells"])
+    return list(content["by_multiple"]) if "by_multiple" in content else [""]
+
+
+def _items(content: dict[str, Any], cell: str) -> pd.DataFrame:
+    """Columns id, cluster, score; an id names the same item in every run."""
+    items = content["items"]
+    if "by_multiple" in content:
+        score = items[cell]
+        names = [str(i) for i in range(len(score))]
+        return pd.DataFrame({"id": names, "cluster": names, "score": score})
+    if "cells" in content:
+        table = pd.DataFrame({k: items[k] for k in ("cell", "cluster", "exact_match")}).rename(
+            columns={"exact_match": "score"}
+        )
+        table["id"] = table["cluster"] + "#" + table.groupby("cluster").cumcount().astype(str)
+        return table[table["cell"] == cell]
+    return pd.DataFrame({k: items[k] for k in ("id", "cluster", "score")})
+
+
+def _scores(contents: list[dict[str, Any]], cell: str) -> _Scores:
+    joined = pd.concat([_items(content, cell) for content in contents])
+    groups = joined.groupby("id", sort=False)
+    return _Scores(groups["score"].mean(), groups["cluster"].first(), len(contents))
+
+
+def _row(
+    task: str,
+    cell: str,
+    arm: str,
+    contents: list[dict[str, Any]],
+    own: _Scores,
+    base: _Scores,
+    is_reference: bool,
+) -> dict[str, Any]:
+    content = contents[0]
+    mean = bootstrap_ratio(own.score, np.ones(len(own.score)), own.clusters)
+    difference, exact = Estimate(NAN), NAN
+    shared = own.score.index.intersection(base.score.index)
+    if not is_reference and len(shared):
+        one, other = own.score[shared], base.score[shared]
+        difference = paired_items(one, other, own.clusters[shared])
+        binary = bool(one.isin([0.0, 1.0]).all() and other.isin([0.0, 1.0]).all())
+        single = own.seeds == base.seeds == 1 and own.clusters[shared].is_unique
+        if binary and single:
+            exact = mcnemar(one, other)
+    verdict = (content.get("cells") or {}).get(cell, {}).get("verdict")
+    fuzzy = content.get("fuzzy") or {}
+    return {
+        "task": task,
+        "cell": f"{cell} training lengths" if "by_multiple" in content else cell,
+        "arm": arm,
+        "metric": content["metric"],
+        "items": len(own.score),
+        "value": mean.value,
+        "low": mean.low,
+        "high": mean.high,
+        "difference": difference.value,
+        "difference_low": difference.low,
+        "difference_high": difference.high,
+        "p": difference.p,
+        "mcnemar_p": exact,
+        "verdict": verdict or "",
+        "fuzzy": bool(fuzzy.get("is_fuzzy")),
+    }
+
+
+def _by_size(contents: list[dict[str, Any]]) -> tuple[list[int], list[Estimate]]:
+    """Accuracy at each size of a task, cells of one size together."""
+    cells = contents[0]["cells"]
+    sizes = sorted({int(cell["x"]) for cell in cells.values()})
+    found = []
+    for size in sizes:
+        parts = [_scores(contents, name) for name, cell in cells.items() if cell["x"] == size]
+        values = pd.concat([p.score for p in parts])
+        clusters = pd.concat([p.clusters for p in parts])
+        found.append(bootstrap_ratio(values, np.ones(len(values)), clusters))
+    return sizes, found
+
+
+def _heat(contents: list[dict[str, Any]]) -> pd.DataFrame:
+    """Mean exact match, depths down and lengths across."""
+    if not contents:
+        return pd.DataFrame()
+    names = ("x", "depth", "exact_match")
+    joined = pd.concat([pd.DataFrame({k: c["items"][k] for k in names}) for c in contents])
+    return joined.pivot_table(index="depth", columns="x", values="exact_match", aggfunc="mean")

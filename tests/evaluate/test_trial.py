@@ -1,0 +1,269 @@
+"""Evaluation of a trial, of its folder afterwards, and of a transformers model."""
+
+from __future__ import annotations
+
+import io
+import json
+import random
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+
+from ablate.config import EvaluateConfig, load
+from ablate.errors import UserError
+from ablate.evaluate import length, suites
+from ablate.evaluate.local_data import NoLocalData, local_data
+from ablate.evaluate.subjects import load as load_subject
+from ablate.evaluate.trial import check, command, train_and_evaluate
+from ablate.run import RunFolder
+from ablate.train.validation import uninformative
+
+
+@pytest.fixture(scope="module")
+def data_folder(tmp_path_factory):
+    """Rows as the benchmarks have them, of made words, in the layout of evaluate.local_data."""
+    root = tmp_path_factory.mktemp("benchmarks")
+    rng = random.Random(0)
+
+    def words(n):
+        return " ".join(rng.choice(["red", "green", "run", "walk", "one"]) for _ in range(n))
+
+    def write(name, rows):
+        path = root / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+
+    piqa = [
+        {"goal": words(4), "sol1": words(2), "sol2": words(3), "label": i % 2} for i in range(12)
+    ]
+    write("piqa/validation.jsonl", piqa)
+    write("lambada_openai/test.jsonl", [{"text": f"{words(5)}\u2028{words(4)}"} for _ in range(5)])
+    for split, n in (("dev", 6), ("test", 2)):
+        rows = [
+            {
+                "question": words(3),
+                "subject": subject,
+                "choices": [words(1), words(2), words(3), words(4)],
+                "answer": i % 4,
+            }
+            for subject in _subjects()
+            for i in range(n)
+        ]
+        write(f"mmlu/{split}.jsonl", rows)
+    return root
+
+
+def _subjects():
+    from pathlib import Path
+
+    import lm_eval
+    import yaml
+
+    folder = Path(lm_eval.__file__).parent / "tasks/mmlu/default"
+    return [yaml.safe_load(p.read_text())["dataset_name"] for p in folder.glob("mmlu_*.yaml")]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, data_folder):
+    """A trained run folder whose trial evaluated recall, length and a benchmark."""
+    folder = tmp_path_factory.mktemp("run")
+    text = folder / "text"
+    text.mkdir()
+    rng = random.Random(1)
+    for i in range(40):
+        words = [rng.choice(["red", "green", "run", "walk", "one"]) for _ in range(150)]
+        (text / f"{i:02d}.txt").write_text(" ".join(words) + f" {i}\n")
+    cfg = load(
+        {
+            "arch": {
+                "pattern": "M-*-",
+                "d_model": 16,
+                "mamba2": {"d_state": 4, "head_dim": 8},
+                "attention": {"head_dim": 8, "n_heads": 2},
+            },
+            "data": {
+                "source": "files",
+                "path": str(text),
+                "seq_len": 64,
+                "val_share": 0.2,
+                "workers": 1,
+                "allow_repeats": True,
+                "cache": str(folder / "cache"),
+            },
+            "train": {"tokens": 4096, "batch_size": 4, "keep": "weights", "device": "cpu"},
+            "evaluate": {
+                "tokens": 400,
+                "recall": ["phonebook"],
+                "sizes": {"entries": [3, 4], "items": 3},
+                "length": [1, 2, 4],
+                "suites": ["piqa"],
+                "local_data": str(data_folder),
+            },
+            "tracker": {"kind": "none"},
+        }
+    )
+    place = RunFolder(folder / "key")
+    result = train_and_evaluate(cfg, place)
+    return place, result
+
+
+def test_a_trial_evaluates_before_its_result(run):
+    place, result = run
+    assert set(result["evaluation"]) == {"phonebook", "length", "piqa-0shot"}
+    assert result["seconds"]["evaluation"] > 0
+    assert {"phonebook", "length", "piqa-0shot", "val_b"} <= set(place.evaluations())
+    book = place.evaluation("phonebook")
+    assert book["value"] == 0.0  # nothing was learnt in 16 steps
+    assert book["verdict"] == "floor"
+    assert set(book["cells"]) == {"entries=3", "entries=4"}
+    assert book["fuzzy"]["wrong"] == 6
+    items = book["items"]
+    assert len(items["exact_match"]) == len(items["cluster"]) == 6
+    piqa = place.evaluation("piqa-0shot")
+    assert len(piqa["items"]["score"]) == 12
+    assert piqa["value"] == pytest.approx(np.mean(piqa["items"]["score"]))
+
+
+def test_length_scores_the_same_targets(run):
+    place, _ = run
+    content = place.evaluation("length")
+    assert list(content["by_multiple"]) == ["1", "2", "4"]
+    assert content["scored_tokens"] == 32
+    assert content["by_position"]["last"][-1] == 64
+    subject = load_subject(str(place.path), device="cpu")
+    from ablate.data import prepare
+
+    tree = load(place.config())
+    documents = length.split_documents(prepare(tree.data).splits["val_b"])
+    kept = [d for d in documents if len(d) >= 257]
+    assert content["documents"] == len(kept)
+    for multiple in (1, 4):
+        ids = torch.from_numpy(kept[0][257 - multiple * 64 - 1 : 257].astype(np.int64))
+        with torch.no_grad():
+            log_p = subject.model.logits(ids[None, :-1])[0, :, :257].log_softmax(-1)
+        expected = -log_p[torch.arange(multiple * 64), ids[1:]][-32:].mean()
+        found = content["items"][str(multiple)][0]
+        assert found == pytest.approx(float(expected), abs=1e-4)
+
+
+def ask(*words):
+    console = Console(file=io.StringIO(), width=160)
+    code = command(list(words), console)
+    return code, console.file.getvalue()
+
+
+def test_a_finished_folder_is_evaluated_again(run, data_folder):
+    place, result = run
+    code, said = ask(
+        str(place.path), "recall=[passkey]", "suites=[lambada_openai,piqa@3,race]", "length=[]",
+        "sizes={lengths: [200], depths: 2, items: 1}", f"local_data={data_folder}", "device=cpu",
+    )  # fmt: skip
+    assert code == 0
+    assert "passkey" in said
+    assert {"passkey", "lambada_openai-0shot", "piqa-3shot"} <= set(place.evaluations())
+    assert "race-0shot" not in place.evaluations()
+    assert place.evaluation("piqa-3shot")["notes"] == [
+        "piqa: no training split here, shots come from validation"
+    ]
+    assert place.result() == result
+
+
+def test_mmlu_in_three_forms(run, data_folder, capsys):
+    place, _ = run
+    code, _ = ask(
+        str(place.path), "recall=[]", "length=[]", "suites=[mmlu,race]", "limit=1",
+        f"local_data={data_folder}", "device=cpu",
+    )  # fmt: skip
+    assert code == 0
+    assert "race: skipped, no " in capsys.readouterr().out
+    forms = {n: place.evaluation(f"{n}-5shot") for n in ("mmlu", "mmlu_text", "mmlu_continuation")}
+    assert all(len(form["items"]["id"]) == 57 for form in forms.values())
+    found = [form["items"]["loglikelihoods"][0] for form in forms.values()]
+    assert len({tuple(f) for f in found}) == 3
+
+
+def test_a_transformers_model_from_a_folder(hf_folder, tmp_path):
+    code, said = ask(
+        str(hf_folder), "recall=[phonebook]", "sizes={entries: [3], items: 2}", f"out={tmp_path}"
+    )
+    assert code == 0
+    assert "entries=3" in said
+    content = json.loads((tmp_path / "evaluation" / "phonebook.json").read_text())
+    assert content["cells"]["entries=3"]["items"] == 2
+
+
+def test_weights_that_were_not_kept(run, tmp_path):
+    place, _ = run
+    other = RunFolder(tmp_path / "other")
+    other.create(place.config())
+    with pytest.raises(UserError, match=r"train\.keep=weights"):
+        command([str(other.path)])
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        ([], "needs a run folder"),
+        (["x", "recal=[]"], "did you mean 'recall'"),
+        (["x", "recall=[phonebok]"], "phonebok"),
+        (["x", "suites=[smal]"], "did you mean 'small'"),
+        (["x", "suites=[piqa@many]"], "piqa@many"),
+        (["x", "sizes={entrie: 3}"], "did you mean 'entries'"),
+        (["x", "length=[0]"], "length"),
+        (["x", "limit=0"], "limit"),
+        (["x", "local_data=/nowhere"], "/nowhere"),
+        (["x", "long_documents=/nowhere"], "/nowhere"),
+        (["x", "device=tpu"], "tpu"),
+        (["x", "limit"], "has no value"),
+    ],
+)
+def test_mistakes_are_one_sentence(words, named):
+    with pytest.raises(UserError, match=named) as raised:
+        command(words)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_folder_that_is_no_model(tmp_path):
+    with pytest.raises(UserError, match="neither a run folder"):
+        load_subject(str(tmp_path))
+
+
+def test_mistakes_in_a_study_come_before_compute(tmp_path):
+    with pytest.raises(UserError, match="did you mean 'small'"):
+        check(EvaluateConfig(suites=["smal"]))
+
+
+def test_every_suite_has_known_tasks():
+    for name, entries in suites.SUITES.items():
+        for entry in entries:
+            assert suites.entries_of(name)
+            for percent in suites.published(name, entry).values():
+                assert 0 < percent < 100
+    assert len(suites.SUITES["btlm"]) == 10
+    assert len(suites.SUITES["oute"]) == 14
+    assert len(suites.SUITES["empirical12"]) == 12
+    assert suites.published("oute", suites.SUITES["oute"][0]) == {
+        "Lite-Oute-2 250M": 26.88,
+        "Lite-Oute-2 250M Instruct": 26.71,
+    }
+
+
+def test_local_data_says_what_it_misses(tmp_path):
+    import datasets
+
+    with local_data(tmp_path), pytest.raises(NoLocalData, match="piqa"):
+        datasets.load_dataset("baber/piqa")
+    (tmp_path / "piqa").mkdir()
+    (tmp_path / "piqa" / "validation.jsonl").write_text("{not json\n")
+    with local_data(tmp_path), pytest.raises(UserError, match=r"validation\.jsonl cannot be read"):
+        datasets.load_dataset("baber/piqa")
+
+
+def test_floor_and_ceiling():
+    assert uninformative(0.0, 100, 0.0) == "floor"
+    assert uninformative(0.12, 50, 0.1) == "floor"
+    assert uninformative(0.5, 50, 0.1) is None
+    assert uninformative(1.0, 50, 0.1) == "ceiling"
+    assert uninformative(0.9, 500, 0.1) is None
