@@ -187,5 +187,11 @@ def test_our_model_scores_as_its_logits(tmp_path):
     assert all("e" not in text for text in texts_found)
     with pytest.raises(UserError, match="'top_k' is not supported"):
         lm.generate_until(instances("generate_until", [("ab", {"top_k": 3, "max_gen_toks": 2})]))
-    with pytest.raises(UserError, match="max_gen_toks is 64"):
-        lm.generate_until(instances("generate_until", [("ab", {"max_gen_toks": 64})]))
+    # our positions do not end at the training length, so an answer as long as it is no mistake
+    long = instances("generate_until", [("ab" * 60, {"max_gen_toks": 64, "until": []})])
+    assert len(lm.generate_until(long)) == 1
+
+
+def test_an_answer_that_no_room_is_left_for(both):
+    with pytest.raises(UserError, match="max_gen_toks is 256"):
+        both[1].generate_until(instances("generate_until", [("ab", {"max_gen_toks": 256})]))
