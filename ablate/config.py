@@ -281,9 +281,7 @@ class TrainConfig(Section):
         None, ge=1, description="trunk step to branch at; null: its last kept one"
     )
     device: Literal["auto", "cpu", "cuda"] = operational("auto", "where to train")
-    compile: bool | None = operational(
-        None, "torch.compile, once a layer kind; null: on a GPU, where a run is long enough"
-    )
+    compile: bool | None = operational(None, "torch.compile, once a layer kind; null: on a GPU")
     capture: bool | None = operational(None, "a training step as one CUDA graph; null: on a GPU")
     threads: int = operational(1, "CPU threads of one trial", ge=1)
     log_every: int = operational(10, "steps between metric lines", ge=1)

@@ -192,9 +192,7 @@ def _widths(
     overrides = {i: dict(values) for i, values in architecture.overrides.items()}
     for j, i in enumerate(order):
         overrides[i] = {**overrides.get(i, {}), **moving[i](low + (j in wide))}
-    kinds = {name: vars(options).copy() for name, options in architecture.options.items()}
-    for values in kinds.values():
-        del values["d_model"]
+    kinds = architecture.canonical()["options"]
     return dataclasses.replace(architecture, options=kinds, overrides=overrides)
 
 

@@ -260,7 +260,7 @@ def read_chunks(files: Iterable[Path]) -> Iterator[Chunk]:
 def _read_jsonl(file: Path) -> Iterator[Chunk]:
     """Blocks that end at line ends."""
     rest, line, read = b"", 1, 0
-    for block, disk_bytes in _blocks(file):
+    for block, disk_bytes in blocks(file):
         read += disk_bytes
         cut = block.rfind(b"\n") + 1
         if not cut:
@@ -277,7 +277,7 @@ def _read_jsonl(file: Path) -> Iterator[Chunk]:
         yield Chunk([str(file)], [rest], jsonl=True, first_line=line, disk_bytes=read)
 
 
-def _blocks(file: Path) -> Iterator[tuple[bytes, int]]:
+def blocks(file: Path) -> Iterator[tuple[bytes, int]]:
     """(plain bytes, bytes read from disk) of a file, decompressed when it ends in .zst."""
     packed = file.name.endswith(".zst")
     unpacker: Any = None

@@ -12,6 +12,7 @@ import queue
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -80,6 +81,21 @@ def check_epochs(token_set: TokenSet, data: DataConfig, text_tokens_needed: int)
     return epochs
 
 
+class RowCounts(NamedTuple):
+    """Rows of a training batch: text, MQAR (data.mqar.share), recall documents (data.recall)."""
+
+    text: int
+    mqar: int
+    written: int
+
+
+def row_counts(data: DataConfig, batch_size: int) -> RowCounts:
+    """How a batch is made up; UserError where shares round to no row, or leave no text."""
+    mqar = recall_rows(data, batch_size)
+    written = written_count(data, batch_size, mqar)
+    return RowCounts(batch_size - mqar - written, mqar, written)
+
+
 class TrainStream:
     """Training batches; `batch(step)` depends on the text, the sizes, the seed and the step alone.
 
@@ -93,12 +109,10 @@ class TrainStream:
     ) -> None:
         self.token_set, self.data, self.batch_size, self.seed = token_set, data, batch_size, seed
         self.seq_len = data.seq_len
-        n_recall = recall_rows(data, batch_size)
+        self.text_rows, n_recall, _ = row_counts(data, batch_size)
         if n_recall:
             length = data.mqar.length or data.seq_len
             check_recall(data.mqar.pairs, length, data.mqar.queries, token_set.vocab_size)
-        n_written = written_count(data, batch_size, n_recall)
-        self.text_rows = batch_size - n_recall - n_written
         train = token_set.splits["train"]
         self.n_windows = train.n_tokens // self.seq_len
         if self.text_rows and not self.n_windows:

@@ -325,13 +325,14 @@ def _build(
 def _encoded(data: DataConfig, source: Source, tokenizer: Tokenizer) -> Iterator[worker.Encoded]:
     size = sum(file.stat().st_size for file in source.files)
     packed = any(file.name.endswith(".zst") for file in source.files)
-    workers = data.workers or _cores()
+    workers = data.workers or usable_cores()
     if min(size * (3 if packed else 1), data.max_bytes or size * 3) < _PARALLEL_BYTES:
         workers = 1
     return worker.encode_all(corpus.read_chunks(source.files), tokenizer, source.lenient, workers)
 
 
-def _cores() -> int:
+def usable_cores() -> int:
+    """Cores that this process may run on."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

@@ -13,10 +13,10 @@ import numpy as np
 
 from ablate.config import DataConfig
 from ablate.data.made import Draw
+from ablate.data.recall import IGNORE
 from ablate.data.tokenizer import Tokenizer
 from ablate.errors import UserError
 
-IGNORE = -100
 Piece = tuple[str, bool]  # a text, and whether it is an answer
 
 # An entry and its question are the same words up to the number.

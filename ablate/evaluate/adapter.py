@@ -180,9 +180,7 @@ class SubjectLM(TemplateLM):
             until = handle_stop_sequences(options.pop("until", None), eos=eos or None)
             room = self.max_length - n_tokens
             if room <= 0 and not self.subject.bounded:
-                room = (
-                    self.max_length // 2
-                )  # the rest of the answer lies beyond the training length
+                room = self.max_length // 2  # the answer ends beyond the training length
             if room <= 0:
                 raise UserError(
                     f"max_gen_toks is {n_tokens}, not less than the model's {self.max_length}"

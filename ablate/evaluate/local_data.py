@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ablate.data import corpus
 from ablate.errors import UserError
 
 # (hub path, configuration or None for any) -> (folder, {split: file stem where they differ}, field
@@ -121,13 +121,8 @@ def _file(folder: Path, stem: str) -> Path | None:
 @functools.lru_cache(maxsize=6)
 def _rows(path: Path) -> list[dict[str, Any]]:
     try:
-        with path.open("rb") as file:
-            raw: Any = file
-            if path.suffix == ".zst":
-                import zstandard
-
-                raw = io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(file))
-            # by bytes: only a line feed ends a row, not what else Unicode calls a line's end
-            return [json.loads(line) for line in raw if line.strip()]
+        raw = b"".join(block for block, _ in corpus.blocks(path))
+        # by bytes: only a line feed ends a row, not what else Unicode calls a line's end
+        return [json.loads(line) for line in raw.split(b"\n") if line.strip()]
     except (OSError, ValueError) as error:
         raise UserError(f"evaluate.local_data: {path} cannot be read ({error})") from None

@@ -186,8 +186,6 @@ def _haystack(
     while room > 0:
         some = [filler(draw) for _ in range(max(1, min(4096, room // 64)))]
         used = count(" ".join(some)) + 1
-        if used > room and len(some) == 1:
-            break
         if used > room:
             some = some[: max(1, len(some) // 2)]
             used = count(" ".join(some)) + 1

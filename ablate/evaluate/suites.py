@@ -73,7 +73,7 @@ SUITES: dict[str, tuple[Entry, ...]] = {
 }
 
 _MAMBA7B = ("hellaswag", "piqa", "winogrande", "arc_easy", "arc_challenge", "mmlu")
-_OUTE = (*("arc_challenge", "arc_easy", "hellaswag", "mmlu", "openbookqa", "piqa", "winogrande"),)
+_OUTE = ("arc_challenge", "arc_easy", "hellaswag", "mmlu", "openbookqa", "piqa", "winogrande")
 
 
 def _row(names: tuple[str, ...], figures: str) -> dict[str, float]:

@@ -132,13 +132,9 @@ class _WithinChunk(torch.autograd.Function):
     """
 
     @staticmethod
-    def _decay(cum: Tensor, bound: Tensor) -> Tensor:
-        decay = cum[..., None, :] - cum[..., :, None]
-        return torch.minimum(decay, bound, out=decay).exp_()
-
-    @staticmethod
     def forward(ctx: Any, xdt: Tensor, cum: Tensor, BC: Tensor, bound: Tensor) -> Tensor:
-        decay = _WithinChunk._decay(cum, bound)
+        decay = cum[..., None, :] - cum[..., :, None]
+        torch.minimum(decay, bound, out=decay).exp_()
         ctx.save_for_backward(xdt, decay, BC)
         return torch.matmul(xdt, decay * BC[:, :, :, None])
 
@@ -227,9 +223,7 @@ def ssd_chunked(
         # What a chunk adds to the state at its end, what a position sees of the state before the
         # chunk, and what the chunk keeps of it.
         to_end = (cum[..., -1:] - cum).masked_fill(~allowed[..., -1], -torch.inf)
-        to_end = torch.exp(
-            to_end.clamp(max=0)
-        )  # at a tie clamp passes the gradient, minimum halves
+        to_end = torch.exp(to_end.clamp(max=0))  # clamp, as `minimum` halves a tie's gradient
         added = xdt * to_end[..., None, :]
         from_start = torch.exp(cum)
         if doc_start is not None:

@@ -75,6 +75,8 @@ class LanguageModel(nn.Module):
         else:
             self.unembedding = nn.Parameter(torch.empty(arch.vocab_size, arch.d_model))
         self._compiled: dict[type, Any] = {}
+        rotary = [o for o in arch.layer_options if getattr(o, "rope_base", None)]
+        self._rotary = sorted({(o.rope_base, o.rope_dim) for o in rotary})
         if seed is not None:
             init_weights(self, seed)
 
@@ -132,10 +134,8 @@ class LanguageModel(nn.Module):
     def _context(
         self, x: Tensor, positions_BL: Tensor, doc_start_BL: Tensor | None = None
     ) -> Context:
-        options: list[Any] = [getattr(layer, "options", None) for layer in self.layers]
-        rotary = {(o.rope_base, o.rope_dim) for o in options if getattr(o, "rope_base", None)}
         dtype = torch.promote_types(x.dtype, torch.float32)
-        tables = {key: rotary_table(positions_BL, *key, dtype) for key in sorted(rotary)}
+        tables = {key: rotary_table(positions_BL, *key, dtype) for key in self._rotary}
         return Context(positions_BL, doc_start_BL, x, tables)
 
     def hidden(self, tokens_BL: Tensor, doc_start_BL: Tensor | None = None) -> Tensor:

@@ -23,6 +23,7 @@ from ablate.run import RunFolder, find_runs
 from ablate.study.trial import Trial
 from ablate.train.budget import Budget
 from ablate.train.environment import device_of, environment, uses_bf16
+from ablate.train.loop import VALIDATIONS
 from ablate.train.peak import data_sheet, known_gpus, peak_flops
 
 CONTRACT_SHARE = 0.1  # of the peak: 8 to 11% were measured with 14M parameters on an H200
@@ -33,7 +34,7 @@ STATE_BYTES = 16  # of each parameter: weight, gradient and two moments in fp32
 # of a Mamba-2 layer, whose inner width is twice the stream's.
 ACTIVATION_BYTES = 20
 CALIBRATION_STEPS = 20
-VALIDATIONS = 6  # passes over the validation tokens: five of A, one of B
+START = ("start_up", "data", "build", "first_step")  # phases before the pace of training
 NEAR = 4.0  # a run of a size within this factor tells something of a trial's speed
 MOST_RUNS = 500  # newest finished runs that are looked at
 
@@ -119,7 +120,8 @@ def run_flops(trial: Trial) -> float:
 
 def _validation_flops(trial: Trial) -> float:
     tokens = trial.config.evaluate.tokens or 0
-    return VALIDATIONS * tokens * trial.architecture.cost(trial.config.data.seq_len).forward_flops
+    passes = VALIDATIONS + 1  # of A while training, and one of B
+    return passes * tokens * trial.architecture.cost(trial.config.data.seq_len).forward_flops
 
 
 # --- sources --------------------------------------------------------------------------------------
@@ -152,7 +154,7 @@ def _past(run: RunFolder, here: Machine) -> Past | None:
     train, arch = result.get("train") or {}, result.get("architecture") or {}
     if not phases.get("train") or not train.get("flops") or not train.get("tokens_per_second"):
         return None
-    start = sum(v for k, v in phases.items() if k in ("start_up", "data", "build", "first_step"))
+    start = sum(phases.get(k, 0.0) for k in START)
     return Past(
         shape=(
             *(arch.get(n) for n in ("pattern", "d_model", "params", "state_bytes")),
@@ -201,7 +203,7 @@ def calibrate(trial: Trial) -> tuple[Speed, dict[str, Any]]:
     )
     result = train(config.load(tree))
     phases = result["seconds"]
-    start = sum(phases.get(k, 0.0) for k in ("start_up", "data", "build", "first_step"))
+    start = sum(phases.get(k, 0.0) for k in START)
     per_token = trial.architecture.cost(cfg.data.seq_len).train_flops
     speed = Speed(
         result["train"]["tokens_per_second"] * per_token,

@@ -7,7 +7,6 @@ estimate names its source, and the noise that the power is computed with names w
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +19,8 @@ from rich.console import Console
 from ablate import config
 from ablate.arch import pattern as patterns
 from ablate.data.corpus import sources
-from ablate.data.recall import recall_rows
-from ablate.data.stream import MAX_EPOCHS
+from ablate.data.stream import MAX_EPOCHS, row_counts
+from ablate.data.tokens import usable_cores
 from ablate.errors import UserError
 from ablate.report import estimate as estimates
 from ablate.report.estimate import Estimate, Machine, Speed, run_flops, run_tokens
@@ -236,8 +235,7 @@ def _slots(cfg: config.Config, here: Machine) -> int:
         return cfg.study.workers
     if here.gpu:
         return max(1, torch.cuda.device_count())
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return max(1, (cores or 1) // cfg.train.threads)
+    return max(1, usable_cores() // cfg.train.threads)
 
 
 # --- how long, on how much text -------------------------------------------------------------------
@@ -289,8 +287,8 @@ def _epochs(cfg: config.Config, arms: Sequence[Cell], root: Path, text: dict[str
 
 def _text_tokens(cell: Cell) -> float:
     cfg = cell.trial.config
-    recall = recall_rows(cfg.data, cfg.train.batch_size) / cfg.train.batch_size
-    return run_tokens(cell.trial) * (1 - recall)
+    text = row_counts(cfg.data, cfg.train.batch_size).text
+    return run_tokens(cell.trial) * text / cfg.train.batch_size
 
 
 def _unique(cfg: config.Config, root: Path, text: dict[str, Any]) -> tuple[float | None, str]:

@@ -446,9 +446,13 @@ def minimum_detectable_effect(
     """Smallest difference of two arms that a planned study finds: `n_seeds` paired seeds in each of
     `n_arms` arms, `sigma` the standard deviation of single runs over seeds, `correlation` the share
     of its variance that the seed carries to every arm, `comparisons` for Bonferroni."""
-    df = (n_arms - 1) * (n_seeds - 1)
-    se = sigma * math.sqrt(2 * (1 - correlation) / n_seeds)
+    se, df = _planned(sigma, n_arms, n_seeds, correlation)
     return detectable(se, df, power=power, alpha=alpha / comparisons)
+
+
+def _planned(sigma: float, n_arms: int, n_seeds: int, correlation: float) -> tuple[float, int]:
+    """Standard error of a difference of two arms, and the degrees of freedom of its noise."""
+    return sigma * math.sqrt(2 * (1 - correlation) / n_seeds), (n_arms - 1) * (n_seeds - 1)
 
 
 def seeds_needed(
@@ -491,8 +495,7 @@ def seeds_for_equivalence(
     `margin` with probability `power`."""
 
     def enough(n_seeds: int) -> bool:
-        df = (n_arms - 1) * (n_seeds - 1)
-        se = sigma * math.sqrt(2 * (1 - correlation) / n_seeds)
+        se, df = _planned(sigma, n_arms, n_seeds, correlation)
         reach = margin / se - float(stats.t.isf(alpha, df))
         return 2 * float(stats.t.cdf(reach, df)) - 1 >= power
 
@@ -573,11 +576,11 @@ def paired_items(
         difference = np.bincount(group, difference).astype(np.float64)
     own = difference[difference != 0]
     if not len(own):
-        return Estimate(found.value, found.se, found.df, found.low, found.high, 1.0)
+        return dataclasses.replace(found, p=1.0)
     rng = np.random.default_rng(0)
     sums = np.array([(own * rng.choice((-1.0, 1.0), len(own))).sum() for _ in range(draws)])
     p = (1 + (np.abs(sums) >= abs(own.sum()) - 1e-9).sum()) / (1 + draws)
-    return Estimate(found.value, found.se, found.df, found.low, found.high, float(p))
+    return dataclasses.replace(found, p=float(p))
 
 
 def mcnemar(one: ArrayLike, other: ArrayLike) -> float:

@@ -25,6 +25,11 @@ from filelock import FileLock, Timeout
 from ablate.run import RunFolder, read_json, write_json
 
 
+def tuning_name(arm: str, rate: float) -> str:
+    """What a run is called that looks for its arm's learning rate."""
+    return f"{arm}, tuning lr={rate:.3g}"
+
+
 @dataclass(frozen=True)
 class StudyFolder:
     """One study's folder. Cheap to make; touches the disk only through its methods."""

@@ -118,7 +118,11 @@ def size(value: float) -> str:
 
 def duration(seconds: float) -> str:
     """Seconds, minutes, hours or days, whichever reads best."""
-    for limit, unit, digits in ((120, 1, 0), (7200, 60, 0), (100 * 3600, 3600, 1)):
+    for limit, unit, form in (
+        (120, 1, "{:.0f} s"),
+        (7200, 60, "{:.0f} min"),
+        (360000, 3600, "{:.1f} h"),
+    ):
         if seconds < limit:
-            return f"{seconds / unit:.{digits}f} {({1: 's', 60: 'min', 3600: 'h'})[unit]}"
+            return form.format(seconds / unit)
     return f"{seconds / 86400:,.0f} days"

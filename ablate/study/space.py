@@ -19,6 +19,7 @@ from ablate.arch.certificate import Certificate
 from ablate.errors import UserError, did_you_mean
 from ablate.study import trial as trial_module
 from ablate.study import tune as rates
+from ablate.study.folder import tuning_name
 from ablate.study.trial import Trial
 
 Resolve = Callable[[dict[str, Any]], Trial]
@@ -43,7 +44,7 @@ class Cell:
     @property
     def name(self) -> str:
         """The arm, and the learning rate that is tried for it."""
-        return self.arm if self.stage == "confirm" else f"{self.arm}, tuning lr={self.rate:.3g}"
+        return self.arm if self.stage == "confirm" else tuning_name(self.arm, self.rate)
 
     @property
     def rate(self) -> float:
@@ -122,10 +123,8 @@ def _goal(
 ) -> _Goal | None:
     """The target of `match`, from the arm that has it where it is not a figure."""
     match = cfg.match
-    if match.by is None or match.arms == "unmatched":
-        return None
-    if isinstance(match.target, int | float):
-        return _Goal(match.target, "match.target")
+    if not _matches(match) or isinstance(match.target, int | float):
+        return _stated_goal(match)
     labels = [label for label, _ in combinations]
     if len(labels) == 1:
         raise UserError(
@@ -145,6 +144,17 @@ def _goal(
     if not target > 0:
         raise UserError(f"match.target: the arm '{reference}' has no {match.quantity} to match")
     return _Goal(target, f"'{reference}'")
+
+
+def _matches(match: config.MatchConfig) -> bool:
+    return match.by is not None and match.arms != "unmatched"
+
+
+def _stated_goal(match: config.MatchConfig) -> _Goal | None:
+    """The goal where `match.target` is a figure; None where it is none, or nothing is matched."""
+    if _matches(match) and isinstance(match.target, int | float):
+        return _Goal(match.target, "match.target")
+    return None
 
 
 def _match(trial: Trial, goal: _Goal) -> dict[str, Any]:
@@ -256,12 +266,10 @@ def proposed(
 
 
 def _search_goal(cfg: config.Config) -> _Goal | None:
-    match = cfg.match
-    if match.by is None or match.arms == "unmatched":
-        return None
-    if not isinstance(match.target, int | float):
+    goal = _stated_goal(cfg.match)
+    if goal is None and _matches(cfg.match):
         raise UserError("match.target must be a figure with study.search: there is no first arm")
-    return _Goal(match.target, "match.target")
+    return goal
 
 
 def check_search(tree: Mapping[str, Any], resolve: Resolve | None = None) -> None:

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from ablate.errors import UserError
 from ablate.run import RunFolder, find_runs
-from ablate.study.folder import StudyFolder
+from ablate.study.folder import StudyFolder, tuning_name
 
 COLUMNS = (
     "key", "arm", "seed", "state", "steps", "tokens", "loss", "val_loss", "cause", "orphan",
@@ -50,7 +50,7 @@ def _arm(cell: dict[str, Any]) -> str | None:
     """The arm's label, with the learning rate of a run that looks for the arm's own."""
     if cell.get("stage") != "tune":
         return cell.get("arm")
-    return f"{cell['arm']}, tuning lr={cell['factors']['train.lr']:.3g}"
+    return tuning_name(cell["arm"], cell["factors"]["train.lr"])
 
 
 def _state(run: RunFolder) -> dict[str, Any]:

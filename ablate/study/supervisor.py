@@ -37,6 +37,7 @@ from rich.table import Table
 from ablate import config
 from ablate.config import Config
 from ablate.data import TokenSet, TrainStream, check_epochs, prepare
+from ablate.data.tokens import usable_cores
 from ablate.errors import UserError
 from ablate.run import RunFolder, find_runs
 from ablate.study import space
@@ -277,10 +278,7 @@ class _Supervisor:
         if gpus:
             workers = self.cfg.study.workers or len(gpus)
         else:
-            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
-            workers = self.cfg.study.workers or max(
-                1, (cores or os.cpu_count() or 1) // self.cfg.train.threads
-            )
+            workers = self.cfg.study.workers or max(1, usable_cores() // self.cfg.train.threads)
         if not self.cfg.study.search and (not self.arms or self.tuned):
             workers = min(workers, max(1, len(self._missing())))
         return [gpus[i % len(gpus)] if gpus else None for i in range(workers)]

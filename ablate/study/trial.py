@@ -22,7 +22,8 @@ from ablate.arch.spec import Architecture
 from ablate.config import Config, DataConfig
 from ablate.data import model_vocab
 from ablate.data.corpus import sources
-from ablate.data.recall import check_recall, recall_rows
+from ablate.data.recall import check_recall
+from ablate.data.stream import row_counts
 from ablate.data.tokenizer import Tokenizer
 from ablate.data.tokenizer import load as load_tokenizer
 from ablate.errors import UserError
@@ -117,7 +118,7 @@ def _check_data(cfg: Config) -> None:
 def _check_recall(cfg: Config) -> None:
     mqar, ids = cfg.data.mqar, token_ids(cfg.data)
     length = mqar.length or cfg.data.seq_len
-    if recall_rows(cfg.data, cfg.train.batch_size):
+    if row_counts(cfg.data, cfg.train.batch_size).mqar:
         check_recall(mqar.pairs, length, mqar.queries, ids)
     for pairs in (cfg.evaluate.mqar_pairs or []) if cfg.evaluate.mqar_rows else []:
         try:

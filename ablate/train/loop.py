@@ -102,8 +102,8 @@ def train(
         try:
             device = device_of(cfg.train)
             with Interrupts() as interrupts, numerics(cfg.train, device):
-                run = _Run(cfg, folder, generation, device, interrupts, on_progress, should_prune)
-                run.evaluate = evaluate
+                hooks = (on_progress, should_prune, evaluate)
+                run = _Run(cfg, folder, generation, device, interrupts, *hooks)
                 result = run.run()
                 _finish(cfg, folder, generation)
             return result
@@ -197,11 +197,13 @@ class _Run:
         interrupts: Interrupts,
         on_progress: Progress | None,
         should_prune: ShouldPrune | None,
+        evaluate: Evaluate | None,
     ) -> None:
         self.cfg, self.folder, self.generation, self.device = cfg, folder, generation, device
         self.interrupts = interrupts
         self.on_progress = on_progress or (lambda progress: None)
         self.should_prune = should_prune or (lambda step, loss: False)
+        self.evaluate = evaluate
         self.clock = Clock(device)
         self.clock.seconds["start_up"] += _take_loading_time()
         self.tracker = Tracker(cfg, folder)
@@ -221,7 +223,6 @@ class _Run:
         self.branch: dict[str, Any] | None = None
         self.lr_scale = 0.0  # of the last step
         self.latest: dict[str, Any] = {}  # newest figures, for on_progress
-        self.evaluate: Evaluate | None = None
         self._reported = 0.0
 
     # --- the order of things -------------------------------------------------------------------

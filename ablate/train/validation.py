@@ -79,11 +79,11 @@ class RecallScore:
         "floor" or "ceiling" where the accuracy cannot tell models apart."""
         asked = {p: n * len(self.correct[p]) for p, n in self.queries.items()}
         total = sum(asked.values())
-        correct = sum(sum(c) for c in self.correct.values()) / total
+        accuracy = sum(sum(c) for c in self.correct.values()) / total
         floor = sum(n / p for p, n in asked.items()) / total  # one of the row's values, blindly
         return {
-            "verdict": uninformative(correct, total, floor),
-            "accuracy": sum(sum(c) for c in self.correct.values()) / total,
+            "verdict": uninformative(accuracy, total, floor),
+            "accuracy": accuracy,
             "loss": sum(sum(n) for n in self.nats.values()) / total,
             "queries": total,
             "by_pairs": {str(p): sum(c) / asked[p] for p, c in self.correct.items()},
