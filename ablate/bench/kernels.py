@@ -326,8 +326,7 @@ def _core_with(form: str) -> Function:
         import importlib
 
         fn = getattr(importlib.import_module("ablate.kernels.mamba2_core"), form)
-        extra = {"backend": "reference"} if form == "mamba2_core_reference" else {}
-        return fn(*t.values(), head_dim=64, n_groups=1, d_state=128, **extra)
+        return fn(*t.values(), head_dim=64, n_groups=1, d_state=128)
 
     return run
 

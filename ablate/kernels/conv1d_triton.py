@@ -206,7 +206,7 @@ def _backward_row(
 @triton.jit
 def _backward_rows(
     x_ptr, dy_ptr, dx_ptr, dstate_ptr, doc_ptr, x1, x2, x3, w0, w1, w2, w3, bias,
-    p1, p2, p3, g0, g1, g2, g3, gb, i, first, last, length, x_row, dy_row,
+    p1, p2, p3, g0, g1, g2, g3, gb, i, first, last, length, x_row, dy_row, dx_row,
     width: tl.constexpr, channel, inside,
     TAPS: tl.constexpr, SILU: tl.constexpr, HAS_STATE: tl.constexpr, DOCS: tl.constexpr,
     COUNT: tl.constexpr,
@@ -226,21 +226,21 @@ def _backward_rows(
     b = b.to(tl.float32)
     c = c.to(tl.float32)
     d = d.to(tl.float32)
-    dx = dx_ptr + (i - 3) * width
+    dx = dx_ptr + (i - 3) * dx_row
     p1, p2, p3, g0, g1, g2, g3, gb = _backward_row(
         dx, dstate_ptr, doc_ptr, a, x1, x2, x3, e.to(tl.float32), w0, w1, w2, w3, bias,
         p1, p2, p3, g0, g1, g2, g3, gb, t, first, last, length, width, channel, inside,
         TAPS, SILU, HAS_STATE, DOCS, COUNT)  # fmt: skip
     p1, p2, p3, g0, g1, g2, g3, gb = _backward_row(
-        dx + width, dstate_ptr, doc_ptr, b, a, x1, x2, f.to(tl.float32), w0, w1, w2, w3, bias,
+        dx + dx_row, dstate_ptr, doc_ptr, b, a, x1, x2, f.to(tl.float32), w0, w1, w2, w3, bias,
         p1, p2, p3, g0, g1, g2, g3, gb, t + 1, first, last, length, width, channel, inside,
         TAPS, SILU, HAS_STATE, DOCS, COUNT)  # fmt: skip
     p1, p2, p3, g0, g1, g2, g3, gb = _backward_row(
-        dx + 2 * width, dstate_ptr, doc_ptr, c, b, a, x1, g.to(tl.float32), w0, w1, w2, w3, bias,
+        dx + 2 * dx_row, dstate_ptr, doc_ptr, c, b, a, x1, g.to(tl.float32), w0, w1, w2, w3, bias,
         p1, p2, p3, g0, g1, g2, g3, gb, t + 2, first, last, length, width, channel, inside,
         TAPS, SILU, HAS_STATE, DOCS, COUNT)  # fmt: skip
     p1, p2, p3, g0, g1, g2, g3, gb = _backward_row(
-        dx + 3 * width, dstate_ptr, doc_ptr, d, c, b, a, h.to(tl.float32), w0, w1, w2, w3, bias,
+        dx + 3 * dx_row, dstate_ptr, doc_ptr, d, c, b, a, h.to(tl.float32), w0, w1, w2, w3, bias,
         p1, p2, p3, g0, g1, g2, g3, gb, t + 3, first, last, length, width, channel, inside,
         TAPS, SILU, HAS_STATE, DOCS, COUNT)  # fmt: skip
     return d, c, b, p1, p2, p3, g0, g1, g2, g3, gb
@@ -249,9 +249,9 @@ def _backward_rows(
 @triton.jit
 def backward_kernel(
     x_ptr, w_ptr, b_ptr, state_ptr, doc_ptr, dy_ptr, dx_ptr, dstate_ptr, partial_ptr,
-    length, x_batch, x_row, dy_batch, dy_row, width: tl.constexpr,
-    ALIGN: tl.constexpr, DY_ALIGN: tl.constexpr, TAPS: tl.constexpr, SILU: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_STATE: tl.constexpr, DOCS: tl.constexpr,
+    length, x_batch, x_row, dy_batch, dy_row, dx_batch, dx_row, width: tl.constexpr,
+    ALIGN: tl.constexpr, DY_ALIGN: tl.constexpr, DX_ALIGN: tl.constexpr, TAPS: tl.constexpr,
+    SILU: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_STATE: tl.constexpr, DOCS: tl.constexpr,
     CHANNELS: tl.constexpr, SEGMENT: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     strips: tl.constexpr = (width + CHANNELS - 1) // CHANNELS
@@ -265,7 +265,8 @@ def backward_kernel(
     dy_row = dy_row * DY_ALIGN
     x_ptr += batch * (x_batch * ALIGN) + first.to(tl.int64) * x_row
     dy_ptr += batch * (dy_batch * DY_ALIGN) + first.to(tl.int64) * dy_row
-    dx_ptr += (batch * length + first) * width
+    dx_row = dx_row * DX_ALIGN
+    dx_ptr += batch * (dx_batch * DX_ALIGN) + first.to(tl.int64) * dx_row
     state_ptr += batch * (TAPS - 1) * width
     dstate_ptr += batch * (TAPS - 1) * width
     doc_ptr += batch * length
@@ -293,13 +294,13 @@ def backward_kernel(
     for i in tl.range(0, SEGMENT, 4, num_stages=STAGES):
         x1, x2, x3, p1, p2, p3, g0, g1, g2, g3, gb = _backward_rows(
             x_ptr, dy_ptr, dx_ptr, dstate_ptr, doc_ptr, x1, x2, x3, w0, w1, w2, w3, bias,
-            p1, p2, p3, g0, g1, g2, g3, gb, i, first, last, length, x_row, dy_row, width, channel,
-            inside, TAPS, SILU, HAS_STATE, DOCS, True)  # fmt: skip
+            p1, p2, p3, g0, g1, g2, g3, gb, i, first, last, length, x_row, dy_row, dx_row, width,
+            channel, inside, TAPS, SILU, HAS_STATE, DOCS, True)  # fmt: skip
     # three rows of the next segment finish our last three rows of dx
     _backward_rows(
         x_ptr, dy_ptr, dx_ptr, dstate_ptr, doc_ptr, x1, x2, x3, w0, w1, w2, w3, bias,
-        p1, p2, p3, g0, g1, g2, g3, gb, SEGMENT, first, last, length, x_row, dy_row, width,
-        channel, inside, TAPS, SILU, HAS_STATE, DOCS, False)  # fmt: skip
+        p1, p2, p3, g0, g1, g2, g3, gb, SEGMENT, first, last, length, x_row, dy_row, dx_row,
+        width, channel, inside, TAPS, SILU, HAS_STATE, DOCS, False)  # fmt: skip
     out = partial_ptr + (pid // strips).to(tl.int64) * (5 * width) + channel
     tl.store(out, g0, mask=inside)
     tl.store(out + width, g1, mask=inside)
@@ -308,7 +309,7 @@ def backward_kernel(
     tl.store(out + 4 * width, gb, mask=inside)
 
 
-def _rows_last(t: torch.Tensor) -> torch.Tensor:
+def rows_last(t: torch.Tensor) -> torch.Tensor:
     return t if t.stride(-1) == 1 else t.contiguous()
 
 
@@ -319,7 +320,7 @@ def _strides(t: torch.Tensor) -> tuple[int, int, int]:
     return batch // align, row // align, align
 
 
-def _forward(
+def forward(
     x: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
@@ -344,6 +345,40 @@ def _forward(
     return y
 
 
+def gradients(
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    silu: bool,
+    state: torch.Tensor | None,
+    doc: torch.Tensor | None,
+    dx: torch.Tensor,
+    config: Config | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Writes dx (B, L, D), which may have wider rows; returns the sums (5, D) float32 of the four
+    taps and the bias, and the state's gradient (empty without a state)."""
+    config = config or BACKWARD
+    batch, length, width = x.shape
+    taps = weight.shape[1]
+    dy = rows_last(dy)
+    d_state = x.new_empty((batch, taps - 1, width) if state is not None else (0,))
+    blocks = batch * triton.cdiv(length, config.segment)
+    partial = torch.empty(blocks, 5 * width, dtype=torch.float32, device=x.device)
+    x_batch, x_row, align = _strides(x)
+    dy_batch, dy_row, dy_align = _strides(dy)
+    dx_batch, dx_row, dx_align = _strides(dx)
+    backward_kernel[(blocks * triton.cdiv(width, config.channels),)](
+        x, weight, x if bias is None else bias, x if state is None else state,
+        x if doc is None else doc, dy, dx, d_state, partial, length, x_batch, x_row, dy_batch,
+        dy_row, dx_batch, dx_row, width, ALIGN=align, DY_ALIGN=dy_align, DX_ALIGN=dx_align,
+        TAPS=taps, SILU=silu, HAS_BIAS=bias is not None, HAS_STATE=state is not None,
+        DOCS=doc is not None, CHANNELS=config.channels, SEGMENT=config.segment,
+        STAGES=config.stages, num_warps=config.warps,
+    )  # fmt: skip
+    return sum_rows(partial, torch.float32).view(5, width), d_state
+
+
 def _backward(
     dy: torch.Tensor,
     x: torch.Tensor,
@@ -352,29 +387,10 @@ def _backward(
     silu: bool,
     state: torch.Tensor | None,
     doc: torch.Tensor | None,
-    config: Config | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """dx (B, L, D); the sums (5, D) float32 of the four taps and the bias; the state's gradient
-    (empty without a state)."""
-    config = config or BACKWARD
-    batch, length, width = x.shape
-    taps = weight.shape[1]
-    dy = _rows_last(dy)
+    """dx, and what `gradients` returns."""
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    d_state = x.new_empty((batch, taps - 1, width) if state is not None else (0,))
-    blocks = batch * triton.cdiv(length, config.segment)
-    partial = torch.empty(blocks, 5 * width, dtype=torch.float32, device=x.device)
-    x_batch, x_row, align = _strides(x)
-    dy_batch, dy_row, dy_align = _strides(dy)
-    backward_kernel[(blocks * triton.cdiv(width, config.channels),)](
-        x, weight, x if bias is None else bias, x if state is None else state,
-        x if doc is None else doc, dy, dx, d_state, partial, length, x_batch, x_row, dy_batch,
-        dy_row, width, ALIGN=align, DY_ALIGN=dy_align, TAPS=taps, SILU=silu,
-        HAS_BIAS=bias is not None, HAS_STATE=state is not None, DOCS=doc is not None,
-        CHANNELS=config.channels, SEGMENT=config.segment, STAGES=config.stages,
-        num_warps=config.warps,
-    )  # fmt: skip
-    return dx, sum_rows(partial, torch.float32).view(5, width), d_state
+    return dx, *gradients(dy, x, weight, bias, silu, state, doc, dx)
 
 
 def _fake_forward(
@@ -405,7 +421,7 @@ def _fake_backward(
 _forward_op = define_op(
     "conv1d_forward(Tensor x, Tensor weight, Tensor? bias, bool silu, Tensor? state, Tensor? doc)"
     " -> Tensor",
-    _forward,
+    forward,
     _fake_forward,
 )
 _backward_op = define_op(
@@ -456,6 +472,6 @@ def causal_conv1d_triton(
     if doc_start_BL is not None:
         doc_start_BL = doc_start_BL.to(torch.int32).contiguous()
     y: torch.Tensor = _CausalConv1d.apply(
-        _rows_last(x_BLD), weight_DK.contiguous(), bias_D, silu, initial_state_BDK, doc_start_BL
+        rows_last(x_BLD), weight_DK.contiguous(), bias_D, silu, initial_state_BDK, doc_start_BL
     )
     return y

@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ablate.kernels.ssd import ssd, ssd_chunked
+from ablate.kernels.dispatch import use_triton
+from ablate.kernels.ssd import ssd
 
 
 def inner_width(width_E: int, head_dim: int, n_groups: int, d_state: int) -> int:
@@ -44,9 +45,10 @@ def mamba2_core_reference(
     eps: float = 1e-5,
     norm_group_size: int | None = None,
     doc_start_BL: Tensor | None = None,
-    backend: str | None = None,
+    backend: str | None = "reference",
 ) -> Tensor:
-    """The operation as a composition of the separate ones. Arguments as in `mamba2_core`."""
+    """The operation as a composition of its parts, by default in their plain PyTorch forms.
+    Arguments as in `mamba2_core`."""
     from ablate.kernels.conv1d import causal_conv1d
     from ablate.kernels.norm import gated_rms_norm
 
@@ -54,12 +56,11 @@ def mamba2_core_reference(
     n_heads, shared = inner // head_dim, n_groups * d_state
     z, xbc, dt = zxbcdt_BLE.split((inner, inner + 2 * shared, n_heads), dim=-1)
     xbc = causal_conv1d(
-        xbc, conv_weight_CK, conv_bias_C, activation="silu", doc_start_BL=doc_start_BL
+        xbc, conv_weight_CK, conv_bias_C, doc_start_BL=doc_start_BL, backend=backend
     )
     assert isinstance(xbc, Tensor)
     x, B, C = xbc.split((inner, shared, shared), dim=-1)
-    scan = ssd_chunked if backend == "reference" else ssd
-    y = scan(
+    y = ssd(
         x.unflatten(-1, (n_heads, head_dim)),
         dt,
         -torch.exp(A_log_H.to(torch.promote_types(A_log_H.dtype, torch.float32))),
@@ -69,12 +70,13 @@ def mamba2_core_reference(
         dt_bias_H=dt_bias_H,
         dt_softplus=True,
         doc_start_BL=doc_start_BL,
+        backend=backend,
     )
     assert isinstance(y, Tensor)
     y = y.flatten(2)
     if norm_weight_I is None:
         return y * F.silu(z)
-    return gated_rms_norm(y, z, norm_weight_I, eps=eps, group_size=norm_group_size)
+    return gated_rms_norm(y, z, norm_weight_I, eps=eps, group_size=norm_group_size, backend=backend)
 
 
 def mamba2_core(
@@ -104,10 +106,41 @@ def mamba2_core(
         head_dim, n_groups, d_state: P, G, N.
         norm_group_size: width that shares one root mean square, None for all of I.
         doc_start_BL: first token of each position's document, resets convolution and state.
+        backend: None chooses; "triton" or "reference" insist.
 
     Raises:
-        ValueError: the width is no whole number of heads.
+        ValueError: the width is no whole number of heads, norm_group_size does not divide I, or the
+            named backend cannot run the case.
     """
+    inner = inner_width(zxbcdt_BLE.shape[-1], head_dim, n_groups, d_state)
+    group = norm_group_size or inner
+    if inner % group:
+        raise ValueError(f"norm_group_size={norm_group_size} does not divide the width {inner}")
+    supported = (
+        head_dim <= 128
+        and d_state <= 128
+        and 2 <= conv_weight_CK.shape[1] <= 4
+        and group <= 16384
+        and zxbcdt_BLE.dtype != torch.float64
+        and zxbcdt_BLE.numel() > 0
+    )
+    if use_triton(backend, zxbcdt_BLE, supported=supported):
+        from ablate.kernels.mamba2_core_triton import mamba2_core_triton
+
+        return mamba2_core_triton(
+            zxbcdt_BLE,
+            conv_weight_CK,
+            conv_bias_C,
+            dt_bias_H,
+            A_log_H,
+            D_H,
+            norm_weight_I,
+            head_dim,
+            n_groups,
+            eps,
+            group,
+            doc_start_BL,
+        )
     return mamba2_core_reference(
         zxbcdt_BLE,
         conv_weight_CK,

@@ -65,10 +65,16 @@ def _silu_and_slope(z):
 
 
 @triton.jit
+def _add_pairs(a, b, c, d):
+    return a + c, b + d
+
+
+@triton.jit
 def gated_forward_kernel(
     x_ptr, z_ptr, w_ptr, y_ptr, rows, x_row, z_row, eps, width: tl.constexpr,
     X_ALIGN: tl.constexpr, Z_ALIGN: tl.constexpr, HAS_WEIGHT: tl.constexpr,
-    GATE_AFTER: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+    GATE_AFTER: tl.constexpr, NORM: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, BLOCK)
@@ -83,8 +89,9 @@ def gated_forward_kernel(
     y = x
     if not GATE_AFTER:
         y = x * gate
-    scale = tl.rsqrt(tl.sum(y * y, 1) / GROUP + eps)
-    y = y * scale[:, None]
+    if NORM:
+        scale = tl.rsqrt(tl.sum(y * y, 1) / GROUP + eps)
+        y = y * scale[:, None]
     if HAS_WEIGHT:
         w = tl.load(w_ptr + column, mask=inside, other=0.0).to(tl.float32)
         y = y * w[None, :]
@@ -96,10 +103,11 @@ def gated_forward_kernel(
 
 @triton.jit
 def gated_backward_kernel(
-    x_ptr, z_ptr, w_ptr, dy_ptr, dx_ptr, dz_ptr, partial_ptr, rows, x_row, z_row, dy_row, eps,
-    width: tl.constexpr, X_ALIGN: tl.constexpr, Z_ALIGN: tl.constexpr, DY_ALIGN: tl.constexpr,
-    HAS_WEIGHT: tl.constexpr, GATE_AFTER: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr,
-    ROWS: tl.constexpr, STAGES: tl.constexpr,
+    x_ptr, z_ptr, w_ptr, dy_ptr, dx_ptr, dz_ptr, partial_ptr, rows, x_row, z_row, dy_row, dz_row,
+    eps, width: tl.constexpr, X_ALIGN: tl.constexpr, Z_ALIGN: tl.constexpr,
+    DY_ALIGN: tl.constexpr, DZ_ALIGN: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr, GATE_AFTER: tl.constexpr, NORM: tl.constexpr, GROUP: tl.constexpr,
+    BLOCK: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     column = tl.arange(0, BLOCK)
     inside = column < GROUP
@@ -121,26 +129,31 @@ def gated_backward_kernel(
         x = x.to(tl.float32)
         dy = dy.to(tl.float32)
         silu, slope = _silu_and_slope(z.to(tl.float32))
+        # u is what is normalised, dn the gradient of its norm; both sums of a row in one reduction
         if GATE_AFTER:
-            scale = tl.rsqrt(tl.sum(x * x, 1) / GROUP + eps)
-            unit = x * scale[:, None]
-            dw += tl.sum(dy * silu * unit, 0)
-            dn = dy * silu * w[None, :]
-            dot = tl.sum(dn * unit, 1) / GROUP
-            dx = scale[:, None] * (dn - unit * dot[:, None])
-            dz = dy * unit * w[None, :] * slope
+            u = x
+            seen = dy * silu
         else:
             u = x * silu
-            scale = tl.rsqrt(tl.sum(u * u, 1) / GROUP + eps)
-            unit = u * scale[:, None]
-            dw += tl.sum(dy * unit, 0)
-            dn = dy * w[None, :]
-            dot = tl.sum(dn * unit, 1) / GROUP
-            du = scale[:, None] * (dn - unit * dot[:, None])
+            seen = dy
+        dn = seen * w[None, :]
+        du = dn
+        if NORM:
+            squares, dot = tl.reduce((u * u, dn * u), 1, _add_pairs)
+            scale = tl.rsqrt(squares / GROUP + eps)
+            du = scale[:, None] * dn - u * (scale * scale * scale * dot / GROUP)[:, None]
+            u *= scale[:, None]
+        if HAS_WEIGHT:
+            dw += tl.sum(seen * u, 0)
+        if GATE_AFTER:
+            dx = du
+            dz = dy * w[None, :] * u * slope
+        else:
             dx = du * silu
             dz = du * x * slope
         out = (row * width)[:, None] + column[None, :]
         tl.store(dx_ptr + out, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+        out = (row * dz_row * DZ_ALIGN)[:, None] + column[None, :]
         tl.store(dz_ptr + out, dz.to(dz_ptr.dtype.element_ty), mask=mask)
     if HAS_WEIGHT:
         tl.store(partial_ptr + tl.program_id(0) * width + column, dw, mask=inside)
@@ -230,13 +243,14 @@ def _programs(rows: int, config: Config, device: torch.device) -> int:
     return min(triton.cdiv(rows, config.rows), config.programs * _multiprocessors(device))
 
 
-def _gated_forward(
+def gated_forward(
     x: torch.Tensor,
     z: torch.Tensor,
     weight: torch.Tensor | None,
     eps: float,
     group: int,
     gate_after: bool,
+    normed: bool = True,
     config: Config | None = None,
 ) -> torch.Tensor:
     rows, width = x.shape
@@ -247,9 +261,42 @@ def _gated_forward(
     gated_forward_kernel[(triton.cdiv(rows, config.rows), width // group)](
         x, z, x if weight is None else weight, y, rows, x_row, z_row, eps, width,
         X_ALIGN=x_align, Z_ALIGN=z_align, HAS_WEIGHT=weight is not None, GATE_AFTER=gate_after,
-        GROUP=group, BLOCK=block, ROWS=config.rows, num_warps=config.warps,
+        NORM=normed, GROUP=group, BLOCK=block, ROWS=config.rows, num_warps=config.warps,
     )  # fmt: skip
     return y
+
+
+def gated_gradients(
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    z: torch.Tensor,
+    weight: torch.Tensor | None,
+    dz: torch.Tensor,
+    eps: float,
+    group: int,
+    gate_after: bool,
+    normed: bool = True,
+    config: Config | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Writes dz, which may have wider rows; returns dx and the weight's gradient (empty without a
+    weight)."""
+    rows, width = x.shape
+    block = triton.next_power_of_2(group)
+    config = config or backward_config(block)
+    dx = torch.empty(rows, width, dtype=x.dtype, device=x.device)
+    programs = _programs(rows, config, x.device)
+    partial = torch.empty(
+        programs if weight is not None else 0, width, dtype=torch.float32, device=x.device
+    )
+    (x_row, x_align), (z_row, z_align) = _stride(x), _stride(z)
+    (dy_row, dy_align), (dz_row, dz_align) = _stride(dy), _stride(dz)
+    gated_backward_kernel[(programs, width // group)](
+        x, z, x if weight is None else weight, dy, dx, dz, partial, rows, x_row, z_row, dy_row,
+        dz_row, eps, width, X_ALIGN=x_align, Z_ALIGN=z_align, DY_ALIGN=dy_align, DZ_ALIGN=dz_align,
+        HAS_WEIGHT=weight is not None, GATE_AFTER=gate_after, NORM=normed, GROUP=group, BLOCK=block,
+        ROWS=config.rows, STAGES=config.stages, num_warps=config.warps,
+    )  # fmt: skip
+    return dx, x.new_empty(0) if weight is None else sum_rows(partial, weight.dtype)
 
 
 def _gated_backward(
@@ -260,26 +307,11 @@ def _gated_backward(
     eps: float,
     group: int,
     gate_after: bool,
-    config: Config | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """dx, dz and the weight's gradient (empty without a weight)."""
-    rows, width = x.shape
-    block = triton.next_power_of_2(group)
-    config = config or backward_config(block)
-    dx = torch.empty(rows, width, dtype=x.dtype, device=x.device)
-    dz = torch.empty(rows, width, dtype=z.dtype, device=x.device)
-    programs = _programs(rows, config, x.device)
-    partial = torch.empty(
-        programs if weight is not None else 0, width, dtype=torch.float32, device=x.device
-    )
-    (x_row, x_align), (z_row, z_align), (dy_row, dy_align) = _stride(x), _stride(z), _stride(dy)
-    gated_backward_kernel[(programs, width // group)](
-        x, z, x if weight is None else weight, dy, dx, dz, partial, rows, x_row, z_row, dy_row,
-        eps, width, X_ALIGN=x_align, Z_ALIGN=z_align, DY_ALIGN=dy_align,
-        HAS_WEIGHT=weight is not None, GATE_AFTER=gate_after, GROUP=group, BLOCK=block,
-        ROWS=config.rows, STAGES=config.stages, num_warps=config.warps,
-    )  # fmt: skip
-    return dx, dz, x.new_empty(0) if weight is None else sum_rows(partial, weight.dtype)
+    dz = torch.empty(z.shape, dtype=z.dtype, device=z.device)
+    dx, d_weight = gated_gradients(dy, x, z, weight, dz, eps, group, gate_after)
+    return dx, dz, d_weight
 
 
 def _norm_forward(
@@ -395,7 +427,7 @@ def _fake_norm_backward(
 _gated_forward_op = define_op(
     "gated_rms_norm_forward(Tensor x, Tensor z, Tensor? weight, float eps, int group,"
     " bool gate_after) -> Tensor",
-    _gated_forward,
+    gated_forward,
     _fake_gated_forward,
 )
 _gated_backward_op = define_op(

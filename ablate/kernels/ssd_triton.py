@@ -661,11 +661,17 @@ def _backward(
     parts, through = gradients(x, dy, B, C, D, dts, doc, states, dstates, dx, dB, dC)
     ddt = dt.new_empty(dt.shape)
     sums = step_size_gradients(parts, through, dts, A, ddt, softplus, D is not None and D.ndim == 1)
-    if D is not None and D.ndim == 2:
-        dD = torch.einsum("blhp,blhp->hp", x.float(), dy.float())
-    else:
-        dD = sums.new_empty(0) if D is None else sums[2].clone()
-    return dx, ddt, dB, dC, sums, dD, dfirst
+    return dx, ddt, dB, dC, sums, skip_gradient(x, dy, D, sums), dfirst
+
+
+def skip_gradient(x: Tensor, dy: Tensor, D: Tensor | None, sums: Tensor) -> Tensor:
+    """The gradient of D (H, P), or of D (H,) out of the sums of `step_size_gradients`; empty
+    without D."""
+    if D is None:
+        return sums.new_empty(0)
+    if D.ndim == 2:
+        return torch.einsum("blhp,blhp->hp", x.float(), dy.float())
+    return sums[2].clone()
 
 
 def _backward_fake(

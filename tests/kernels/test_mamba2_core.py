@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from _check import compare
 
-from ablate.kernels.mamba2_core import inner_width, mamba2_core
+from ablate.kernels.mamba2_core import inner_width, mamba2_core, mamba2_core_reference
 
 
 def make(b, length, heads, p, groups, n, dtype=torch.float32, seed=0):
@@ -77,3 +78,63 @@ def test_width_that_does_not_fit_is_told():
     assert inner_width(2 * 64 + 2 * 16 + 4, 16, 1, 16) == 64
     with pytest.raises(ValueError, match="no whole number of heads"):
         inner_width(2 * 64 + 2 * 16 + 5, 16, 1, 16)
+
+
+DEVICES = [
+    pytest.param("cpu", marks=pytest.mark.interpret),
+    pytest.param("cuda", marks=pytest.mark.gpu),
+]
+# b, length, heads, p, groups, n, and what is unlike the published layer
+CASES = {
+    "plain, two groups": (2, 70, 4, 16, 2, 16, ""),
+    "norm groups, a group a head": (1, 33, 2, 8, 2, 16, "norm_groups docs"),
+    "one head, short, no norm": (2, 5, 1, 16, 1, 8, "no_norm no_bias"),
+    "one token, three taps": (1, 1, 3, 16, 1, 16, "taps3"),
+    "whole chunks, D a channel, documents": (1, 128, 2, 16, 1, 16, "d_rank2 docs"),
+    "a reset everywhere": (2, 40, 2, 16, 1, 16, "every_token"),
+}
+
+
+def case(b, length, heads, p, groups, n, what, seed=0):
+    """Tensors in float64 that require gradients, and the options of the call."""
+    args = make(b, length, heads, p, groups, n, dtype=torch.float64, seed=seed)
+    if "taps3" in what:
+        args["conv_weight_CK"] = args["conv_weight_CK"][:, :3]
+    if "no_bias" in what:
+        args["conv_bias_C"] = None
+    if "no_norm" in what:
+        args["norm_weight_I"] = None
+    if "d_rank2" in what:
+        g = torch.Generator().manual_seed(1)
+        args["D_H"] = torch.randn(heads, p, generator=g, dtype=torch.float64)
+    args = {k: None if v is None else v.clone().requires_grad_() for k, v in args.items()}
+    options = {"head_dim": p, "n_groups": groups, "d_state": n}
+    if "norm_groups" in what:
+        options["norm_group_size"] = p
+    if "docs" in what or "every_token" in what:
+        every = 1 if "every_token" in what else 23
+        position = torch.arange(length)
+        starts = [(position - r) // every * every + r for r in range(b)]
+        options["doc_start_BL"] = torch.stack(starts).to(torch.int32)
+    return args, options
+
+
+def on(device, options):
+    return {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in options.items()}
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("sizes", CASES.values(), ids=CASES.keys())
+def test_triton_against_float64(device, dtype, sizes):
+    if device == "cpu" and dtype == torch.bfloat16:
+        pytest.skip("no more than float16 shows in the interpreter")
+    args, options = case(*sizes)
+    compare(
+        lambda **t: mamba2_core(**t, **on(device, options), backend="triton"),
+        lambda **t: mamba2_core_reference(**t, **options),
+        args,
+        limit={torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}[dtype],
+        dtype=dtype,
+        device=device,
+    )

@@ -36,10 +36,12 @@ def test_convolution(arch, documents, state):
         kernel = conv1d_triton.backward_kernel if backward else conv1d_triton.forward_kernel
         types = pointers("x state dy dx dstate" if backward else "x state y", "bf16")
         types |= pointers("w b partial" if backward else "w b", "fp32") | pointers("doc", "i32")
-        types |= integers("length x_batch x_row" + (" dy_batch dy_row" if backward else ""))
+        types |= integers(
+            "length x_batch x_row" + (" dy_batch dy_row dx_batch dx_row" if backward else "")
+        )
         constants = flags | {
             "CHANNELS": config.channels, "SEGMENT": config.segment, "STAGES": config.stages,
-        } | ({"DY_ALIGN": 16} if backward else {})  # fmt: skip
+        } | ({"DY_ALIGN": 16, "DX_ALIGN": 8} if backward else {})  # fmt: skip
         found = resources(kernel, types, constants, arch=arch, num_warps=config.warps)
         assert_fits(found, arch)
         # rows of the projection are read in place, 8 bytes or more at a time
@@ -52,6 +54,7 @@ def test_gated_norm(arch, group):
     block = triton.next_power_of_2(group)
     flags = {
         "width": group * 2, "X_ALIGN": 16, "Z_ALIGN": 8, "HAS_WEIGHT": True, "GATE_AFTER": False,
+        "NORM": True,
         "GROUP": group, "BLOCK": block,
     }  # fmt: skip
     config = norm_triton.forward_config(block)
@@ -63,10 +66,10 @@ def test_gated_norm(arch, group):
     assert_fits(found, arch)
     config = norm_triton.backward_config(block)
     types = pointers("x z dy dx dz", "bf16") | pointers("w partial", "fp32")
-    types |= integers("rows x_row z_row dy_row") | {"eps": "fp32"}
+    types |= integers("rows x_row z_row dy_row dz_row") | {"eps": "fp32"}
     found = resources(
         norm_triton.gated_backward_kernel, types,
-        flags | {"DY_ALIGN": 16, "ROWS": config.rows, "STAGES": config.stages},
+        flags | {"DY_ALIGN": 16, "DZ_ALIGN": 8, "ROWS": config.rows, "STAGES": config.stages},
         arch=arch, num_warps=config.warps,
     )  # fmt: skip
     assert_fits(found, arch)

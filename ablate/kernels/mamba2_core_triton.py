@@ -1,0 +1,198 @@
+"""`mamba2_core` on a GPU: one operation with one backward pass, over the kernels of its parts.
+
+Every kernel reads its slice of the projection's output in place, and in the backward pass writes
+its slice of the one gradient: the gate dz, the convolution dx, dB and dC, the step sizes ddt. Kept
+for the backward pass are the convolution's output, the scan's output and the states between chunks;
+what SiLU, softplus and the norm need is computed again.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ablate.kernels import conv1d_triton as conv1d
+from ablate.kernels import norm_triton as norm
+from ablate.kernels import ssd_triton as ssd
+from ablate.kernels.dispatch import define_op
+
+
+def _split(t: Tensor, inner: int, n_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """z as (B L, I), x B C as (B, L, I + 2 G N) and dt (B, L, H): views of a dense (B, L, E)."""
+    z = t.view(-1, t.shape[-1])[:, :inner]
+    return z, t[..., inner : t.shape[-1] - n_heads], t[..., t.shape[-1] - n_heads :]
+
+
+def _heads(t: Tensor, inner: int, head_dim: int, groups: int) -> tuple[Tensor, Tensor, Tensor]:
+    """x (B, L, H, P), B and C (B, L, G, N): views of a dense (B, L, I + 2 G N)."""
+    shared = (t.shape[-1] - inner) // 2
+    B, C = t[..., inner : inner + shared], t[..., inner + shared :]
+    x = t[..., :inner].unflatten(-1, (-1, head_dim))
+    return x, B.unflatten(-1, (groups, -1)), C.unflatten(-1, (groups, -1))
+
+
+def _inner(t: Tensor, channels: int, n_heads: int) -> int:
+    return t.shape[-1] - channels - n_heads
+
+
+def _forward(
+    zxbcdt: Tensor, conv_weight: Tensor, conv_bias: Tensor | None, dt_bias: Tensor, A_log: Tensor,
+    D: Tensor, norm_weight: Tensor | None, doc: Tensor | None, head_dim: int, groups: int,
+    eps: float, norm_group: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """out, and for the backward pass the convolution's output, y, the states and step sizes."""
+    n_heads = A_log.shape[0]
+    inner = _inner(zxbcdt, conv_weight.shape[0], n_heads)
+    z, xbc, dt = _split(zxbcdt, inner, n_heads)
+    conv = conv1d.forward(xbc, conv_weight, conv_bias, True, None, doc)
+    x, B, C = _heads(conv, inner, head_dim, groups)
+    dts = ssd.step_sizes(dt, A_log, dt_bias, True, log_a=True)
+    states, _ = ssd.chunk_states(x, B, dts, doc, None, reverse=False)
+    y = ssd.scan(x, B, C, D, dts, doc, states)
+    normed = norm_weight is not None
+    out = norm.gated_forward(y.view(z.shape), z, norm_weight, eps, norm_group, False, normed)
+    return out.view(y.shape[0], y.shape[1], inner), conv, y, states, dts
+
+
+def _forward_fake(
+    zxbcdt: Tensor, conv_weight: Tensor, conv_bias: Tensor | None, dt_bias: Tensor, A_log: Tensor,
+    D: Tensor, norm_weight: Tensor | None, doc: Tensor | None, head_dim: int, groups: int,
+    eps: float, norm_group: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    b, length, _ = zxbcdt.shape
+    n_heads, channels = A_log.shape[0], conv_weight.shape[0]
+    inner = _inner(zxbcdt, channels, n_heads)
+    n_state = (channels - inner) // 2 // groups
+    n_chunks = (length + ssd.Q - 1) // ssd.Q
+    return (
+        zxbcdt.new_empty((b, length, inner)),
+        zxbcdt.new_empty((b, length, channels)),
+        zxbcdt.new_empty((b, length, n_heads, head_dim)),
+        zxbcdt.new_empty((b, n_chunks, n_heads, head_dim, n_state)),
+        zxbcdt.new_empty((2, b, n_heads, n_chunks * ssd.Q), dtype=torch.float32),
+    )
+
+
+def _backward(
+    dout: Tensor, zxbcdt: Tensor, conv: Tensor, y: Tensor, states: Tensor, dts: Tensor,
+    conv_weight: Tensor, conv_bias: Tensor | None, A_log: Tensor, D: Tensor,
+    norm_weight: Tensor | None, doc: Tensor | None, groups: int, eps: float, norm_group: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """The gradients of zxbcdt, of the taps and the bias (5, C), of A_log and dt_bias (rows 0 and 1
+    of the sums), of D, and of the norm's weight (empty without one)."""
+    n_heads, head_dim = y.shape[2:]
+    inner = n_heads * head_dim
+    z, xbc, _ = _split(zxbcdt, inner, n_heads)
+    dzxbcdt = torch.empty_like(zxbcdt)
+    dz, dxbc, ddt = _split(dzxbcdt, inner, n_heads)
+    dy, d_norm = norm.gated_gradients(
+        dout.reshape(z.shape), y.view(z.shape), z, norm_weight, dz, eps, norm_group, False,
+        norm_weight is not None,
+    )  # fmt: skip
+    dy = dy.view(y.shape)
+    x, B, C = _heads(conv, inner, head_dim, groups)
+    dconv = torch.empty_like(conv)
+    dx, dB, dC = _heads(dconv, inner, head_dim, groups)
+    dstates, _ = ssd.chunk_states(dy, C, dts, doc, None, reverse=True)
+    parts, through = ssd.gradients(x, dy, B, C, D, dts, doc, states, dstates, dx, dB, dC)
+    sums = ssd.step_size_gradients(parts, through, dts, A_log, ddt, True, D.ndim == 1, log_a=True)
+    taps, _ = conv1d.gradients(dconv, xbc, conv_weight, conv_bias, True, None, doc, dxbc)
+    return dzxbcdt, taps, sums, ssd.skip_gradient(x, dy, D, sums), d_norm
+
+
+def _backward_fake(
+    dout: Tensor, zxbcdt: Tensor, conv: Tensor, y: Tensor, states: Tensor, dts: Tensor,
+    conv_weight: Tensor, conv_bias: Tensor | None, A_log: Tensor, D: Tensor,
+    norm_weight: Tensor | None, doc: Tensor | None, groups: int, eps: float, norm_group: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    return (
+        zxbcdt.new_empty(zxbcdt.shape),
+        dts.new_empty((5, conv.shape[2])),
+        dts.new_empty((3, y.shape[2])),
+        dts.new_empty(D.shape),
+        dts.new_empty(0) if norm_weight is None else norm_weight.new_empty(norm_weight.shape),
+    )
+
+
+_forward_op = define_op(
+    "mamba2_core_forward(Tensor zxbcdt, Tensor conv_weight, Tensor? conv_bias, Tensor dt_bias, "
+    "Tensor A_log, Tensor D, Tensor? norm_weight, Tensor? doc, int head_dim, int groups, "
+    "float eps, int norm_group) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _forward,
+    _forward_fake,
+)
+_backward_op = define_op(
+    "mamba2_core_backward(Tensor dout, Tensor zxbcdt, Tensor conv, Tensor y, Tensor states, "
+    "Tensor dts, Tensor conv_weight, Tensor? conv_bias, Tensor A_log, Tensor D, "
+    "Tensor? norm_weight, Tensor? doc, int groups, float eps, int norm_group)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _backward,
+    _backward_fake,
+)
+
+
+class _Mamba2Core(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, zxbcdt: Tensor, conv_weight: Tensor, conv_bias: Tensor | None, dt_bias: Tensor,
+        A_log: Tensor, D: Tensor, norm_weight: Tensor | None, doc: Tensor | None, head_dim: int,
+        groups: int, eps: float, norm_group: int,
+    ) -> Tensor:  # fmt: skip
+        out: Tensor
+        out, conv, y, states, dts = _forward_op(
+            zxbcdt, conv_weight, conv_bias, dt_bias, A_log, D, norm_weight, doc, head_dim, groups,
+            eps, norm_group,
+        )  # fmt: skip
+        ctx.save_for_backward(
+            zxbcdt, conv, y, states, dts, conv_weight, conv_bias, A_log, D, norm_weight, doc
+        )
+        ctx.options = (groups, eps, norm_group)
+        ctx.dt_bias_dtype = dt_bias.dtype
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        conv_weight, conv_bias, A_log, D, norm_weight = ctx.saved_tensors[5:10]
+        dzxbcdt, taps, sums, dD, d_norm = _backward_op(grads[0], *ctx.saved_tensors, *ctx.options)
+        return (
+            dzxbcdt,
+            taps[4 - conv_weight.shape[1] : 4].t().to(conv_weight.dtype),
+            None if conv_bias is None else taps[4].to(conv_bias.dtype),
+            sums[1].to(ctx.dt_bias_dtype),
+            sums[0].to(A_log.dtype),
+            dD.to(D.dtype),
+            None if norm_weight is None else d_norm,
+            *(None,) * 5,
+        )
+
+
+def mamba2_core_triton(
+    zxbcdt_BLE: Tensor,
+    conv_weight_CK: Tensor,
+    conv_bias_C: Tensor | None,
+    dt_bias_H: Tensor,
+    A_log_H: Tensor,
+    D_H: Tensor,
+    norm_weight_I: Tensor | None,
+    head_dim: int,
+    n_groups: int,
+    eps: float,
+    norm_group: int,
+    doc_start_BL: Tensor | None,
+) -> Tensor:
+    """See `ablate.kernels.mamba2_core`."""
+    if doc_start_BL is not None:
+        doc_start_BL = doc_start_BL.to(torch.int32).contiguous()
+    inputs = (
+        zxbcdt_BLE.contiguous(),
+        conv_weight_CK.contiguous(),
+        None if conv_bias_C is None else conv_bias_C.contiguous(),
+        dt_bias_H.contiguous(),
+        A_log_H.contiguous(),
+        D_H.contiguous(),
+        None if norm_weight_I is None else norm_weight_I.contiguous(),
+    )
+    out: Tensor = _Mamba2Core.apply(*inputs, doc_start_BL, head_dim, n_groups, eps, norm_group)
+    return out
