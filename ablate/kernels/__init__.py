@@ -11,7 +11,7 @@ from ablate.kernels.conv1d import causal_conv1d, causal_conv1d_step
 from ablate.kernels.cross_entropy import linear_cross_entropy
 from ablate.kernels.mamba2_core import mamba2_core
 from ablate.kernels.norm import gated_rms_norm, rms_norm
-from ablate.kernels.rotary import rotary, rotary_table
+from ablate.kernels.rotary import rotary, rotary_qkv, rotary_table
 from ablate.kernels.selective_scan import selective_scan, selective_scan_step
 from ablate.kernels.ssd import ssd, ssd_step
 
@@ -25,6 +25,7 @@ __all__ = [
     "mamba2_core",
     "rms_norm",
     "rotary",
+    "rotary_qkv",
     "rotary_table",
     "selective_scan",
     "selective_scan_step",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ablate.kernels.dispatch import compute_dtype
+from ablate.kernels.dispatch import compute_dtype, use_triton
 
 Table = tuple[torch.Tensor, torch.Tensor]
 
@@ -45,3 +45,33 @@ def rotary(
     rotated = torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
     rotated = rotated.to(x_BLHP.dtype)
     return rotated if dim == head_dim else torch.cat([rotated, x_BLHP[..., dim:]], -1)
+
+
+def rotary_qkv(
+    qkv_BLE: torch.Tensor,
+    positions_BL: torch.Tensor,
+    *,
+    n_heads: int,
+    n_kv_heads: int,
+    head_dim: int,
+    base: float = 10000.0,
+    dim: int | None = None,
+    table: Table | None = None,
+    backend: str | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Queries (B, L, H, P), keys and values (B, L, K, P) of a fused projection, the first two
+    rotated: `rotary` of each, with one gradient of the projection.
+
+    qkv_BLE: (B, L, (H + 2 K) P), queries first, values last. The rest as in `rotary`.
+    """
+    supported = dim in (None, head_dim) and head_dim <= 256 and qkv_BLE.dtype != torch.float64
+    if use_triton(backend, qkv_BLE, supported=supported and qkv_BLE.numel() > 0):
+        from ablate.kernels.rotary_triton import rotary_qkv_triton
+
+        tables = table or rotary_table(positions_BL, base, head_dim, torch.float32)
+        return rotary_qkv_triton(qkv_BLE, *tables, n_heads, n_kv_heads, head_dim)
+    heads = qkv_BLE.unflatten(-1, (-1, head_dim))
+    qk, v = heads.split((n_heads + n_kv_heads, n_kv_heads), dim=2)
+    qk = rotary(qk, positions_BL, base=base, dim=dim, table=table)
+    q, k = qk.split((n_heads, n_kv_heads), dim=2)
+    return q, k, v

@@ -23,9 +23,9 @@ from ablate.kernels import (
     attention_step,
     causal_conv1d,
     causal_conv1d_step,
-    rotary,
+    rotary_qkv,
 )
-from ablate.layers.context import Context, State, last_inputs, pre_norm
+from ablate.layers.context import Context, ResidualLayer, State, last_inputs
 from ablate.layers.options import DERIVED, STRICT, DerivedInt, PositiveFloat, PositiveInt
 
 
@@ -128,7 +128,7 @@ class SlidingAttentionOptions(AttentionOptions):
         pass
 
 
-class Attention(nn.Module):
+class Attention(ResidualLayer):
     """x + out_proj(attention(rotary(conv(qkv_proj(norm(x))))))."""
 
     ragged = True
@@ -143,10 +143,8 @@ class Attention(nn.Module):
     }
 
     def __init__(self, options: AttentionOptions, norm_eps: float) -> None:
-        super().__init__()
+        super().__init__(options.d_model, norm_eps)
         o = self.options = options
-        self.eps = norm_eps
-        self.norm = nn.Parameter(torch.empty(o.d_model))
         self.qkv_proj = nn.Parameter(torch.empty(o.qkv_width, o.d_model))
         self.qkv_bias = nn.Parameter(torch.empty(o.qkv_width)) if o.bias else None
         self.conv_weight = nn.Parameter(torch.empty(o.qkv_width, o.d_conv)) if o.d_conv else None
@@ -157,18 +155,24 @@ class Attention(nn.Module):
     def _heads(self, qkv_BLE: Tensor, ctx: Context) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys (both rotated) and values, (B, L, H, P)."""
         o = self.options
-        heads = qkv_BLE.unflatten(-1, (-1, o.head_dim))
-        qk, v = heads.split((o.n_heads + o.n_kv_heads, o.n_kv_heads), dim=2)
-        if o.rope_base is not None:
-            table = ctx.tables.get((o.rope_base, o.rope_dim))
-            qk = rotary(qk, ctx.positions_BL, base=o.rope_base, dim=o.rope_dim, table=table)
-        q, k = qk.split((o.n_heads, o.n_kv_heads), dim=2)
-        return q, k, v
+        if o.rope_base is None:
+            heads = qkv_BLE.unflatten(-1, (-1, o.head_dim))
+            q, k, v = heads.split((o.n_heads, o.n_kv_heads, o.n_kv_heads), dim=2)
+            return q, k, v
+        return rotary_qkv(
+            qkv_BLE,
+            ctx.positions_BL,
+            n_heads=o.n_heads,
+            n_kv_heads=o.n_kv_heads,
+            head_dim=o.head_dim,
+            base=o.rope_base,
+            dim=o.rope_dim,
+            table=ctx.tables.get((o.rope_base, o.rope_dim)),
+        )
 
-    def forward(self, x_BLD: Tensor, ctx: Context, state: State | None = None) -> Tensor:
+    def branch(self, u_BLD: Tensor, ctx: Context, state: State | None = None) -> Tensor:
         o = self.options
-        u = pre_norm(x_BLD, self.norm, self.eps)
-        qkv = F.linear(u, self.qkv_proj, self.qkv_bias)
+        qkv = F.linear(u_BLD, self.qkv_proj, self.qkv_bias)
         if self.conv_weight is not None:
             if state is not None and ctx.lengths_B is not None:
                 state["conv"].copy_(last_inputs(qkv, ctx.lengths_B, o.d_conv - 1))
@@ -186,7 +190,7 @@ class Attention(nn.Module):
         if state is not None:
             self._fill(state, k, v, ctx.lengths_B)
         y = attention(q, k, v, window=o.window, doc_start_BL=ctx.doc_start_BL)
-        return x_BLD + F.linear(y.flatten(-2), self.out_proj, self.out_bias)
+        return F.linear(y.flatten(-2), self.out_proj, self.out_bias)
 
     @staticmethod
     def _fill(state: State, k: Tensor, v: Tensor, lengths_B: Tensor | None) -> None:
@@ -218,20 +222,20 @@ class Attention(nn.Module):
             )
         return state
 
-    def step(self, x_BD: Tensor, ctx: Context, state: State) -> Tensor:
-        qkv = F.linear(pre_norm(x_BD, self.norm, self.eps), self.qkv_proj, self.qkv_bias)
+    def branch_step(self, u_BD: Tensor, ctx: Context, state: State) -> Tensor:
+        qkv = F.linear(u_BD, self.qkv_proj, self.qkv_bias)
         if self.conv_weight is not None:
             qkv, conv = causal_conv1d_step(
                 qkv, self.conv_weight, self.conv_bias, activation=None, state_BKD=state["conv"]
             )
             state["conv"].copy_(conv)
         q, k, v = self._heads(qkv.unsqueeze(1), ctx)
-        rows = torch.arange(x_BD.shape[0], device=x_BD.device)
+        rows = torch.arange(u_BD.shape[0], device=u_BD.device)
         slots = state["k"].shape[1]
-        position_B = ctx.positions_BL[:, 0].expand(x_BD.shape[0])
+        position_B = ctx.positions_BL[:, 0].expand(u_BD.shape[0])
         dtype = state["k"].dtype
         state["k"][rows, position_B % slots] = k[:, 0].to(dtype)
         state["v"][rows, position_B % slots] = v[:, 0].to(dtype)
-        valid_BT = torch.arange(slots, device=x_BD.device) <= ctx.positions_BL
+        valid_BT = torch.arange(slots, device=u_BD.device) <= ctx.positions_BL
         y = attention_step(q[:, 0].to(dtype), state["k"], state["v"], valid_BT=valid_BT)
-        return x_BD + F.linear(y.flatten(-2).to(qkv.dtype), self.out_proj, self.out_bias)
+        return F.linear(y.flatten(-2).to(qkv.dtype), self.out_proj, self.out_bias)

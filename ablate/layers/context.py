@@ -7,7 +7,7 @@ from typing import cast
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from ablate.kernels import rms_norm
 
@@ -40,6 +40,40 @@ class Context:
 def pre_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     """RMSNorm over the last dimension."""
     return cast(Tensor, rms_norm(x, weight_D, eps=eps))
+
+
+class ResidualLayer(nn.Module):
+    """x + branch(norm(x)), which every kind of this package is; a subclass gives the branch.
+
+    `branch(u, ctx, state)` maps the normalised stream (B, L, D) and fills the state, if there is
+    one; `branch_step(u, ctx, state)` does so for one token, (B, D).
+    """
+
+    def __init__(self, d_model: int, norm_eps: float) -> None:
+        super().__init__()
+        self.eps = norm_eps
+        self.norm = nn.Parameter(torch.empty(d_model))
+
+    def branch(self, u_BLD: Tensor, ctx: Context, state: State | None = None) -> Tensor:
+        raise NotImplementedError
+
+    def branch_step(self, u_BD: Tensor, ctx: Context, state: State) -> Tensor:
+        raise NotImplementedError
+
+    def forward(self, x_BLD: Tensor, ctx: Context, state: State | None = None) -> Tensor:
+        return x_BLD + self.branch(pre_norm(x_BLD, self.norm, self.eps), ctx, state)
+
+    def step(self, x_BD: Tensor, ctx: Context, state: State) -> Tensor:
+        return x_BD + self.branch_step(pre_norm(x_BD, self.norm, self.eps), ctx, state)
+
+    def chained(
+        self, u_BLD: Tensor, x_BLD: Tensor, next_norm_D: Tensor, ctx: Context
+    ) -> tuple[Tensor, Tensor]:
+        """The stream after this layer, normalised for the next one and as it is, from the same two
+        before it: the addition and the norm are one kernel, and so are their gradients."""
+        out = self.branch(u_BLD, ctx)
+        u, x = rms_norm(out, next_norm_D, eps=self.eps, residual=x_BLD)
+        return u, x
 
 
 def last_inputs(x_BLD: Tensor, lengths_B: Tensor, n: int) -> Tensor:

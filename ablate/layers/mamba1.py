@@ -17,10 +17,10 @@ from ablate.kernels import (
 )
 from ablate.layers.context import (
     Context,
+    ResidualLayer,
     State,
     aligned_linear,
     last_inputs,
-    pre_norm,
     stop_at_end,
 )
 from ablate.layers.options import DERIVED, STRICT, DerivedInt, PositiveFloat, PositiveInt
@@ -86,7 +86,7 @@ class Mamba1Options:
         return 2 * self._projections
 
 
-class Mamba1(nn.Module):
+class Mamba1(ResidualLayer):
     """x + out_proj(scan(conv(in_proj(norm(x)))) * silu(z)); in_proj holds x, z; x_proj dt, B, C."""
 
     ragged = True
@@ -104,10 +104,8 @@ class Mamba1(nn.Module):
     }
 
     def __init__(self, options: Mamba1Options, norm_eps: float) -> None:
-        super().__init__()
+        super().__init__(options.d_model, norm_eps)
         o = self.options = options
-        self.eps = norm_eps
-        self.norm = nn.Parameter(torch.empty(o.d_model))
         self.in_proj = nn.Parameter(torch.empty(2 * o.d_inner, o.d_model))
         self.conv_weight = nn.Parameter(torch.empty(o.d_inner, o.d_conv))
         self.conv_bias = nn.Parameter(torch.empty(o.d_inner)) if o.conv_bias else None
@@ -124,8 +122,8 @@ class Mamba1(nn.Module):
         dt, B, C = aligned_linear(u, self.x_proj).split((o.dt_rank, o.d_state, o.d_state), dim=-1)
         return F.linear(dt, self.dt_proj), B, C
 
-    def forward(self, x_BLD: Tensor, ctx: Context, state: State | None = None) -> Tensor:
-        u, z = F.linear(pre_norm(x_BLD, self.norm, self.eps), self.in_proj).chunk(2, dim=-1)
+    def branch(self, u_BLD: Tensor, ctx: Context, state: State | None = None) -> Tensor:
+        u, z = F.linear(u_BLD, self.in_proj).chunk(2, dim=-1)
         inputs = u
         u, conv = causal_conv1d(
             u,
@@ -154,7 +152,7 @@ class Mamba1(nn.Module):
         if state is not None:
             state["conv"].copy_(conv)
             state["ssm"].copy_(ssm)
-        return x_BLD + F.linear(y, self.out_proj)
+        return F.linear(y, self.out_proj)
 
     def init_state(
         self, batch: int, max_len: int, device: torch.device | None, dtype: torch.dtype
@@ -166,8 +164,8 @@ class Mamba1(nn.Module):
             "ssm": torch.zeros(batch, o.d_inner, o.d_state, device=device, dtype=scan),
         }
 
-    def step(self, x_BD: Tensor, ctx: Context, state: State) -> Tensor:
-        u, z = F.linear(pre_norm(x_BD, self.norm, self.eps), self.in_proj).chunk(2, dim=-1)
+    def branch_step(self, u_BD: Tensor, ctx: Context, state: State) -> Tensor:
+        u, z = F.linear(u_BD, self.in_proj).chunk(2, dim=-1)
         u, conv = causal_conv1d_step(u, self.conv_weight, self.conv_bias, state_BKD=state["conv"])
         dt, B, C = self._maps(u)
         y, ssm = selective_scan_step(
@@ -184,4 +182,4 @@ class Mamba1(nn.Module):
         )
         state["conv"].copy_(conv)
         state["ssm"].copy_(ssm)
-        return x_BD + F.linear(y, self.out_proj)
+        return F.linear(y, self.out_proj)

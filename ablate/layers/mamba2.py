@@ -20,10 +20,10 @@ from ablate.kernels import (
 from ablate.kernels.ssd import CHUNK
 from ablate.layers.context import (
     Context,
+    ResidualLayer,
     State,
     aligned_linear,
     last_inputs,
-    pre_norm,
     stop_at_end,
 )
 from ablate.layers.options import DERIVED, STRICT, DerivedInt, PositiveFloat, PositiveInt
@@ -121,7 +121,7 @@ class Mamba2Options:
         return projections + 4 * self.d_inner * self.d_state
 
 
-class Mamba2(nn.Module):
+class Mamba2(ResidualLayer):
     """x + out_proj(core(in_proj(norm(x)))); the projection holds z, x, B, C, dt in this order."""
 
     roles: ClassVar[dict[str, str]] = {
@@ -137,10 +137,8 @@ class Mamba2(nn.Module):
     }
 
     def __init__(self, options: Mamba2Options, norm_eps: float) -> None:
-        super().__init__()
+        super().__init__(options.d_model, norm_eps)
         o = self.options = options
-        self.eps = norm_eps
-        self.norm = nn.Parameter(torch.empty(o.d_model))
         self.in_proj = nn.Parameter(torch.empty(o.in_width, o.d_model))
         self.conv_weight = nn.Parameter(torch.empty(o.conv_width, o.d_conv))
         self.conv_bias = nn.Parameter(torch.empty(o.conv_width)) if o.conv_bias else None
@@ -151,10 +149,9 @@ class Mamba2(nn.Module):
         self.out_proj = nn.Parameter(torch.empty(o.d_model, o.d_inner))
         self.norm_group = o.d_inner // o.n_groups if o.norm_per_group else None
 
-    def forward(self, x_BLD: Tensor, ctx: Context, state: State | None = None) -> Tensor:
+    def branch(self, u_BLD: Tensor, ctx: Context, state: State | None = None) -> Tensor:
         o = self.options
-        u = pre_norm(x_BLD, self.norm, self.eps)
-        zxbcdt = aligned_linear(u, self.in_proj)
+        zxbcdt = aligned_linear(u_BLD, self.in_proj)
         if state is None:
             y = mamba2_core(
                 zxbcdt,
@@ -173,7 +170,7 @@ class Mamba2(nn.Module):
             )
         else:
             y = self._prefill(zxbcdt, ctx, state)
-        return x_BLD + F.linear(y, self.out_proj)
+        return F.linear(y, self.out_proj)
 
     def _prefill(self, zxbcdt: Tensor, ctx: Context, state: State) -> Tensor:
         o = self.options
@@ -225,9 +222,9 @@ class Mamba2(nn.Module):
             "ssm": torch.zeros(batch, o.n_heads, o.head_dim, o.d_state, device=device, dtype=scan),
         }
 
-    def step(self, x_BD: Tensor, ctx: Context, state: State) -> Tensor:
+    def branch_step(self, u_BD: Tensor, ctx: Context, state: State) -> Tensor:
         o = self.options
-        zxbcdt = F.linear(pre_norm(x_BD, self.norm, self.eps), self.in_proj)
+        zxbcdt = F.linear(u_BD, self.in_proj)
         z, xbc, dt = zxbcdt.split((o.d_inner, o.conv_width, o.n_heads), dim=-1)
         xbc, conv = causal_conv1d_step(
             xbc, self.conv_weight, self.conv_bias, state_BKD=state["conv"]
@@ -249,4 +246,4 @@ class Mamba2(nn.Module):
         y = gated_rms_norm(
             y.flatten(-2), z, self.gate_norm, eps=self.eps, group_size=self.norm_group
         )
-        return x_BD + F.linear(y, self.out_proj)
+        return F.linear(y, self.out_proj)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ablate.layers.context import Context, State, pre_norm
+from ablate.layers.context import Context, ResidualLayer, State
 from ablate.layers.options import DERIVED, STRICT, DerivedInt, PositiveInt
 
 
@@ -53,7 +53,7 @@ class MLPOptions:
         return self.flops(1)
 
 
-class MLP(nn.Module):
+class MLP(ResidualLayer):
     """x + out_proj(act(in_proj(norm(x)))); in_proj of SwiGLU holds the gate, then the value."""
 
     ragged = True
@@ -66,17 +66,15 @@ class MLP(nn.Module):
     }
 
     def __init__(self, options: MLPOptions, norm_eps: float) -> None:
-        super().__init__()
+        super().__init__(options.d_model, norm_eps)
         o = self.options = options
-        self.eps = norm_eps
-        self.norm = nn.Parameter(torch.empty(o.d_model))
         self.in_proj = nn.Parameter(torch.empty(o.in_width, o.d_model))
         self.in_bias = nn.Parameter(torch.empty(o.in_width)) if o.bias else None
         self.out_proj = nn.Parameter(torch.empty(o.d_model, o.d_hidden))
         self.out_bias = nn.Parameter(torch.empty(o.d_model)) if o.bias else None
 
-    def forward(self, x_BLD: Tensor, ctx: Context, state: State | None = None) -> Tensor:
-        h = F.linear(pre_norm(x_BLD, self.norm, self.eps), self.in_proj, self.in_bias)
+    def branch(self, u_BLD: Tensor, ctx: Context, state: State | None = None) -> Tensor:
+        h = F.linear(u_BLD, self.in_proj, self.in_bias)
         if self.options.kind == "swiglu":
             gate, value = h.chunk(2, dim=-1)
             h = F.silu(gate) * value
@@ -84,12 +82,12 @@ class MLP(nn.Module):
             h = F.gelu(h)
         else:
             h = F.relu(h).square()
-        return x_BLD + F.linear(h, self.out_proj, self.out_bias)
+        return F.linear(h, self.out_proj, self.out_bias)
 
     def init_state(
         self, batch: int, max_len: int, device: torch.device | None, dtype: torch.dtype
     ) -> State:
         return {}
 
-    def step(self, x_BD: Tensor, ctx: Context, state: State) -> Tensor:
-        return self.forward(x_BD, ctx)
+    def branch_step(self, u_BD: Tensor, ctx: Context, state: State) -> Tensor:
+        return self.branch(u_BD, ctx)

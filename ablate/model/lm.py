@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ablate.arch.spec import Architecture
 from ablate.kernels import linear_cross_entropy, rotary_table
-from ablate.layers.context import Context, State, pre_norm
+from ablate.layers.context import Context, ResidualLayer, State, pre_norm
 from ablate.layers.registry import KINDS
 from ablate.model.init import init_weights
 
@@ -45,8 +45,10 @@ class DecodeState:
                 tensor.zero_()
 
 
-def _is_ours(kind: type) -> bool:
-    return kind.__module__.startswith("ablate.layers.")
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    """Of matrix products of x: autocast's, where it is on."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
 class LanguageModel(nn.Module):
@@ -88,14 +90,18 @@ class LanguageModel(nn.Module):
         Kinds of a user's own run as they are. An attempt to compile more variants than the stack
         has raises torch._dynamo.exc.FailOnRecompileLimitHit, so that no slow path is silent.
         """
-        ours = {type(layer) for layer in self.layers if _is_ours(type(layer))}
+        ours = {type(layer) for layer in self.layers if isinstance(layer, ResidualLayer)}
         # One a kind and option set, and a few for what a captured or resumed step may add.
         variants = set(zip(self.arch.letters, map(repr, self.arch.layer_options), strict=True))
         limit = 2 * len(variants) + 2
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, limit)
         torch._dynamo.config.fail_on_recompile_limit_hit = True
+        # Padded strides would be copied away again: our operations take rows as they are laid out.
+        options: Any = {"comprehensive_padding": False} if backend == "inductor" else None
         self._compiled = {
-            kind: torch.compile(kind.forward, backend=backend, fullgraph=True, dynamic=False)
+            kind: torch.compile(
+                kind.chained, backend=backend, options=options, fullgraph=True, dynamic=False
+            )
             for kind in ours
         }
 
@@ -126,10 +132,18 @@ class LanguageModel(nn.Module):
         x = F.embedding(tokens_BL, self.embedding)
         positions_BL = index_1L if doc_start_BL is None else index_1L - doc_start_BL
         ctx = self._context(x, positions_BL, doc_start_BL)
-        for layer in self.layers:
-            compiled = self._compiled.get(type(layer)) if self.training else None
-            x = layer(x, ctx) if compiled is None else compiled(layer, x, ctx)
-        return self._final(x), ctx
+        compiled = self._compiled if self.training else {}
+        u = None  # the stream normalised for the next layer, out of a compiled one
+        for layer, following in zip(self.layers, [*self.layers[1:], None], strict=True):
+            chained = compiled.get(type(layer))
+            if chained is None:
+                x, u = layer(x, ctx), None
+                continue
+            if u is None:
+                u = pre_norm(x, layer.norm, layer.eps).to(_compute_dtype(x))
+            norm = following.norm if type(following) in compiled else self.final_norm
+            u, x = chained(layer, u, x, norm, ctx)
+        return self._final(x) if u is None else u, ctx
 
     def _context(
         self, x: Tensor, positions_BL: Tensor, doc_start_BL: Tensor | None = None

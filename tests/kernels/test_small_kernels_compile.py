@@ -8,7 +8,12 @@ triton = pytest.importorskip("triton")
 
 from _compile import ARCHITECTURES, assert_fits, resources  # noqa: E402
 
-from ablate.kernels import conv1d_triton, cross_entropy_triton, norm_triton  # noqa: E402
+from ablate.kernels import (  # noqa: E402
+    conv1d_triton,
+    cross_entropy_triton,
+    norm_triton,
+    rotary_triton,
+)
 from ablate.kernels import sum_rows_triton as sums  # noqa: E402
 
 pytestmark = pytest.mark.compile
@@ -122,4 +127,17 @@ def test_ordered_sum(arch):
         sums.sum_rows_kernel, pointers("x out", "fp32") | integers("rows columns"),
         {"ROWS": sums.ROWS, "COLUMNS": sums.COLUMNS}, arch=arch, num_warps=8,
     )  # fmt: skip
+    assert_fits(found, arch)
+
+
+@architectures
+@pytest.mark.parametrize("sign", [1, -1])
+def test_rotary_qkv(arch, sign):
+    parts = "q k v to_q to_k to_v"
+    types = pointers(parts, "bf16") | pointers("cos sin", "fp32") | integers("length table_batch")
+    types |= integers(
+        " ".join(f"{p}_{axis}" for p in parts.split() for axis in ("batch", "row", "head"))
+    )
+    constants = {"SIGN": sign, "H": 12, "KV": 4, "P": 64, "BLOCK": 32, "ROWS": rotary_triton.ROWS}
+    found = resources(rotary_triton.qkv_kernel, types, constants, arch=arch, num_warps=4)
     assert_fits(found, arch)
