@@ -89,7 +89,7 @@ CASES = {
     "plain, two groups": (2, 70, 4, 16, 2, 16, ""),
     "norm groups, a group a head": (1, 33, 2, 8, 2, 16, "norm_groups docs"),
     "one head, short, no norm": (2, 5, 1, 16, 1, 8, "no_norm no_bias"),
-    "one token, three taps": (1, 1, 3, 16, 1, 16, "taps3"),
+    "one token, three taps": (1, 1, 8, 16, 1, 16, "taps3"),
     "whole chunks, D a channel, documents": (1, 128, 2, 16, 1, 16, "d_rank2 docs"),
     "a reset everywhere": (2, 40, 2, 16, 1, 16, "every_token"),
 }

@@ -54,7 +54,7 @@ def assert_close(got, want, tolerance):
     # Norm-wise; the floor is for gradients that are exactly zero, as of A with a reset everywhere.
     assert got.keys() == want.keys()
     for name, w in want.items():
-        g = got[name].double()
+        g = got[name].double().cpu()
         assert torch.isfinite(g).all(), name
         error = (g - w.double()).norm() / w.double().norm().clamp_min(1e-2)
         assert error <= tolerance, f"{name}: {error:.2e} > {tolerance:.0e}"
@@ -196,23 +196,54 @@ TRITON_SHAPES = {
 }
 
 
-@pytest.mark.interpret
-@pytest.mark.parametrize("shape", TRITON_SHAPES.values(), ids=TRITON_SHAPES.keys())
-@pytest.mark.parametrize("docs", [None, "some", "every token"])
-def test_triton_in_the_interpreter(shape, docs):
+# On a GPU every configuration that the table of the kernels can choose: widths and types.
+GPU_SHAPES = TRITON_SHAPES | {
+    "published": (2, 200, 6, 64, 1, 128),
+    "many groups": (1, 130, 8, 32, 4, 64),
+    "wide heads": (1, 96, 2, 128, 1, 128),
+}
+
+
+def triton_against_the_recurrence(shape, docs, device, dtype, tolerance):
     length = shape[1]
     args = make(*shape, d_rank=1 + (docs == "some"))
     if docs is None and length == 128:
         args |= {"D_H": None, "dt_bias_H": None, "initial_state_BHPN": None}
+    # the arguments as the kernel gets them, so that no rounding of inputs counts as its error
+    args = {
+        k: v if v is None else v.detach().to(dtype).double().requires_grad_()
+        for k, v in args.items()
+    }
     starts = None
     if docs is not None:
         starts = doc_starts(
             shape[0], length, 37 if docs == "some" else 1, -5 if docs == "some" else 0
         )
     want = run(ssd_recurrent, args, doc_start_BL=starts)
-    args32 = {k: v if v is None else v.detach().float().requires_grad_() for k, v in args.items()}
-    got = run(ssd, args32, doc_start_BL=starts, backend="triton")
-    assert_close(got, want, 1e-5)
+    args = {
+        k: v if v is None else v.detach().to(device, dtype).requires_grad_()
+        for k, v in args.items()
+    }
+    starts = None if starts is None else starts.to(device)
+    got = run(ssd, args, doc_start_BL=starts, backend="triton")
+    assert_close(got, want, tolerance)
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("shape", TRITON_SHAPES.values(), ids=TRITON_SHAPES.keys())
+@pytest.mark.parametrize("docs", [None, "some", "every token"])
+def test_triton_in_the_interpreter(shape, docs):
+    triton_against_the_recurrence(shape, docs, "cpu", torch.float32, 1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", GPU_SHAPES.values(), ids=GPU_SHAPES.keys())
+@pytest.mark.parametrize("docs", [None, "some", "every token"])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float16, 1e-2), (torch.bfloat16, 5e-2)]
+)
+def test_triton_on_a_gpu(shape, docs, dtype, tolerance):
+    triton_against_the_recurrence(shape, docs, "cuda", dtype, tolerance)
 
 
 @pytest.mark.interpret
