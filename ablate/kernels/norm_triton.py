@@ -58,10 +58,24 @@ def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+APPROXIMATE = tl.constexpr(not INTERPRET)  # the interpreter runs no assembly
+
+
 @triton.jit
-def _silu_and_slope(z):
-    gate = 1.0 / (1.0 + tl.exp(-z))
-    return z * gate, gate + z * gate * (1.0 - gate)
+def _sigmoid(z):
+    # exp and the division that Triton emits spend six more instructions on denormal results, which
+    # a kernel that is bound by its instructions feels; both are right to 2 ulp
+    e = tl.exp2(z * -1.4426950408889634)
+    if APPROXIMATE:
+        e = tl.inline_asm_elementwise(
+            "ex2.approx.ftz.f32 $0, $1;", "=f,f", [z * -1.4426950408889634], tl.float32, True, 1
+        )
+        gate = tl.inline_asm_elementwise(
+            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [1.0 + e], tl.float32, True, 1
+        )
+    else:
+        gate = 1.0 / (1.0 + e)
+    return gate
 
 
 @triton.jit
@@ -85,7 +99,7 @@ def gated_forward_kernel(
     z_offset = (row * z_row * Z_ALIGN)[:, None] + column[None, :]
     x = tl.load(x_ptr + x_offset, mask=mask, other=0.0).to(tl.float32)
     z = tl.load(z_ptr + z_offset, mask=mask, other=0.0).to(tl.float32)
-    gate = z / (1.0 + tl.exp(-z))
+    gate = z * _sigmoid(z)
     y = x
     if not GATE_AFTER:
         y = x * gate
@@ -102,61 +116,118 @@ def gated_forward_kernel(
 
 
 @triton.jit
+def _gated_load(x_ptr, z_ptr, dy_ptr, row, x_row, z_row, dy_row, column, mask):
+    x = tl.load(x_ptr + (row * x_row)[:, None] + column[None, :], mask=mask, other=0.0)
+    z = tl.load(z_ptr + (row * z_row)[:, None] + column[None, :], mask=mask, other=0.0)
+    dy = tl.load(dy_ptr + (row * dy_row)[:, None] + column[None, :], mask=mask, other=0.0)
+    return x.to(tl.float32), z.to(tl.float32), dy.to(tl.float32)
+
+
+@triton.jit
+def _gated_terms(x, z, dy, w, GATE_AFTER: tl.constexpr):
+    """SiLU and its slope, what is normalised, what of dy the norm's output sees, and that times w,
+    the gradient of the norm without its weight."""
+    gate = _sigmoid(z)
+    silu = z * gate
+    slope = gate + silu * (1.0 - gate)
+    if GATE_AFTER:
+        u = x
+        seen = dy * silu
+    else:
+        u = x * silu
+        seen = dy
+    return silu, slope, u, seen, seen * w[None, :]
+
+
+@triton.jit
+def _gated_store(
+    dx_ptr, dz_ptr, row, width: tl.constexpr, dz_row, column, mask, x, dy, w, silu, slope, u, dn,
+    scale, pull, NORM: tl.constexpr, GATE_AFTER: tl.constexpr,
+):  # fmt: skip
+    """Writes dx and dz; returns u normalised. pull: what each unit of u takes from its gradient."""
+    du = dn
+    if NORM:
+        du = scale[:, None] * dn - u * pull[:, None]
+        u *= scale[:, None]
+    if GATE_AFTER:
+        dx = du
+        dz = dy * w[None, :] * u * slope
+    else:
+        dx = du * silu
+        dz = du * x * slope
+    to = (row * width)[:, None] + column[None, :]
+    tl.store(dx_ptr + to, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+    to = (row * dz_row)[:, None] + column[None, :]
+    tl.store(dz_ptr + to, dz.to(dz_ptr.dtype.element_ty), mask=mask)
+    return u
+
+
+@triton.jit
 def gated_backward_kernel(
     x_ptr, z_ptr, w_ptr, dy_ptr, dx_ptr, dz_ptr, partial_ptr, rows, x_row, z_row, dy_row, dz_row,
     eps, width: tl.constexpr, X_ALIGN: tl.constexpr, Z_ALIGN: tl.constexpr,
     DY_ALIGN: tl.constexpr, DZ_ALIGN: tl.constexpr,
     HAS_WEIGHT: tl.constexpr, GATE_AFTER: tl.constexpr, NORM: tl.constexpr, GROUP: tl.constexpr,
-    BLOCK: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK: tl.constexpr, TAIL: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    column = tl.arange(0, BLOCK)
-    inside = column < GROUP
-    column += tl.program_id(1) * GROUP
+    """A row is BLOCK columns and, of a width that is no power of two, TAIL more: 1536 in one block
+    of 2048 would leave a quarter of the lanes idle."""
+    head = tl.arange(0, BLOCK)
+    inside = head < GROUP
+    head += tl.program_id(1) * GROUP
     w = tl.full([BLOCK], 1.0, tl.float32)
-    if HAS_WEIGHT:
-        w = tl.load(w_ptr + column, mask=inside, other=0.0).to(tl.float32)
     dw = tl.zeros([BLOCK], tl.float32)
+    if HAS_WEIGHT:
+        w = tl.load(w_ptr + head, mask=inside, other=0.0).to(tl.float32)
+    if TAIL > 0:
+        tail = BLOCK + tl.arange(0, TAIL)
+        tail_inside = tail < GROUP
+        tail += tl.program_id(1) * GROUP
+        tail_w = tl.full([TAIL], 1.0, tl.float32)
+        tail_dw = tl.zeros([TAIL], tl.float32)
+        if HAS_WEIGHT:
+            tail_w = tl.load(w_ptr + tail, mask=tail_inside, other=0.0).to(tl.float32)
+    x_row = x_row.to(tl.int64) * X_ALIGN
+    z_row = z_row.to(tl.int64) * Z_ALIGN
+    dy_row = dy_row.to(tl.int64) * DY_ALIGN
+    dz_row = dz_row.to(tl.int64) * DZ_ALIGN
     stride = tl.num_programs(0) * ROWS
     for start in tl.range(tl.program_id(0) * ROWS, rows, stride, num_stages=STAGES):
         row = (start + tl.arange(0, ROWS)).to(tl.int64)
         mask = (row < rows)[:, None] & inside[None, :]
-        x_offset = (row * x_row * X_ALIGN)[:, None] + column[None, :]
-        z_offset = (row * z_row * Z_ALIGN)[:, None] + column[None, :]
-        dy_offset = (row * dy_row * DY_ALIGN)[:, None] + column[None, :]
-        x = tl.load(x_ptr + x_offset, mask=mask, other=0.0)
-        z = tl.load(z_ptr + z_offset, mask=mask, other=0.0)
-        dy = tl.load(dy_ptr + dy_offset, mask=mask, other=0.0)
-        x = x.to(tl.float32)
-        dy = dy.to(tl.float32)
-        silu, slope = _silu_and_slope(z.to(tl.float32))
-        # u is what is normalised, dn the gradient of its norm; both sums of a row in one reduction
-        if GATE_AFTER:
-            u = x
-            seen = dy * silu
-        else:
-            u = x * silu
-            seen = dy
-        dn = seen * w[None, :]
-        du = dn
+        x, z, dy = _gated_load(x_ptr, z_ptr, dy_ptr, row, x_row, z_row, dy_row, head, mask)
+        if TAIL > 0:
+            tail_mask = (row < rows)[:, None] & tail_inside[None, :]
+            tail_x, tail_z, tail_dy = _gated_load(
+                x_ptr, z_ptr, dy_ptr, row, x_row, z_row, dy_row, tail, tail_mask)  # fmt: skip
+        silu, slope, u, seen, dn = _gated_terms(x, z, dy, w, GATE_AFTER)
+        if TAIL > 0:
+            tail_silu, tail_slope, tail_u, tail_seen, tail_dn = _gated_terms(
+                tail_x, tail_z, tail_dy, tail_w, GATE_AFTER)  # fmt: skip
+        scale = tl.full([ROWS], 1.0, tl.float32)
+        pull = tl.zeros([ROWS], tl.float32)
         if NORM:
             squares, dot = tl.reduce((u * u, dn * u), 1, _add_pairs)
+            if TAIL > 0:
+                more, dot_more = tl.reduce((tail_u * tail_u, tail_dn * tail_u), 1, _add_pairs)
+                squares += more
+                dot += dot_more
             scale = tl.rsqrt(squares / GROUP + eps)
-            du = scale[:, None] * dn - u * (scale * scale * scale * dot / GROUP)[:, None]
-            u *= scale[:, None]
-        if HAS_WEIGHT:
-            dw += tl.sum(seen * u, 0)
-        if GATE_AFTER:
-            dx = du
-            dz = dy * w[None, :] * u * slope
-        else:
-            dx = du * silu
-            dz = du * x * slope
-        out = (row * width)[:, None] + column[None, :]
-        tl.store(dx_ptr + out, dx.to(dx_ptr.dtype.element_ty), mask=mask)
-        out = (row * dz_row * DZ_ALIGN)[:, None] + column[None, :]
-        tl.store(dz_ptr + out, dz.to(dz_ptr.dtype.element_ty), mask=mask)
+            pull = scale * scale * scale * dot / GROUP
+        u = _gated_store(
+            dx_ptr, dz_ptr, row, width, dz_row, head, mask, x, dy, w, silu, slope, u, dn, scale,
+            pull, NORM, GATE_AFTER)  # fmt: skip
+        dw += tl.sum(seen * u, 0)
+        if TAIL > 0:
+            tail_u = _gated_store(
+                dx_ptr, dz_ptr, row, width, dz_row, tail, tail_mask, tail_x, tail_dy, tail_w,
+                tail_silu, tail_slope, tail_u, tail_dn, scale, pull, NORM, GATE_AFTER)  # fmt: skip
+            tail_dw += tl.sum(tail_seen * tail_u, 0)
     if HAS_WEIGHT:
-        tl.store(partial_ptr + tl.program_id(0) * width + column, dw, mask=inside)
+        out = partial_ptr + tl.program_id(0) * width
+        tl.store(out + head, dw, mask=inside)
+        if TAIL > 0:
+            tl.store(out + tail, tail_dw, mask=tail_inside)
 
 
 @triton.jit
@@ -243,6 +314,14 @@ def _programs(rows: int, config: Config, device: torch.device) -> int:
     return min(triton.cdiv(rows, config.rows), config.programs * _multiprocessors(device))
 
 
+def head_and_tail(width: int) -> tuple[int, int]:
+    """Two powers of two that cover a width: one where it is nearly one, else the largest below and
+    what covers the rest."""
+    block: int = triton.next_power_of_2(width)
+    rest: int = triton.next_power_of_2(max(1, width - block // 2))
+    return (block // 2, rest) if width > 256 and rest <= block // 4 else (block, 0)
+
+
 def gated_forward(
     x: torch.Tensor,
     z: torch.Tensor,
@@ -281,8 +360,8 @@ def gated_gradients(
     """Writes dz, which may have wider rows; returns dx and the weight's gradient (empty without a
     weight)."""
     rows, width = x.shape
-    block = triton.next_power_of_2(group)
-    config = config or backward_config(block)
+    block, tail = head_and_tail(group)
+    config = config or backward_config(triton.next_power_of_2(group))
     dx = torch.empty(rows, width, dtype=x.dtype, device=x.device)
     programs = _programs(rows, config, x.device)
     partial = torch.empty(
@@ -294,7 +373,7 @@ def gated_gradients(
         x, z, x if weight is None else weight, dy, dx, dz, partial, rows, x_row, z_row, dy_row,
         dz_row, eps, width, X_ALIGN=x_align, Z_ALIGN=z_align, DY_ALIGN=dy_align, DZ_ALIGN=dz_align,
         HAS_WEIGHT=weight is not None, GATE_AFTER=gate_after, NORM=normed, GROUP=group, BLOCK=block,
-        ROWS=config.rows, STAGES=config.stages, num_warps=config.warps,
+        TAIL=tail, ROWS=config.rows, STAGES=config.stages, num_warps=config.warps,
     )  # fmt: skip
     return dx, x.new_empty(0) if weight is None else sum_rows(partial, weight.dtype)
 

@@ -70,11 +70,15 @@ def test_gated_norm(arch, group):
     )  # fmt: skip
     assert_fits(found, arch)
     config = norm_triton.backward_config(block)
+    head, tail = norm_triton.head_and_tail(group)
     types = pointers("x z dy dx dz", "bf16") | pointers("w partial", "fp32")
     types |= integers("rows x_row z_row dy_row dz_row") | {"eps": "fp32"}
     found = resources(
         norm_triton.gated_backward_kernel, types,
-        flags | {"DY_ALIGN": 16, "DZ_ALIGN": 8, "ROWS": config.rows, "STAGES": config.stages},
+        flags | {
+            "DY_ALIGN": 16, "DZ_ALIGN": 8, "BLOCK": head, "TAIL": tail, "ROWS": config.rows,
+            "STAGES": config.stages,
+        },
         arch=arch, num_warps=config.warps,
     )  # fmt: skip
     assert_fits(found, arch)
