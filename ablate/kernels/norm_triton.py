@@ -46,9 +46,18 @@ def backward_config(block: int) -> Config:
     if block <= 256:
         return Config(rows=8, warps=4, programs=4)
     if block <= 1024:
-        return Config(rows=2, warps=4, programs=4)
+        return Config(rows=1, warps=2, programs=8, stages=2)
     warps = 4 if block <= 2048 else 8 if block <= 8192 else 16
     return Config(rows=1, warps=warps, programs=4 if block <= 2048 else 2)
+
+
+def gated_backward_config(block: int) -> Config:
+    """Static choice by the larger block of a row: few warps, as a row is bound by its exchanges."""
+    if block <= 256:
+        return Config(rows=8, warps=4, programs=4)
+    if block <= 2048:
+        return Config(rows=1, warps=max(1, block // 512), programs=4, stages=3)
+    return Config(rows=1, warps=8 if block <= 8192 else 16, programs=2)
 
 
 @functools.cache
@@ -361,7 +370,7 @@ def gated_gradients(
     weight)."""
     rows, width = x.shape
     block, tail = head_and_tail(group)
-    config = config or backward_config(triton.next_power_of_2(group))
+    config = config or gated_backward_config(block)
     dx = torch.empty(rows, width, dtype=x.dtype, device=x.device)
     programs = _programs(rows, config, x.device)
     partial = torch.empty(

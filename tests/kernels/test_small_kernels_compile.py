@@ -69,8 +69,8 @@ def test_gated_norm(arch, group):
         arch=arch, num_warps=config.warps,
     )  # fmt: skip
     assert_fits(found, arch)
-    config = norm_triton.backward_config(block)
     head, tail = norm_triton.head_and_tail(group)
+    config = norm_triton.gated_backward_config(head)
     types = pointers("x z dy dx dz", "bf16") | pointers("w partial", "fp32")
     types |= integers("rows x_row z_row dy_row dz_row") | {"eps": "fp32"}
     found = resources(
