@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ablate.kernels.dispatch import use_triton
-from ablate.kernels.ssd import ssd
+from ablate.kernels.ssd import ssd, triton_supports
 
 
 def inner_width(width_E: int, head_dim: int, n_groups: int, d_state: int) -> int:
@@ -117,12 +117,9 @@ def mamba2_core(
     if inner % group:
         raise ValueError(f"norm_group_size={norm_group_size} does not divide the width {inner}")
     supported = (
-        head_dim <= 128
-        and d_state <= 128
+        triton_supports(zxbcdt_BLE, head_dim, d_state)
         and 2 <= conv_weight_CK.shape[1] <= 4
         and group <= 16384
-        and zxbcdt_BLE.dtype != torch.float64
-        and zxbcdt_BLE.numel() > 0
     )
     if use_triton(backend, zxbcdt_BLE, supported=supported):
         from ablate.kernels.mamba2_core_triton import mamba2_core_triton

@@ -196,10 +196,10 @@ def gated_backward_kernel(
         tail_dw = tl.zeros([TAIL], tl.float32)
         if HAS_WEIGHT:
             tail_w = tl.load(w_ptr + tail, mask=tail_inside, other=0.0).to(tl.float32)
-    x_row = x_row.to(tl.int64) * X_ALIGN
-    z_row = z_row.to(tl.int64) * Z_ALIGN
-    dy_row = dy_row.to(tl.int64) * DY_ALIGN
-    dz_row = dz_row.to(tl.int64) * DZ_ALIGN
+    x_row *= X_ALIGN
+    z_row *= Z_ALIGN
+    dy_row *= DY_ALIGN
+    dz_row *= DZ_ALIGN
     stride = tl.num_programs(0) * ROWS
     for start in tl.range(tl.program_id(0) * ROWS, rows, stride, num_stages=STAGES):
         row = (start + tl.arange(0, ROWS)).to(tl.int64)

@@ -255,10 +255,13 @@ def ssd_chunked(
     return y, state.reshape(b, n_heads, head_dim, n_state)
 
 
-def triton_supports(x_BLHP: Tensor, B_BLGN: Tensor) -> bool:
-    """Whether the Triton kernels run this case: head and state up to 128 wide, not float64."""
-    fits = x_BLHP.shape[3] <= 128 and B_BLGN.shape[3] <= 128
-    return fits and x_BLHP.numel() > 0 and x_BLHP.dtype != torch.float64
+def triton_supports(data: Tensor, head_dim: int, d_state: int) -> bool:
+    """Whether the Triton scan runs data of this type: head and state up to 128 wide, in float32 not
+    both (the tiles do not fit), not float64."""
+    fits = head_dim <= 128 and d_state <= 128
+    if data.dtype == torch.float32:
+        fits = fits and min(head_dim, d_state) <= 64
+    return fits and data.numel() > 0 and data.dtype != torch.float64
 
 
 def ssd(
@@ -296,7 +299,9 @@ def ssd(
         ValueError: shapes do not fit, or the named backend cannot run the case.
     """
     form: Callable[..., Tensor | tuple[Tensor, Tensor]] = ssd_chunked
-    if use_triton(backend, x_BLHP, supported=triton_supports(x_BLHP, B_BLGN)):
+    if use_triton(
+        backend, x_BLHP, supported=triton_supports(x_BLHP, x_BLHP.shape[3], B_BLGN.shape[3])
+    ):
         from ablate.kernels.ssd_triton import ssd_triton
 
         form = ssd_triton
