@@ -1,0 +1,670 @@
+"""Triton kernels of Mamba-1's scan (`ablate.kernels.selective_scan` has the definition).
+
+No two channels share a decay, so there is no matrix product in it: the scan is a walk over time
+with the state in registers, bound by exponentials and by the issue of instructions. A program owns
+a few channels with all their states, four states of a channel in a thread (more would leave a GPU
+short of threads, fewer would spend more on the sums over states), and takes T = 8 tokens at a time:
+
+- What belongs to a channel and a token (softplus, gates, gradients of the inputs) is computed on
+  tiles (T, channels) that all threads share out. Tiles become T rows, one in each thread that needs
+  it, by one exchange through shared memory; sums over states return the same way.
+- Decay and state update are one multiplication, exp2 and a multiply-add for each number of state.
+- The backward pass starts each T tokens from a state that the forward pass saved, rebuilds the T
+  states in registers and walks back. Gradients of B and C, sums over channels, leave a partial sum
+  for each program, and a last kernel adds those in order: no atomics, two runs agree bit for bit.
+
+Short of channels, the sequence is cut into segments: a first pass finds what each segment adds to
+the state, the second starts from there. What a segment keeps of the state follows from the sum of
+its step sizes alone. Decays are multiplied, never divided.
+"""
+
+# mypy: disallow-untyped-defs=False
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ablate.kernels.dispatch import define_op
+from ablate.kernels.sum_rows_triton import sum_rows
+
+T = 8  # tokens of a tile; `_split` and `_stack` are written for it
+
+
+@dataclass(frozen=True)
+class Config:
+    """Warps of a program, channels of one thread, and depth of the load pipeline."""
+
+    warps: int
+    channels: int
+    stages: int
+
+
+# One table for every architecture: the kernels hold a few kB of shared memory.
+FORWARD = Config(warps=4, channels=1, stages=1)
+BACKWARD = Config(warps=4, channels=1, stages=1)
+SPAN = 16  # tokens between saved states, a multiple of T
+WARPS = 1536  # that fill a large GPU; with less than half of it the sequence is cut into segments
+
+
+@triton.jit
+def _split(x, ROWS: tl.constexpr):
+    """The eight columns of (ROWS, 8)."""
+    even, odd = tl.split(tl.reshape(x, (ROWS, 2, 2, 2)))
+    x04, x26 = tl.split(even)
+    x15, x37 = tl.split(odd)
+    x0, x4 = tl.split(x04)
+    x2, x6 = tl.split(x26)
+    x1, x5 = tl.split(x15)
+    x3, x7 = tl.split(x37)
+    return x0, x1, x2, x3, x4, x5, x6, x7
+
+
+@triton.jit
+def _stack(x0, x1, x2, x3, x4, x5, x6, x7):
+    """Eight tensors of one shape as the last axis (2, 2, 2) of one."""
+    even = tl.join(tl.join(x0, x4), tl.join(x2, x6))
+    odd = tl.join(tl.join(x1, x5), tl.join(x3, x7))
+    return tl.join(even, odd)
+
+
+@triton.jit
+def _columns(x, ROWS: tl.constexpr):
+    """Eight vectors (ROWS,) as a tile (8, ROWS)."""
+    stacked = _stack(x[0], x[1], x[2], x[3], x[4], x[5], x[6], x[7])
+    return tl.trans(tl.reshape(stacked, (ROWS, 8)))
+
+
+@triton.jit
+def _load(ptr, rows, cols, left, width, ROW: tl.constexpr, FULL_T: tl.constexpr,
+          FULL_D: tl.constexpr):  # fmt: skip
+    """A tile of a row-major matrix in float32, zero outside."""
+    ptrs = ptr + rows[:, None] * ROW + cols[None, :]
+    if FULL_T and FULL_D:
+        x = tl.load(ptrs)
+    elif FULL_T:
+        x = tl.load(ptrs, mask=cols[None, :] < width, other=0.0)
+    else:
+        x = tl.load(ptrs, mask=(rows[:, None] < left) & (cols[None, :] < width), other=0.0)
+    return x.to(tl.float32)
+
+
+@triton.jit
+def _store(ptr, x, rows, cols, left, width, ROW: tl.constexpr):
+    mask = (rows[:, None] < left) & (cols[None, :] < width)
+    tl.store(ptr + rows[:, None] * ROW + cols[None, :], x.to(ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _step_size(ptr, bias, rows, cols, left, width, ROW: tl.constexpr, FULL_T: tl.constexpr,
+               FULL_D: tl.constexpr, SOFTPLUS: tl.constexpr):  # fmt: skip
+    """dt after bias and softplus; zero outside, which leaves a state as it is."""
+    dt = _load(ptr, rows, cols, left, width, ROW, FULL_T, FULL_D) + bias[None, :]
+    if SOFTPLUS:
+        # 1 + e loses a small e, so there log(1 + e) = 2 atanh(e / (2 + e)) as a series
+        e = tl.exp(tl.minimum(dt, 20.0))
+        z = e / (2.0 + e)
+        zz = z * z
+        series = 2.0 * z * (1.0 + zz * (1.0 / 3.0 + zz * (0.2 + zz / 7.0)))
+        dt = tl.where(dt > 20.0, dt, tl.where(e < 0.3, series, tl.log(1.0 + e)))
+    if not (FULL_T and FULL_D):
+        dt = tl.where((rows[:, None] < left) & (cols[None, :] < width), dt, 0.0)
+    return dt
+
+
+@triton.jit
+def _decay(dt, A, doc_ptr, start, j: tl.constexpr, left, HAS_DOC: tl.constexpr):
+    """exp(dt A) for A in units of log2; zero where a document begins."""
+    exponent = dt[:, None] * A
+    if HAS_DOC:
+        first = tl.load(doc_ptr + start + j, mask=j < left, other=-1)
+        exponent += tl.where(first == start + j, float("-inf"), 0.0)
+    return tl.exp2(exponent)
+
+
+@triton.jit
+def _kept(A, sums_ptr, doc_ptr, at, first, last, cols, width, HAS_DOC: tl.constexpr):
+    """What a segment of the tokens first to last keeps of the state before it."""
+    dt = tl.load(sums_ptr + at * width + cols, mask=cols < width, other=0.0)
+    kept = tl.exp2(dt[:, None] * A)
+    if HAS_DOC:
+        kept = tl.where(tl.load(doc_ptr + last) < first, kept, 0.0)
+    return kept
+
+
+@triton.jit
+def _forward_kernel(
+    u_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, z_ptr, bias_ptr, first_ptr, doc_ptr,
+    y_ptr, saved_ptr, last_ptr, ends_ptr, sums_ptr,
+    u_batch, dt_batch, B_batch, C_batch, z_batch, length, per_segment, n_segments,
+    UNIT: tl.constexpr, U_ROW: tl.constexpr, DT_ROW: tl.constexpr, B_ROW: tl.constexpr,
+    C_ROW: tl.constexpr, Z_ROW: tl.constexpr, D: tl.constexpr, N: tl.constexpr,
+    BD: tl.constexpr, BN: tl.constexpr, T: tl.constexpr, SPAN: tl.constexpr,
+    HAS_D: tl.constexpr, HAS_Z: tl.constexpr, HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr,
+    HAS_FIRST: tl.constexpr, HAS_DOC: tl.constexpr, SAVE: tl.constexpr, FULL: tl.constexpr,
+    PASS: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """y, the states before every SPAN tokens (SAVE) and the last one.
+
+    PASS 0: one segment, the whole sequence. PASS 1: what each segment adds to the state, and the
+    sum of its step sizes. PASS 2: all, from the results of PASS 1.
+    """
+    segment = tl.program_id(1)
+    b = tl.program_id(2).to(tl.int64)
+    d = tl.program_id(0) * BD + tl.arange(0, BD)
+    n, t = tl.arange(0, BN), tl.arange(0, T)
+    FULL_D: tl.constexpr = D % BD == 0
+    FULL_N: tl.constexpr = N == BN
+    inside = (d[:, None] < D) & (n[None, :] < N)
+    tile = d[:, None] * N + n[None, :]
+    n_spans = tl.cdiv(length, SPAN)
+    u_ptr += b * u_batch * UNIT
+    dt_ptr += b * dt_batch * UNIT
+    B_ptr += b * B_batch * UNIT
+    C_ptr += b * C_batch * UNIT
+    if HAS_Z:
+        z_ptr += b * z_batch * UNIT
+    if HAS_DOC:
+        doc_ptr += b * length
+    y_ptr += b * length * D
+    if SAVE:
+        saved_ptr += b * n_spans * (D * N)
+
+    A = tl.load(A_ptr + tile, mask=inside, other=0.0).to(tl.float32) * 1.4426950408889634
+    bias = tl.zeros((BD,), tl.float32)
+    if HAS_BIAS:
+        bias += tl.load(bias_ptr + d, mask=d < D, other=0.0).to(tl.float32)
+    skip = tl.zeros((BD,), tl.float32)
+    if HAS_D:
+        skip += tl.load(D_ptr + d, mask=d < D, other=0.0).to(tl.float32)
+    h = tl.zeros((BD, BN), tl.float32)
+    if PASS != 1:
+        if HAS_FIRST:
+            h += tl.load(first_ptr + b * (D * N) + tile, mask=inside, other=0.0).to(tl.float32)
+    if PASS == 2:
+        for s in range(segment):
+            at = b * n_segments + s
+            begin = s * per_segment
+            kept = _kept(A, sums_ptr, doc_ptr, at, begin, begin + per_segment - 1, d, D, HAS_DOC)
+            h = h * kept + tl.load(ends_ptr + at * (D * N) + tile, mask=inside, other=0.0)
+    total = tl.zeros((T, BD), tl.float32)
+    begin = segment * per_segment
+    n_tiles = tl.cdiv(tl.minimum(per_segment, length - begin), T)
+    for i in tl.range(n_tiles, num_stages=STAGES):
+        start = begin + i * T
+        left = length - start
+        wide = start.to(tl.int64)
+        dt = _step_size(dt_ptr + wide * DT_ROW, bias, t, d, left, D, DT_ROW, FULL, FULL_D, SOFTPLUS)
+        u = _load(u_ptr + wide * U_ROW, t, d, left, D, U_ROW, FULL, FULL_D)
+        B = _load(B_ptr + wide * B_ROW, t, n, left, N, B_ROW, FULL, FULL_N)
+        if PASS == 1:
+            total += dt
+        else:
+            C = _load(C_ptr + wide * C_ROW, t, n, left, N, C_ROW, FULL, FULL_N)
+            Cs = _split(tl.trans(C), BN)
+            if SAVE:
+                out = saved_ptr + (start // SPAN).to(tl.int64) * (D * N) + tile
+                mine = inside & (start % SPAN == 0)
+                tl.store(out, h.to(saved_ptr.dtype.element_ty), mask=mine)
+        dts = _split(tl.trans(dt), BD)
+        inflow = _split(tl.trans(dt * u), BD)
+        Bs = _split(tl.trans(B), BN)
+        ys = ()
+        for j in tl.static_range(T):
+            decay = _decay(dts[j], A, doc_ptr, start, j, left, HAS_DOC)
+            h = decay * h + inflow[j][:, None] * Bs[j][None, :]
+            if PASS != 1:
+                ys = ys + (tl.sum(h * Cs[j][None, :], axis=1),)  # noqa: RUF005
+        if PASS != 1:
+            y = _columns(ys, BD)
+            if HAS_D:
+                y += skip[None, :] * u
+            if HAS_Z:
+                z = _load(z_ptr + wide * Z_ROW, t, d, left, D, Z_ROW, FULL, FULL_D)
+                y *= z / (1.0 + tl.exp(-z))
+            _store(y_ptr + wide * D, y, t, d, left, D, D)
+    if PASS == 1:
+        at = b * n_segments + segment
+        tl.store(ends_ptr + at * (D * N) + tile, h, mask=inside)
+        tl.store(sums_ptr + at * D + d, tl.sum(total, axis=0), mask=d < D)
+    elif segment == n_segments - 1:
+        tl.store(last_ptr + b * (D * N) + tile, h, mask=inside)
+
+
+@triton.jit
+def _backward_kernel(
+    dy_ptr, dlast_ptr, u_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, z_ptr, bias_ptr, doc_ptr,
+    saved_ptr, du_ptr, ddt_ptr, dz_ptr, dBC_ptr, dA_ptr, dD_ptr, dfirst_ptr, ends_ptr, sums_ptr,
+    dy_batch, u_batch, dt_batch, B_batch, C_batch, z_batch, length, per_segment, n_segments,
+    plane,
+    UNIT: tl.constexpr, DY_ROW: tl.constexpr, U_ROW: tl.constexpr, DT_ROW: tl.constexpr,
+    B_ROW: tl.constexpr, C_ROW: tl.constexpr, Z_ROW: tl.constexpr,
+    D: tl.constexpr, N: tl.constexpr,
+    BD: tl.constexpr, BN: tl.constexpr, T: tl.constexpr, SPAN: tl.constexpr,
+    HAS_D: tl.constexpr, HAS_Z: tl.constexpr, HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr,
+    HAS_LAST: tl.constexpr, HAS_DOC: tl.constexpr, FULL: tl.constexpr,
+    PASS: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Gradients, walking back in time; `PASS` as in the forward kernel.
+
+    dBC: (programs, 2, B, L, N), shares of the gradients of B and C. dA: (B, segments, D, N), dD:
+    (B, segments, 2, D), of D and of the bias.
+    """
+    segment = tl.program_id(1)
+    b = tl.program_id(2).to(tl.int64)
+    d = tl.program_id(0) * BD + tl.arange(0, BD)
+    n, t = tl.arange(0, BN), tl.arange(0, T)
+    FULL_D: tl.constexpr = D % BD == 0
+    FULL_N: tl.constexpr = N == BN
+    inside = (d[:, None] < D) & (n[None, :] < N)
+    tile = d[:, None] * N + n[None, :]
+    n_spans = tl.cdiv(length, SPAN)
+    dy_ptr += b * dy_batch * UNIT
+    u_ptr += b * u_batch * UNIT
+    dt_ptr += b * dt_batch * UNIT
+    B_ptr += b * B_batch * UNIT
+    C_ptr += b * C_batch * UNIT
+    if HAS_Z:
+        z_ptr += b * z_batch * UNIT
+        dz_ptr += b * length * D
+    if HAS_DOC:
+        doc_ptr += b * length
+    du_ptr += b * length * D
+    ddt_ptr += b * length * D
+    saved_ptr += b * n_spans * (D * N)
+    dBC_ptr += tl.program_id(0).to(tl.int64) * 2 * plane + b * length * N
+
+    A = tl.load(A_ptr + tile, mask=inside, other=0.0).to(tl.float32) * 1.4426950408889634
+    bias = tl.zeros((BD,), tl.float32)
+    if HAS_BIAS:
+        bias += tl.load(bias_ptr + d, mask=d < D, other=0.0).to(tl.float32)
+    skip = tl.zeros((BD,), tl.float32)
+    if HAS_D:
+        skip += tl.load(D_ptr + d, mask=d < D, other=0.0).to(tl.float32)
+    # g: the gradient of the state, from the tokens after it
+    g = tl.zeros((BD, BN), tl.float32)
+    if PASS != 1:
+        if HAS_LAST:
+            g += tl.load(dlast_ptr + b * (D * N) + tile, mask=inside, other=0.0).to(tl.float32)
+    if PASS == 2:
+        for i in range(n_segments - 1 - segment):
+            s = n_segments - 1 - i
+            at = b * n_segments + s
+            begin = s * per_segment
+            end = tl.minimum(begin + per_segment, length)
+            kept = _kept(A, sums_ptr, doc_ptr, at, begin, end - 1, d, D, HAS_DOC)
+            g = g * kept + tl.load(ends_ptr + at * (D * N) + tile, mask=inside, other=0.0)
+    total = tl.zeros((T, BD), tl.float32)
+    dbias = tl.zeros((T, BD), tl.float32)
+    dskip = tl.zeros((T, BD), tl.float32)
+    dA = tl.zeros((BD, BN), tl.float32)
+    begin = segment * per_segment
+    n_tiles = tl.cdiv(tl.minimum(per_segment, length - begin), T)
+    for i in tl.range(n_tiles, num_stages=STAGES):
+        start = begin + (n_tiles - 1 - i) * T
+        left = length - start
+        wide = start.to(tl.int64)
+        dt = _step_size(dt_ptr + wide * DT_ROW, bias, t, d, left, D, DT_ROW, FULL, FULL_D, SOFTPLUS)
+        dy = _load(dy_ptr + wide * DY_ROW, t, d, left, D, DY_ROW, FULL, FULL_D)
+        if HAS_Z:
+            z = _load(z_ptr + wide * Z_ROW, t, d, left, D, Z_ROW, FULL, FULL_D)
+            gate = 1.0 / (1.0 + tl.exp(-z))
+            dgated = dy
+            dy = dgated * (z * gate)
+        dts = _split(tl.trans(dt), BD)
+        dys = _split(tl.trans(dy), BD)
+        C = _load(C_ptr + wide * C_ROW, t, n, left, N, C_ROW, FULL, FULL_N)
+        Cs = _split(tl.trans(C), BN)
+        if PASS == 1:
+            total += dt
+            for j in tl.static_range(T - 1, -1, -1):
+                dh = g + dys[j][:, None] * Cs[j][None, :]
+                g = _decay(dts[j], A, doc_ptr, start, j, left, HAS_DOC) * dh
+        else:
+            # the states of this tile, from the one saved before it
+            span = start // SPAN
+            h = tl.load(saved_ptr + span.to(tl.int64) * (D * N) + tile, mask=inside, other=0.0)
+            h = h.to(tl.float32)
+            for k in range((start - span * SPAN) // T):
+                early = span * SPAN + k * T
+                at = early.to(tl.int64)
+                e = _step_size(
+                    dt_ptr + at * DT_ROW, bias, t, d, T, D, DT_ROW, True, FULL_D, SOFTPLUS
+                )
+                u = _load(u_ptr + at * U_ROW, t, d, T, D, U_ROW, True, FULL_D)
+                B = _load(B_ptr + at * B_ROW, t, n, T, N, B_ROW, True, FULL_N)
+                es = _split(tl.trans(e), BD)
+                inflow = _split(tl.trans(e * u), BD)
+                Bs = _split(tl.trans(B), BN)
+                for j in tl.static_range(T):
+                    decay = _decay(es[j], A, doc_ptr, early, j, T, HAS_DOC)
+                    h = decay * h + inflow[j][:, None] * Bs[j][None, :]
+            u = _load(u_ptr + wide * U_ROW, t, d, left, D, U_ROW, FULL, FULL_D)
+            B = _load(B_ptr + wide * B_ROW, t, n, left, N, B_ROW, FULL, FULL_N)
+            inflow = _split(tl.trans(dt * u), BD)
+            Bs = _split(tl.trans(B), BN)
+            before = ()
+            ys = ()
+            dCs = ()
+            for j in tl.static_range(T):
+                before = before + (h,)  # noqa: RUF005
+                decay = _decay(dts[j], A, doc_ptr, start, j, left, HAS_DOC)
+                h = decay * h + inflow[j][:, None] * Bs[j][None, :]
+                dCs = dCs + (dys[j][:, None] * h,)  # noqa: RUF005
+                if HAS_Z:
+                    ys = ys + (tl.sum(h * Cs[j][None, :], axis=1),)  # noqa: RUF005
+            dC = tl.sum(
+                _stack(dCs[0], dCs[1], dCs[2], dCs[3], dCs[4], dCs[5], dCs[6], dCs[7]), axis=0
+            )
+            out = dBC_ptr + wide * N
+            _store(out + plane, tl.trans(tl.reshape(dC, (BN, T))), t, n, left, N, N)
+            if HAS_Z:
+                y = _columns(ys, BD) + skip[None, :] * u
+                dz = dgated * y * (gate * (1.0 + z * (1.0 - gate)))
+                _store(dz_ptr + wide * D, dz, t, d, left, D, D)
+
+            dinflows = ()
+            dexponents = ()
+            dBs = ()
+            for j in tl.static_range(T - 1, -1, -1):
+                dh = g + dys[j][:, None] * Cs[j][None, :]
+                dBs = (dh * inflow[j][:, None],) + dBs  # noqa: RUF005
+                dinflows = (tl.sum(dh * Bs[j][None, :], axis=1),) + dinflows  # noqa: RUF005
+                g = _decay(dts[j], A, doc_ptr, start, j, left, HAS_DOC) * dh
+                dexponent = g * before[j]
+                dA += dexponent * dts[j][:, None]
+                dexponents = (tl.sum(dexponent * A, axis=1),) + dexponents  # noqa: RUF005
+            dB = tl.sum(
+                _stack(dBs[0], dBs[1], dBs[2], dBs[3], dBs[4], dBs[5], dBs[6], dBs[7]), axis=0
+            )
+            _store(out, tl.trans(tl.reshape(dB, (BN, T))), t, n, left, N, N)
+            dinflow = _columns(dinflows, BD)
+            ddt = dinflow * u + _columns(dexponents, BD) * 0.6931471805599453
+            if SOFTPLUS:  # its derivative, 1 - exp(-dt)
+                small = dt * (1.0 - dt * (0.5 - dt / 6.0))
+                ddt *= tl.where(dt < 0.03, small, 1.0 - tl.exp(-dt))
+            du = dinflow * dt
+            if HAS_D:
+                du += skip[None, :] * dy
+                dskip += dy * u
+            if HAS_BIAS:
+                dbias += tl.where(t[:, None] < left, ddt, 0.0)
+            _store(du_ptr + wide * D, du, t, d, left, D, D)
+            _store(ddt_ptr + wide * D, ddt, t, d, left, D, D)
+    at = b * n_segments + segment
+    if PASS == 1:
+        tl.store(ends_ptr + at * (D * N) + tile, g, mask=inside)
+        tl.store(sums_ptr + at * D + d, tl.sum(total, axis=0), mask=d < D)
+    else:
+        tl.store(dA_ptr + at * (D * N) + tile, dA, mask=inside)
+        out = dD_ptr + at * (2 * D) + d
+        if HAS_D:
+            tl.store(out, tl.sum(dskip, axis=0), mask=d < D)
+        if HAS_BIAS:
+            tl.store(out + D, tl.sum(dbias, axis=0), mask=d < D)
+        if segment == 0:
+            tl.store(dfirst_ptr + b * (D * N) + tile, g, mask=inside)
+
+
+@triton.jit
+def _sum_kernel(parts_ptr, dB_ptr, dC_ptr, n_parts, plane, BLOCK: tl.constexpr):
+    """dB and dC from the programs' shares (n_parts, 2, plane), added in order."""
+    which = tl.program_id(1)
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < plane
+    total = tl.zeros((BLOCK,), tl.float32)
+    parts_ptr += which.to(tl.int64) * plane + at
+    for _ in range(n_parts):
+        total += tl.load(parts_ptr, mask=inside, other=0.0)
+        parts_ptr += 2 * plane
+    if which == 0:
+        tl.store(dB_ptr + at, total.to(dB_ptr.dtype.element_ty), mask=inside)
+    else:
+        tl.store(dC_ptr + at, total.to(dC_ptr.dtype.element_ty), mask=inside)
+
+
+def _rows(v: Tensor) -> Tensor:
+    """v (B, L, width) with dense rows; a copy only where they are not."""
+    return v if v.stride(2) == 1 else v.contiguous()
+
+
+def _unit(*tensors: Tensor | None) -> int:
+    """The power of two up to 16 that divides every batch stride, which wide loads need to know."""
+    return math.gcd(16, *(v.stride(0) for v in tensors if v is not None))
+
+
+def _strides(unit: int, *tensors: Tensor | None) -> list[int]:
+    return [0 if v is None else v.stride(0) // unit for v in tensors]
+
+
+def _row(v: Tensor | None) -> int:
+    return 0 if v is None else v.stride(1)
+
+
+def _saved_dtype(u: Tensor) -> torch.dtype:
+    """float16 has not the range of a state."""
+    return torch.bfloat16 if u.dtype == torch.bfloat16 else torch.float32
+
+
+def _plan(batch: int, length: int, width: int, n_state: int, config: Config) -> Any:
+    """Channels of a block, padded states, blocks, tokens of a segment, segments."""
+    states = max(4, triton.next_power_of_2(n_state))
+    channels = max(1, 128 * config.warps * config.channels // states)
+    blocks = triton.cdiv(width, channels)
+    warps = batch * blocks * config.warps
+    segments = 1
+    if warps < WARPS // 2:
+        segments = max(1, min(WARPS // warps, length // (8 * SPAN)))
+    per_segment = triton.cdiv(triton.cdiv(length, segments), SPAN) * SPAN
+    return channels, states, blocks, per_segment, triton.cdiv(length, per_segment)
+
+
+def _forward(
+    u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
+    bias: Tensor | None, first: Tensor | None, doc: Tensor | None, softplus: bool, save: bool,
+    config: Config | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """y (B, L, D), the last state (B, D, N) and, with `save`, the states before each span."""
+    config = config or FORWARD
+    batch, length, width = u.shape
+    n_state = A.shape[1]
+    block, states, blocks, per_segment, segments = _plan(batch, length, width, n_state, config)
+    y = u.new_empty(u.shape)
+    last = u.new_empty((batch, width, n_state), dtype=torch.float32)
+    spans = triton.cdiv(length, SPAN) if save else 0
+    saved = u.new_empty((batch, spans, width, n_state), dtype=_saved_dtype(u))
+    ends = sums = None
+    if segments > 1:
+        ends = last.new_empty((batch, segments, width, n_state))
+        sums = last.new_empty((batch, segments, width))
+    unit = _unit(u, dt, B, C, z)
+    for number in (0,) if segments == 1 else (1, 2):
+        _forward_kernel[(blocks, segments, batch)](
+            u, dt, A, B, C, D, z, bias, first, doc, y, saved, last, ends, sums,
+            *_strides(unit, u, dt, B, C, z), length, per_segment, segments,
+            UNIT=unit, U_ROW=_row(u), DT_ROW=_row(dt), B_ROW=_row(B), C_ROW=_row(C),
+            Z_ROW=_row(z), D=width, N=n_state, BD=block, BN=states, T=T, SPAN=SPAN,
+            HAS_D=D is not None, HAS_Z=z is not None, HAS_BIAS=bias is not None,
+            SOFTPLUS=softplus, HAS_FIRST=first is not None, HAS_DOC=doc is not None, SAVE=save,
+            FULL=length % T == 0, PASS=number, STAGES=config.stages, num_warps=config.warps,
+        )  # fmt: skip
+    return y, last, saved
+
+
+def _forward_fake(
+    u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
+    bias: Tensor | None, first: Tensor | None, doc: Tensor | None, softplus: bool, save: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    batch, length, width = u.shape
+    spans = (length + SPAN - 1) // SPAN if save else 0
+    return (
+        u.new_empty(u.shape),
+        u.new_empty((batch, width, A.shape[1]), dtype=torch.float32),
+        u.new_empty((batch, spans, width, A.shape[1]), dtype=_saved_dtype(u)),
+    )
+
+
+def _backward(
+    dy: Tensor, dlast: Tensor | None, u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor,
+    D: Tensor | None, z: Tensor | None, bias: Tensor | None, doc: Tensor | None, saved: Tensor,
+    softplus: bool, config: Config | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of u, dt, z, B and C in their types, of A, of D and bias (2, D), and of the first
+    state, the last three in float32."""
+    config = config or BACKWARD
+    batch, length, width = u.shape
+    n_state = A.shape[1]
+    block, states, blocks, per_segment, segments = _plan(batch, length, width, n_state, config)
+    dy = _rows(dy)
+    dlast = None if dlast is None else dlast.contiguous()
+    du, ddt = u.new_empty(u.shape), dt.new_empty(dt.shape)
+    dz = u.new_empty(0) if z is None else z.new_empty(z.shape)
+    dB, dC = B.new_empty(B.shape), C.new_empty(C.shape)
+    dfirst = u.new_empty((batch, width, n_state), dtype=torch.float32)
+    dA = dfirst.new_empty((batch * segments, width * n_state))
+    dD = dfirst.new_empty((batch * segments, 2 * width))
+    parts = dfirst.new_empty((blocks, 2, batch, length, n_state))
+    plane = batch * length * n_state
+    ends = sums = None
+    if segments > 1:
+        ends = dfirst.new_empty((batch, segments, width, n_state))
+        sums = dfirst.new_empty((batch, segments, width))
+    unit = _unit(dy, u, dt, B, C, z)
+    for number in (0,) if segments == 1 else (1, 2):
+        _backward_kernel[(blocks, segments, batch)](
+            dy, dlast, u, dt, A, B, C, D, z, bias, doc, saved, du, ddt, dz, parts, dA, dD, dfirst,
+            ends, sums, *_strides(unit, dy, u, dt, B, C, z), length, per_segment, segments, plane,
+            UNIT=unit, DY_ROW=_row(dy), U_ROW=_row(u), DT_ROW=_row(dt), B_ROW=_row(B),
+            C_ROW=_row(C), Z_ROW=_row(z), D=width, N=n_state, BD=block, BN=states, T=T, SPAN=SPAN,
+            HAS_D=D is not None, HAS_Z=z is not None, HAS_BIAS=bias is not None,
+            SOFTPLUS=softplus, HAS_LAST=dlast is not None, HAS_DOC=doc is not None,
+            FULL=length % T == 0, PASS=number, STAGES=config.stages, num_warps=config.warps,
+        )  # fmt: skip
+    _sum_kernel[(triton.cdiv(plane, 1024), 2)](
+        parts, dB, dC, blocks, plane, BLOCK=1024, num_warps=4
+    )
+    sum_A = sum_rows(dA, torch.float32).view(width, n_state)
+    sum_D = sum_rows(dD, torch.float32).view(2, width)
+    return du, ddt, dz, dB, dC, sum_A, sum_D, dfirst
+
+
+def _backward_fake(
+    dy: Tensor, dlast: Tensor | None, u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor,
+    D: Tensor | None, z: Tensor | None, bias: Tensor | None, doc: Tensor | None, saved: Tensor,
+    softplus: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    batch, _, width = u.shape
+    n_state = A.shape[1]
+    return (
+        u.new_empty(u.shape),
+        dt.new_empty(dt.shape),
+        u.new_empty(0) if z is None else z.new_empty(z.shape),
+        B.new_empty(B.shape),
+        C.new_empty(C.shape),
+        u.new_empty((width, n_state), dtype=torch.float32),
+        u.new_empty((2, width), dtype=torch.float32),
+        u.new_empty((batch, width, n_state), dtype=torch.float32),
+    )
+
+
+_forward_op = define_op(
+    "selective_scan_forward(Tensor u, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, "
+    "Tensor? z, Tensor? bias, Tensor? first, Tensor? doc, bool softplus, bool save) "
+    "-> (Tensor, Tensor, Tensor)",
+    _forward,
+    _forward_fake,
+)
+_backward_op = define_op(
+    "selective_scan_backward(Tensor dy, Tensor? dlast, Tensor u, Tensor dt, Tensor A, Tensor B, "
+    "Tensor C, Tensor? D, Tensor? z, Tensor? bias, Tensor? doc, Tensor saved, bool softplus) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _backward,
+    _backward_fake,
+)
+
+
+class _SelectiveScan(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None,
+        z: Tensor | None, bias: Tensor | None, first: Tensor | None, doc: Tensor | None,
+        softplus: bool, save: bool,
+    ) -> Any:  # fmt: skip
+        y, last, saved = _forward_op(u, dt, A, B, C, D, z, bias, first, doc, softplus, save)
+        ctx.save_for_backward(u, dt, A, B, C, D, z, bias, doc, saved)
+        ctx.softplus = softplus
+        ctx.first_dtype = None if first is None else first.dtype
+        ctx.set_materialize_grads(False)
+        return y, last
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        u, dt, A, B, C, D, z, bias, doc, saved = ctx.saved_tensors
+        dy = torch.zeros_like(u) if grads[0] is None else grads[0]
+        du, ddt, dz, dB, dC, dA, dD, dfirst = _backward_op(
+            dy, grads[1], u, dt, A, B, C, D, z, bias, doc, saved, ctx.softplus
+        )
+        return (
+            du,
+            ddt,
+            dA.to(A.dtype),
+            dB,
+            dC,
+            None if D is None else dD[0].to(D.dtype),
+            None if z is None else dz,
+            None if bias is None else dD[1].to(bias.dtype),
+            None if ctx.first_dtype is None else dfirst.to(ctx.first_dtype),
+            None,
+            None,
+            None,
+        )
+
+
+def selective_scan_triton(
+    u_BLD: Tensor,
+    delta_BLD: Tensor,
+    A_DN: Tensor,
+    B_BLN: Tensor,
+    C_BLN: Tensor,
+    D_D: Tensor | None = None,
+    *,
+    z_BLD: Tensor | None = None,
+    delta_bias_D: Tensor | None = None,
+    delta_softplus: bool = False,
+    initial_state_BDN: Tensor | None = None,
+    return_final_state: bool = False,
+    doc_start_BL: Tensor | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`ablate.kernels.selective_scan` on a GPU; rows of u, delta, z, B and C are read in place."""
+
+    def dense(v: Tensor | None) -> Tensor | None:
+        return None if v is None else v.contiguous()
+
+    rows = [_rows(v) for v in (u_BLD, delta_BLD, B_BLN, C_BLN)]
+    z = None if z_BLD is None else _rows(z_BLD)
+    if doc_start_BL is not None:
+        doc_start_BL = doc_start_BL.to(torch.int32).contiguous()
+    leaves = (*rows, A_DN, D_D, z, delta_bias_D, initial_state_BDN)
+    save = torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in leaves)
+    u, delta, B, C = rows
+    y, last = _SelectiveScan.apply(
+        u,
+        delta,
+        A_DN.contiguous(),
+        B,
+        C,
+        dense(D_D),
+        z,
+        dense(delta_bias_D),
+        dense(initial_state_BDN),
+        doc_start_BL,
+        delta_softplus,
+        save,
+    )
+    return (y, last) if return_final_state else y
