@@ -67,18 +67,50 @@ def _split(x, ROWS: tl.constexpr):
 
 
 @triton.jit
-def _stack(x0, x1, x2, x3, x4, x5, x6, x7):
-    """Eight tensors of one shape as the last axis (2, 2, 2) of one."""
-    even = tl.join(tl.join(x0, x4), tl.join(x2, x6))
-    odd = tl.join(tl.join(x1, x5), tl.join(x3, x7))
+def _split_pair(x, y, ROWS: tl.constexpr):
+    """The columns of two tiles (8, ROWS), in one exchange."""
+    x, y = tl.split(tl.reshape(tl.permute(tl.join(x, y), (1, 0, 2)), (ROWS, 2, 2, 2, 2)))
+    return _split(x, ROWS), _split(y, ROWS)
+
+
+@triton.jit
+def _stack(x):
+    """Eight tensors of one shape as the last axis of one, in three axes of two."""
+    even = tl.join(tl.join(x[0], x[4]), tl.join(x[2], x[6]))
+    odd = tl.join(tl.join(x[1], x[5]), tl.join(x[3], x[7]))
     return tl.join(even, odd)
 
 
 @triton.jit
-def _columns(x, ROWS: tl.constexpr):
-    """Eight vectors (ROWS,) as a tile (8, ROWS)."""
-    stacked = _stack(x[0], x[1], x[2], x[3], x[4], x[5], x[6], x[7])
-    return tl.trans(tl.reshape(stacked, (ROWS, 8)))
+def _sum_last(x, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    """Sums over the last axis of (ROWS, WIDTH), a power of two. By halves, so that the axis comes
+    into one thread in one exchange; a reduction across threads would take one for each halving of
+    each row."""
+    for k in tl.static_range(1, 12):
+        if WIDTH >> k > 0:
+            a, b = tl.split(tl.reshape(x, (ROWS, WIDTH >> k, 2)))
+            x = a + b
+    return tl.reshape(x, (ROWS,))
+
+
+@triton.jit
+def _sum_channels(x, BD: tl.constexpr, BN: tl.constexpr):
+    """Eight (BD, BN), summed over channels: (8, BN)."""
+    stacked = tl.permute(tl.reshape(_stack(x), (BD, BN, 8)), (2, 1, 0))
+    return tl.reshape(_sum_last(stacked, 8 * BN, BD), (8, BN))
+
+
+@triton.jit
+def _quads(x, BD: tl.constexpr, BN: tl.constexpr):
+    """Sums over the four states of a thread: (BD, BN / 4)."""
+    return tl.sum(tl.reshape(x, (BD, BN // 4, 4)), axis=2)
+
+
+@triton.jit
+def _sum_states(x, BD: tl.constexpr, BN: tl.constexpr):
+    """Eight (BD, BN / 4), summed over states: (8, BD)."""
+    stacked = tl.permute(tl.reshape(_stack(x), (BD, BN // 4, 8)), (2, 0, 1))
+    return tl.reshape(_sum_last(stacked, 8 * BD, BN // 4), (8, BD))
 
 
 @triton.jit
@@ -205,24 +237,23 @@ def _forward_kernel(
         B = _load(B_ptr + wide * B_ROW, t, n, left, N, B_ROW, FULL, FULL_N)
         if PASS == 1:
             total += dt
+            Bs = _split(tl.trans(B), BN)
         else:
             C = _load(C_ptr + wide * C_ROW, t, n, left, N, C_ROW, FULL, FULL_N)
-            Cs = _split(tl.trans(C), BN)
+            Bs, Cs = _split_pair(B, C, BN)
             if SAVE:
                 out = saved_ptr + (start // SPAN).to(tl.int64) * (D * N) + tile
                 mine = inside & (start % SPAN == 0)
                 tl.store(out, h.to(saved_ptr.dtype.element_ty), mask=mine)
-        dts = _split(tl.trans(dt), BD)
-        inflow = _split(tl.trans(dt * u), BD)
-        Bs = _split(tl.trans(B), BN)
+        dts, inflow = _split_pair(dt, dt * u, BD)
         ys = ()
         for j in tl.static_range(T):
             decay = _decay(dts[j], A, doc_ptr, start, j, left, HAS_DOC)
             h = decay * h + inflow[j][:, None] * Bs[j][None, :]
             if PASS != 1:
-                ys = ys + (tl.sum(h * Cs[j][None, :], axis=1),)  # noqa: RUF005
+                ys = ys + (_quads(h * Cs[j][None, :], BD, BN),)  # noqa: RUF005
         if PASS != 1:
-            y = _columns(ys, BD)
+            y = _sum_states(ys, BD, BN)
             if HAS_D:
                 y += skip[None, :] * u
             if HAS_Z:
@@ -317,12 +348,11 @@ def _backward_kernel(
             gate = 1.0 / (1.0 + tl.exp(-z))
             dgated = dy
             dy = dgated * (z * gate)
-        dts = _split(tl.trans(dt), BD)
-        dys = _split(tl.trans(dy), BD)
         C = _load(C_ptr + wide * C_ROW, t, n, left, N, C_ROW, FULL, FULL_N)
-        Cs = _split(tl.trans(C), BN)
         if PASS == 1:
             total += dt
+            dts, dys = _split_pair(dt, dy, BD)
+            Cs = _split(tl.trans(C), BN)
             for j in tl.static_range(T - 1, -1, -1):
                 dh = g + dys[j][:, None] * Cs[j][None, :]
                 g = _decay(dts[j], A, doc_ptr, start, j, left, HAS_DOC) * dh
@@ -339,16 +369,16 @@ def _backward_kernel(
                 )
                 u = _load(u_ptr + at * U_ROW, t, d, T, D, U_ROW, True, FULL_D)
                 B = _load(B_ptr + at * B_ROW, t, n, T, N, B_ROW, True, FULL_N)
-                es = _split(tl.trans(e), BD)
-                inflow = _split(tl.trans(e * u), BD)
+                es, inflow = _split_pair(e, e * u, BD)
                 Bs = _split(tl.trans(B), BN)
                 for j in tl.static_range(T):
                     decay = _decay(es[j], A, doc_ptr, early, j, T, HAS_DOC)
                     h = decay * h + inflow[j][:, None] * Bs[j][None, :]
             u = _load(u_ptr + wide * U_ROW, t, d, left, D, U_ROW, FULL, FULL_D)
             B = _load(B_ptr + wide * B_ROW, t, n, left, N, B_ROW, FULL, FULL_N)
-            inflow = _split(tl.trans(dt * u), BD)
-            Bs = _split(tl.trans(B), BN)
+            dts, inflow = _split_pair(dt, dt * u, BD)
+            dys = _split(tl.trans(dy), BD)
+            Bs, Cs = _split_pair(B, C, BN)
             before = ()
             ys = ()
             dCs = ()
@@ -358,14 +388,11 @@ def _backward_kernel(
                 h = decay * h + inflow[j][:, None] * Bs[j][None, :]
                 dCs = dCs + (dys[j][:, None] * h,)  # noqa: RUF005
                 if HAS_Z:
-                    ys = ys + (tl.sum(h * Cs[j][None, :], axis=1),)  # noqa: RUF005
-            dC = tl.sum(
-                _stack(dCs[0], dCs[1], dCs[2], dCs[3], dCs[4], dCs[5], dCs[6], dCs[7]), axis=0
-            )
+                    ys = ys + (_quads(h * Cs[j][None, :], BD, BN),)  # noqa: RUF005
             out = dBC_ptr + wide * N
-            _store(out + plane, tl.trans(tl.reshape(dC, (BN, T))), t, n, left, N, N)
+            _store(out + plane, _sum_channels(dCs, BD, BN), t, n, left, N, N)
             if HAS_Z:
-                y = _columns(ys, BD) + skip[None, :] * u
+                y = _sum_states(ys, BD, BN) + skip[None, :] * u
                 dz = dgated * y * (gate * (1.0 + z * (1.0 - gate)))
                 _store(dz_ptr + wide * D, dz, t, d, left, D, D)
 
@@ -375,17 +402,14 @@ def _backward_kernel(
             for j in tl.static_range(T - 1, -1, -1):
                 dh = g + dys[j][:, None] * Cs[j][None, :]
                 dBs = (dh * inflow[j][:, None],) + dBs  # noqa: RUF005
-                dinflows = (tl.sum(dh * Bs[j][None, :], axis=1),) + dinflows  # noqa: RUF005
+                dinflows = (_quads(dh * Bs[j][None, :], BD, BN),) + dinflows  # noqa: RUF005
                 g = _decay(dts[j], A, doc_ptr, start, j, left, HAS_DOC) * dh
                 dexponent = g * before[j]
                 dA += dexponent * dts[j][:, None]
-                dexponents = (tl.sum(dexponent * A, axis=1),) + dexponents  # noqa: RUF005
-            dB = tl.sum(
-                _stack(dBs[0], dBs[1], dBs[2], dBs[3], dBs[4], dBs[5], dBs[6], dBs[7]), axis=0
-            )
-            _store(out, tl.trans(tl.reshape(dB, (BN, T))), t, n, left, N, N)
-            dinflow = _columns(dinflows, BD)
-            ddt = dinflow * u + _columns(dexponents, BD) * 0.6931471805599453
+                dexponents = (_quads(dexponent * A, BD, BN),) + dexponents  # noqa: RUF005
+            _store(out, _sum_channels(dBs, BD, BN), t, n, left, N, N)
+            dinflow = _sum_states(dinflows, BD, BN)
+            ddt = dinflow * u + _sum_states(dexponents, BD, BN) * 0.6931471805599453
             if SOFTPLUS:  # its derivative, 1 - exp(-dt)
                 small = dt * (1.0 - dt * (0.5 - dt / 6.0))
                 ddt *= tl.where(dt < 0.03, small, 1.0 - tl.exp(-dt))
