@@ -134,20 +134,31 @@ def _store(ptr, x, rows, cols, left, width, ROW: tl.constexpr):
 
 
 @triton.jit
+def _softplus(x):
+    """log(1 + exp(x)) and its derivative, exact to a few units in the last place everywhere."""
+    e = tl.exp(-tl.abs(x))
+    # 1 + e would lose a small e: log(1 + e) = 2 atanh(e / (2 + e)), whose argument is at most 1/3
+    s = e / (2.0 + e)
+    ss = s * s
+    series = 1.0 / 7.0 + ss * (1.0 / 9.0 + ss * (1.0 / 11.0 + ss / 13.0))
+    series = 1.0 + ss * (1.0 / 3.0 + ss * (0.2 + ss * series))
+    return tl.maximum(x, 0.0) + 2.0 * s * series, tl.where(x > 0.0, 1.0, e) / (1.0 + e)
+
+
+@triton.jit
 def _step_size(ptr, bias, rows, cols, left, width, ROW: tl.constexpr, FULL_T: tl.constexpr,
                FULL_D: tl.constexpr, SOFTPLUS: tl.constexpr):  # fmt: skip
-    """dt after bias and softplus; zero outside, which leaves a state as it is."""
+    """dt after bias and softplus, zero outside, which leaves a state as it is; and its derivative
+    by what is in memory."""
     dt = _load(ptr, rows, cols, left, width, ROW, FULL_T, FULL_D) + bias[None, :]
+    slope = tl.full(dt.shape, 1.0, tl.float32)
     if SOFTPLUS:
-        # 1 + e loses a small e, so there log(1 + e) = 2 atanh(e / (2 + e)) as a series
-        e = tl.exp(tl.minimum(dt, 20.0))
-        z = e / (2.0 + e)
-        zz = z * z
-        series = 2.0 * z * (1.0 + zz * (1.0 / 3.0 + zz * (0.2 + zz / 7.0)))
-        dt = tl.where(dt > 20.0, dt, tl.where(e < 0.3, series, tl.log(1.0 + e)))
+        dt, slope = _softplus(dt)
     if not (FULL_T and FULL_D):
-        dt = tl.where((rows[:, None] < left) & (cols[None, :] < width), dt, 0.0)
-    return dt
+        inside = (rows[:, None] < left) & (cols[None, :] < width)
+        dt = tl.where(inside, dt, 0.0)
+        slope = tl.where(inside, slope, 0.0)
+    return dt, slope
 
 
 @triton.jit
@@ -232,7 +243,9 @@ def _forward_kernel(
         start = begin + i * T
         left = length - start
         wide = start.to(tl.int64)
-        dt = _step_size(dt_ptr + wide * DT_ROW, bias, t, d, left, D, DT_ROW, FULL, FULL_D, SOFTPLUS)
+        dt, slope = _step_size(
+            dt_ptr + wide * DT_ROW, bias, t, d, left, D, DT_ROW, FULL, FULL_D, SOFTPLUS
+        )
         u = _load(u_ptr + wide * U_ROW, t, d, left, D, U_ROW, FULL, FULL_D)
         B = _load(B_ptr + wide * B_ROW, t, n, left, N, B_ROW, FULL, FULL_N)
         if PASS == 1:
@@ -341,7 +354,9 @@ def _backward_kernel(
         start = begin + (n_tiles - 1 - i) * T
         left = length - start
         wide = start.to(tl.int64)
-        dt = _step_size(dt_ptr + wide * DT_ROW, bias, t, d, left, D, DT_ROW, FULL, FULL_D, SOFTPLUS)
+        dt, slope = _step_size(
+            dt_ptr + wide * DT_ROW, bias, t, d, left, D, DT_ROW, FULL, FULL_D, SOFTPLUS
+        )
         dy = _load(dy_ptr + wide * DY_ROW, t, d, left, D, DY_ROW, FULL, FULL_D)
         if HAS_Z:
             z = _load(z_ptr + wide * Z_ROW, t, d, left, D, Z_ROW, FULL, FULL_D)
@@ -364,7 +379,7 @@ def _backward_kernel(
             for k in range((start - span * SPAN) // T):
                 early = span * SPAN + k * T
                 at = early.to(tl.int64)
-                e = _step_size(
+                e, _ = _step_size(
                     dt_ptr + at * DT_ROW, bias, t, d, T, D, DT_ROW, True, FULL_D, SOFTPLUS
                 )
                 u = _load(u_ptr + at * U_ROW, t, d, T, D, U_ROW, True, FULL_D)
@@ -409,16 +424,13 @@ def _backward_kernel(
                 dexponents = (_quads(dexponent * A, BD, BN),) + dexponents  # noqa: RUF005
             _store(out, _sum_channels(dBs, BD, BN), t, n, left, N, N)
             dinflow = _sum_states(dinflows, BD, BN)
-            ddt = dinflow * u + _sum_states(dexponents, BD, BN) * 0.6931471805599453
-            if SOFTPLUS:  # its derivative, 1 - exp(-dt)
-                small = dt * (1.0 - dt * (0.5 - dt / 6.0))
-                ddt *= tl.where(dt < 0.03, small, 1.0 - tl.exp(-dt))
+            ddt = slope * (dinflow * u + _sum_states(dexponents, BD, BN) * 0.6931471805599453)
             du = dinflow * dt
             if HAS_D:
                 du += skip[None, :] * dy
                 dskip += dy * u
             if HAS_BIAS:
-                dbias += tl.where(t[:, None] < left, ddt, 0.0)
+                dbias += ddt
             _store(du_ptr + wide * D, du, t, d, left, D, D)
             _store(ddt_ptr + wide * D, ddt, t, d, left, D, D)
     at = b * n_segments + segment
