@@ -54,31 +54,29 @@ WARPS = 1536  # that fill a large GPU; with less than half of it the sequence is
 
 
 @triton.jit
-def _split(x, ROWS: tl.constexpr):
-    """The eight columns of (ROWS, 8)."""
-    even, odd = tl.split(tl.reshape(x, (ROWS, 2, 2, 2)))
-    x04, x26 = tl.split(even)
-    x15, x37 = tl.split(odd)
-    x0, x4 = tl.split(x04)
-    x2, x6 = tl.split(x26)
-    x1, x5 = tl.split(x15)
-    x3, x7 = tl.split(x37)
-    return x0, x1, x2, x3, x4, x5, x6, x7
+def _split(x, ROWS: tl.constexpr, T: tl.constexpr):
+    """The columns of (ROWS, T), T 4 or 8."""
+    if T == 4:
+        even, odd = tl.split(tl.reshape(x, (ROWS, 2, 2)))
+        x0, x2 = tl.split(even)
+        x1, x3 = tl.split(odd)
+        return x0, x1, x2, x3
+    else:
+        even, odd = tl.split(tl.reshape(x, (ROWS, 4, 2)))
+        x0, x2, x4, x6 = _split(even, ROWS, 4)
+        x1, x3, x5, x7 = _split(odd, ROWS, 4)
+        return x0, x1, x2, x3, x4, x5, x6, x7
 
 
 @triton.jit
-def _split_pair(x, y, ROWS: tl.constexpr):
-    """The columns of two tiles (8, ROWS), in one exchange."""
-    x, y = tl.split(tl.reshape(tl.permute(tl.join(x, y), (1, 0, 2)), (ROWS, 2, 2, 2, 2)))
-    return _split(x, ROWS), _split(y, ROWS)
-
-
-@triton.jit
-def _stack(x):
-    """Eight tensors of one shape as the last axis of one, in three axes of two."""
-    even = tl.join(tl.join(x[0], x[4]), tl.join(x[2], x[6]))
-    odd = tl.join(tl.join(x[1], x[5]), tl.join(x[3], x[7]))
-    return tl.join(even, odd)
+def _stack(x, T: tl.constexpr):
+    """T tensors of one shape as the last axes (2, 2) or (2, 2, 2) of one."""
+    if T == 4:
+        return tl.join(tl.join(x[0], x[2]), tl.join(x[1], x[3]))
+    else:
+        even = tl.join(tl.join(x[0], x[4]), tl.join(x[2], x[6]))
+        odd = tl.join(tl.join(x[1], x[5]), tl.join(x[3], x[7]))
+        return tl.join(even, odd)
 
 
 @triton.jit
@@ -94,10 +92,10 @@ def _sum_last(x, ROWS: tl.constexpr, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def _sum_channels(x, BD: tl.constexpr, BN: tl.constexpr):
-    """Eight (BD, BN), summed over channels: (8, BN)."""
-    stacked = tl.permute(tl.reshape(_stack(x), (BD, BN, 8)), (2, 1, 0))
-    return tl.reshape(_sum_last(stacked, 8 * BN, BD), (8, BN))
+def _sum_channels(x, BD: tl.constexpr, BN: tl.constexpr, T: tl.constexpr):
+    """T times (BD, BN), summed over channels: (T, BN)."""
+    stacked = tl.permute(tl.reshape(_stack(x, T), (BD, BN, T)), (2, 1, 0))
+    return tl.reshape(_sum_last(stacked, T * BN, BD), (T, BN))
 
 
 @triton.jit
@@ -107,10 +105,10 @@ def _quads(x, BD: tl.constexpr, BN: tl.constexpr):
 
 
 @triton.jit
-def _sum_states(x, BD: tl.constexpr, BN: tl.constexpr):
-    """Eight (BD, BN / 4), summed over states: (8, BD)."""
-    stacked = tl.permute(tl.reshape(_stack(x), (BD, BN // 4, 8)), (2, 0, 1))
-    return tl.reshape(_sum_last(stacked, 8 * BD, BN // 4), (8, BD))
+def _sum_states(x, BD: tl.constexpr, BN: tl.constexpr, T: tl.constexpr):
+    """T times (BD, BN / 4), summed over states: (T, BD)."""
+    stacked = tl.permute(tl.reshape(_stack(x, T), (BD, BN // 4, T)), (2, 0, 1))
+    return tl.reshape(_sum_last(stacked, T * BD, BN // 4), (T, BD))
 
 
 @triton.jit
@@ -131,6 +129,16 @@ def _load(ptr, rows, cols, left, width, ROW: tl.constexpr, FULL_T: tl.constexpr,
 def _store(ptr, x, rows, cols, left, width, ROW: tl.constexpr):
     mask = (rows[:, None] < left) & (cols[None, :] < width)
     tl.store(ptr + rows[:, None] * ROW + cols[None, :], x.to(ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _map(ptr, at, n, inside, N: tl.constexpr, FULL: tl.constexpr):
+    """Row `at` of B or C, in float32. Read anew where it is used: registers are short, not loads."""
+    if FULL:
+        row = tl.load(ptr + at * N + n)
+    else:
+        row = tl.load(ptr + at * N + n, mask=inside & (n < N), other=0.0)
+    return row[None, :]
 
 
 @triton.jit
@@ -185,9 +193,8 @@ def _kept(A, sums_ptr, doc_ptr, at, first, last, cols, width, HAS_DOC: tl.conste
 def _forward_kernel(
     u_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, z_ptr, bias_ptr, first_ptr, doc_ptr,
     y_ptr, saved_ptr, last_ptr, ends_ptr, sums_ptr,
-    u_batch, dt_batch, B_batch, C_batch, z_batch, length, per_segment, n_segments,
-    UNIT: tl.constexpr, U_ROW: tl.constexpr, DT_ROW: tl.constexpr, B_ROW: tl.constexpr,
-    C_ROW: tl.constexpr, Z_ROW: tl.constexpr, D: tl.constexpr, N: tl.constexpr,
+    u_batch, dt_batch, z_batch, length, per_segment, n_segments,
+    UNIT: tl.constexpr, U_ROW: tl.constexpr, DT_ROW: tl.constexpr, Z_ROW: tl.constexpr, D: tl.constexpr, N: tl.constexpr,
     BD: tl.constexpr, BN: tl.constexpr, T: tl.constexpr, SPAN: tl.constexpr,
     HAS_D: tl.constexpr, HAS_Z: tl.constexpr, HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr,
     HAS_FIRST: tl.constexpr, HAS_DOC: tl.constexpr, SAVE: tl.constexpr, FULL: tl.constexpr,
@@ -209,8 +216,8 @@ def _forward_kernel(
     n_spans = tl.cdiv(length, SPAN)
     u_ptr += b * u_batch * UNIT
     dt_ptr += b * dt_batch * UNIT
-    B_ptr += b * B_batch * UNIT
-    C_ptr += b * C_batch * UNIT
+    B_ptr += b * length * N
+    C_ptr += b * length * N
     if HAS_Z:
         z_ptr += b * z_batch * UNIT
     if HAS_DOC:
@@ -247,26 +254,23 @@ def _forward_kernel(
             dt_ptr + wide * DT_ROW, bias, t, d, left, D, DT_ROW, FULL, FULL_D, SOFTPLUS
         )
         u = _load(u_ptr + wide * U_ROW, t, d, left, D, U_ROW, FULL, FULL_D)
-        B = _load(B_ptr + wide * B_ROW, t, n, left, N, B_ROW, FULL, FULL_N)
+        B, C = B_ptr + wide * N, C_ptr + wide * N
         if PASS == 1:
             total += dt
-            Bs = _split(tl.trans(B), BN)
-        else:
-            C = _load(C_ptr + wide * C_ROW, t, n, left, N, C_ROW, FULL, FULL_N)
-            Bs, Cs = _split_pair(B, C, BN)
-            if SAVE:
-                out = saved_ptr + (start // SPAN).to(tl.int64) * (D * N) + tile
-                mine = inside & (start % SPAN == 0)
-                tl.store(out, h.to(saved_ptr.dtype.element_ty), mask=mine)
-        dts, inflow = _split_pair(dt, dt * u, BD)
+        elif SAVE:
+            out = saved_ptr + (start // SPAN).to(tl.int64) * (D * N) + tile
+            mine = inside & (start % SPAN == 0)
+            tl.store(out, h.to(saved_ptr.dtype.element_ty), mask=mine)
+        dts = _split(tl.trans(dt), BD, T)
+        inflow = _split(tl.trans(dt * u), BD, T)
         ys = ()
         for j in tl.static_range(T):
             decay = _decay(dts[j], A, doc_ptr, start, j, left, HAS_DOC)
-            h = decay * h + inflow[j][:, None] * Bs[j][None, :]
+            h = decay * h + inflow[j][:, None] * _map(B, j, n, j < left, N, FULL and FULL_N)
             if PASS != 1:
-                ys = ys + (_quads(h * Cs[j][None, :], BD, BN),)  # noqa: RUF005
+                ys = ys + (_quads(h * _map(C, j, n, j < left, N, FULL and FULL_N), BD, BN),)  # noqa: RUF005
         if PASS != 1:
-            y = _sum_states(ys, BD, BN)
+            y = _sum_states(ys, BD, BN, T)
             if HAS_D:
                 y += skip[None, :] * u
             if HAS_Z:
@@ -285,10 +289,10 @@ def _forward_kernel(
 def _backward_kernel(
     dy_ptr, dlast_ptr, u_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, z_ptr, bias_ptr, doc_ptr,
     saved_ptr, du_ptr, ddt_ptr, dz_ptr, dBC_ptr, dA_ptr, dD_ptr, dfirst_ptr, ends_ptr, sums_ptr,
-    dy_batch, u_batch, dt_batch, B_batch, C_batch, z_batch, length, per_segment, n_segments,
+    dy_batch, u_batch, dt_batch, z_batch, length, per_segment, n_segments,
     plane,
     UNIT: tl.constexpr, DY_ROW: tl.constexpr, U_ROW: tl.constexpr, DT_ROW: tl.constexpr,
-    B_ROW: tl.constexpr, C_ROW: tl.constexpr, Z_ROW: tl.constexpr,
+    Z_ROW: tl.constexpr,
     D: tl.constexpr, N: tl.constexpr,
     BD: tl.constexpr, BN: tl.constexpr, T: tl.constexpr, SPAN: tl.constexpr,
     HAS_D: tl.constexpr, HAS_Z: tl.constexpr, HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr,
@@ -312,8 +316,8 @@ def _backward_kernel(
     dy_ptr += b * dy_batch * UNIT
     u_ptr += b * u_batch * UNIT
     dt_ptr += b * dt_batch * UNIT
-    B_ptr += b * B_batch * UNIT
-    C_ptr += b * C_batch * UNIT
+    B_ptr += b * length * N
+    C_ptr += b * length * N
     if HAS_Z:
         z_ptr += b * z_batch * UNIT
         dz_ptr += b * length * D
@@ -363,13 +367,13 @@ def _backward_kernel(
             gate = 1.0 / (1.0 + tl.exp(-z))
             dgated = dy
             dy = dgated * (z * gate)
-        C = _load(C_ptr + wide * C_ROW, t, n, left, N, C_ROW, FULL, FULL_N)
+        B, C = B_ptr + wide * N, C_ptr + wide * N
+        dts = _split(tl.trans(dt), BD, T)
+        dys = _split(tl.trans(dy), BD, T)
         if PASS == 1:
             total += dt
-            dts, dys = _split_pair(dt, dy, BD)
-            Cs = _split(tl.trans(C), BN)
             for j in tl.static_range(T - 1, -1, -1):
-                dh = g + dys[j][:, None] * Cs[j][None, :]
+                dh = g + dys[j][:, None] * _map(C, j, n, j < left, N, FULL and FULL_N)
                 g = _decay(dts[j], A, doc_ptr, start, j, left, HAS_DOC) * dh
         else:
             # the states of this tile, from the one saved before it
@@ -383,31 +387,28 @@ def _backward_kernel(
                     dt_ptr + at * DT_ROW, bias, t, d, T, D, DT_ROW, True, FULL_D, SOFTPLUS
                 )
                 u = _load(u_ptr + at * U_ROW, t, d, T, D, U_ROW, True, FULL_D)
-                B = _load(B_ptr + at * B_ROW, t, n, T, N, B_ROW, True, FULL_N)
-                es, inflow = _split_pair(e, e * u, BD)
-                Bs = _split(tl.trans(B), BN)
+                es = _split(tl.trans(e), BD, T)
+                inflow = _split(tl.trans(e * u), BD, T)
                 for j in tl.static_range(T):
                     decay = _decay(es[j], A, doc_ptr, early, j, T, HAS_DOC)
-                    h = decay * h + inflow[j][:, None] * Bs[j][None, :]
+                    B_row = _map(B_ptr + at * N, j, n, True, N, FULL_N)
+                    h = decay * h + inflow[j][:, None] * B_row
             u = _load(u_ptr + wide * U_ROW, t, d, left, D, U_ROW, FULL, FULL_D)
-            B = _load(B_ptr + wide * B_ROW, t, n, left, N, B_ROW, FULL, FULL_N)
-            dts, inflow = _split_pair(dt, dt * u, BD)
-            dys = _split(tl.trans(dy), BD)
-            Bs, Cs = _split_pair(B, C, BN)
+            inflow = _split(tl.trans(dt * u), BD, T)
             before = ()
             ys = ()
             dCs = ()
             for j in tl.static_range(T):
                 before = before + (h,)  # noqa: RUF005
                 decay = _decay(dts[j], A, doc_ptr, start, j, left, HAS_DOC)
-                h = decay * h + inflow[j][:, None] * Bs[j][None, :]
+                h = decay * h + inflow[j][:, None] * _map(B, j, n, j < left, N, FULL and FULL_N)
                 dCs = dCs + (dys[j][:, None] * h,)  # noqa: RUF005
                 if HAS_Z:
-                    ys = ys + (_quads(h * Cs[j][None, :], BD, BN),)  # noqa: RUF005
+                    ys = ys + (_quads(h * _map(C, j, n, j < left, N, FULL and FULL_N), BD, BN),)  # noqa: RUF005
             out = dBC_ptr + wide * N
-            _store(out + plane, _sum_channels(dCs, BD, BN), t, n, left, N, N)
+            _store(out + plane, _sum_channels(dCs, BD, BN, T), t, n, left, N, N)
             if HAS_Z:
-                y = _sum_states(ys, BD, BN) + skip[None, :] * u
+                y = _sum_states(ys, BD, BN, T) + skip[None, :] * u
                 dz = dgated * y * (gate * (1.0 + z * (1.0 - gate)))
                 _store(dz_ptr + wide * D, dz, t, d, left, D, D)
 
@@ -415,16 +416,16 @@ def _backward_kernel(
             dexponents = ()
             dBs = ()
             for j in tl.static_range(T - 1, -1, -1):
-                dh = g + dys[j][:, None] * Cs[j][None, :]
+                dh = g + dys[j][:, None] * _map(C, j, n, j < left, N, FULL and FULL_N)
                 dBs = (dh * inflow[j][:, None],) + dBs  # noqa: RUF005
-                dinflows = (_quads(dh * Bs[j][None, :], BD, BN),) + dinflows  # noqa: RUF005
+                dinflows = (_quads(dh * _map(B, j, n, j < left, N, FULL and FULL_N), BD, BN),) + dinflows  # noqa: RUF005
                 g = _decay(dts[j], A, doc_ptr, start, j, left, HAS_DOC) * dh
                 dexponent = g * before[j]
                 dA += dexponent * dts[j][:, None]
                 dexponents = (_quads(dexponent * A, BD, BN),) + dexponents  # noqa: RUF005
-            _store(out, _sum_channels(dBs, BD, BN), t, n, left, N, N)
-            dinflow = _sum_states(dinflows, BD, BN)
-            ddt = slope * (dinflow * u + _sum_states(dexponents, BD, BN) * 0.6931471805599453)
+            _store(out, _sum_channels(dBs, BD, BN, T), t, n, left, N, N)
+            dinflow = _sum_states(dinflows, BD, BN, T)
+            ddt = slope * (dinflow * u + _sum_states(dexponents, BD, BN, T) * 0.6931471805599453)
             du = dinflow * dt
             if HAS_D:
                 du += skip[None, :] * dy
@@ -519,12 +520,12 @@ def _forward(
     if segments > 1:
         ends = last.new_empty((batch, segments, width, n_state))
         sums = last.new_empty((batch, segments, width))
-    unit = _unit(u, dt, B, C, z)
+    unit = _unit(u, dt, z)
     for number in (0,) if segments == 1 else (1, 2):
         _forward_kernel[(blocks, segments, batch)](
             u, dt, A, B, C, D, z, bias, first, doc, y, saved, last, ends, sums,
-            *_strides(unit, u, dt, B, C, z), length, per_segment, segments,
-            UNIT=unit, U_ROW=_row(u), DT_ROW=_row(dt), B_ROW=_row(B), C_ROW=_row(C),
+            *_strides(unit, u, dt, z), length, per_segment, segments,
+            UNIT=unit, U_ROW=_row(u), DT_ROW=_row(dt),
             Z_ROW=_row(z), D=width, N=n_state, BD=block, BN=states, T=T, SPAN=SPAN,
             HAS_D=D is not None, HAS_Z=z is not None, HAS_BIAS=bias is not None,
             SOFTPLUS=softplus, HAS_FIRST=first is not None, HAS_DOC=doc is not None, SAVE=save,
@@ -571,13 +572,13 @@ def _backward(
     if segments > 1:
         ends = dfirst.new_empty((batch, segments, width, n_state))
         sums = dfirst.new_empty((batch, segments, width))
-    unit = _unit(dy, u, dt, B, C, z)
+    unit = _unit(dy, u, dt, z)
     for number in (0,) if segments == 1 else (1, 2):
         _backward_kernel[(blocks, segments, batch)](
             dy, dlast, u, dt, A, B, C, D, z, bias, doc, saved, du, ddt, dz, parts, dA, dD, dfirst,
-            ends, sums, *_strides(unit, dy, u, dt, B, C, z), length, per_segment, segments, plane,
-            UNIT=unit, DY_ROW=_row(dy), U_ROW=_row(u), DT_ROW=_row(dt), B_ROW=_row(B),
-            C_ROW=_row(C), Z_ROW=_row(z), D=width, N=n_state, BD=block, BN=states, T=T, SPAN=SPAN,
+            ends, sums, *_strides(unit, dy, u, dt, z), length, per_segment, segments, plane,
+            UNIT=unit, DY_ROW=_row(dy), U_ROW=_row(u), DT_ROW=_row(dt),
+            Z_ROW=_row(z), D=width, N=n_state, BD=block, BN=states, T=T, SPAN=SPAN,
             HAS_D=D is not None, HAS_Z=z is not None, HAS_BIAS=bias is not None,
             SOFTPLUS=softplus, HAS_LAST=dlast is not None, HAS_DOC=doc is not None,
             FULL=length % T == 0, PASS=number, STAGES=config.stages, num_warps=config.warps,
@@ -682,13 +683,14 @@ def selective_scan_triton(
     def dense(v: Tensor | None) -> Tensor | None:
         return None if v is None else v.contiguous()
 
-    rows = [_rows(v) for v in (u_BLD, delta_BLD, B_BLN, C_BLN)]
+    # B and C are small, and every program reads them: in float32, once for all
+    B, C = (v.to(torch.float32).contiguous() for v in (B_BLN, C_BLN))
+    u, delta = _rows(u_BLD), _rows(delta_BLD)
     z = None if z_BLD is None else _rows(z_BLD)
     if doc_start_BL is not None:
         doc_start_BL = doc_start_BL.to(torch.int32).contiguous()
-    leaves = (*rows, A_DN, D_D, z, delta_bias_D, initial_state_BDN)
+    leaves = (u, delta, B, C, A_DN, D_D, z, delta_bias_D, initial_state_BDN)
     save = torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in leaves)
-    u, delta, B, C = rows
     y, last = _SelectiveScan.apply(
         u,
         delta,
