@@ -268,7 +268,8 @@ def _forward_kernel(
             decay = _decay(dts[j], A, doc_ptr, start, j, left, HAS_DOC)
             h = decay * h + inflow[j][:, None] * _map(B, j, n, j < left, N, FULL and FULL_N)
             if PASS != 1:
-                ys = ys + (_quads(h * _map(C, j, n, j < left, N, FULL and FULL_N), BD, BN),)  # noqa: RUF005
+                row = _map(C, j, n, j < left, N, FULL and FULL_N)
+                ys = ys + (_quads(h * row, BD, BN),)  # noqa: RUF005
         if PASS != 1:
             y = _sum_states(ys, BD, BN, T)
             if HAS_D:
@@ -365,8 +366,8 @@ def _backward_kernel(
         if HAS_Z:
             z = _load(z_ptr + wide * Z_ROW, t, d, left, D, Z_ROW, FULL, FULL_D)
             gate = 1.0 / (1.0 + tl.exp(-z))
-            dgated = dy
-            dy = dgated * (z * gate)
+            dgate = dy * (gate * (1.0 + z * (1.0 - gate)))
+            dy *= z * gate
         B, C = B_ptr + wide * N, C_ptr + wide * N
         dts = _split(tl.trans(dt), BD, T)
         dys = _split(tl.trans(dy), BD, T)
@@ -380,37 +381,39 @@ def _backward_kernel(
             span = start // SPAN
             h = tl.load(saved_ptr + span.to(tl.int64) * (D * N) + tile, mask=inside, other=0.0)
             h = h.to(tl.float32)
-            for k in range((start - span * SPAN) // T):
-                early = span * SPAN + k * T
-                at = early.to(tl.int64)
-                e, _ = _step_size(
-                    dt_ptr + at * DT_ROW, bias, t, d, T, D, DT_ROW, True, FULL_D, SOFTPLUS
-                )
-                u = _load(u_ptr + at * U_ROW, t, d, T, D, U_ROW, True, FULL_D)
-                es = _split(tl.trans(e), BD, T)
-                inflow = _split(tl.trans(e * u), BD, T)
-                for j in tl.static_range(T):
-                    decay = _decay(es[j], A, doc_ptr, early, j, T, HAS_DOC)
-                    B_row = _map(B_ptr + at * N, j, n, True, N, FULL_N)
-                    h = decay * h + inflow[j][:, None] * B_row
+            if SPAN > T:
+                for k in range((start - span * SPAN) // T):
+                    early = span * SPAN + k * T
+                    at = early.to(tl.int64)
+                    e, _ = _step_size(
+                        dt_ptr + at * DT_ROW, bias, t, d, T, D, DT_ROW, True, FULL_D, SOFTPLUS
+                    )
+                    u = _load(u_ptr + at * U_ROW, t, d, T, D, U_ROW, True, FULL_D)
+                    es = _split(tl.trans(e), BD, T)
+                    inflow = _split(tl.trans(e * u), BD, T)
+                    for j in tl.static_range(T):
+                        decay = _decay(es[j], A, doc_ptr, early, j, T, HAS_DOC)
+                        B_row = _map(B_ptr + at * N, j, n, True, N, FULL_N)
+                        h = decay * h + inflow[j][:, None] * B_row
             u = _load(u_ptr + wide * U_ROW, t, d, left, D, U_ROW, FULL, FULL_D)
             inflow = _split(tl.trans(dt * u), BD, T)
-            before = ()
+            states = (h,)
+            for j in tl.static_range(T):
+                decay = _decay(dts[j], A, doc_ptr, start, j, left, HAS_DOC)
+                h = decay * h + inflow[j][:, None] * _map(B, j, n, j < left, N, FULL and FULL_N)
+                states = states + (h,)  # noqa: RUF005
             ys = ()
             dCs = ()
             for j in tl.static_range(T):
-                before = before + (h,)  # noqa: RUF005
-                decay = _decay(dts[j], A, doc_ptr, start, j, left, HAS_DOC)
-                h = decay * h + inflow[j][:, None] * _map(B, j, n, j < left, N, FULL and FULL_N)
-                dCs = dCs + (dys[j][:, None] * h,)  # noqa: RUF005
+                dCs = dCs + (dys[j][:, None] * states[j + 1],)  # noqa: RUF005
                 if HAS_Z:
-                    ys = ys + (_quads(h * _map(C, j, n, j < left, N, FULL and FULL_N), BD, BN),)  # noqa: RUF005
+                    row = _map(C, j, n, j < left, N, FULL and FULL_N)
+                    ys = ys + (_quads(states[j + 1] * row, BD, BN),)  # noqa: RUF005
             out = dBC_ptr + wide * N
             _store(out + plane, _sum_channels(dCs, BD, BN, T), t, n, left, N, N)
             if HAS_Z:
                 y = _sum_states(ys, BD, BN, T) + skip[None, :] * u
-                dz = dgated * y * (gate * (1.0 + z * (1.0 - gate)))
-                _store(dz_ptr + wide * D, dz, t, d, left, D, D)
+                _store(dz_ptr + wide * D, dgate * y, t, d, left, D, D)
 
             dinflows = ()
             dexponents = ()
@@ -418,9 +421,10 @@ def _backward_kernel(
             for j in tl.static_range(T - 1, -1, -1):
                 dh = g + dys[j][:, None] * _map(C, j, n, j < left, N, FULL and FULL_N)
                 dBs = (dh * inflow[j][:, None],) + dBs  # noqa: RUF005
-                dinflows = (_quads(dh * _map(B, j, n, j < left, N, FULL and FULL_N), BD, BN),) + dinflows  # noqa: RUF005
+                row = _map(B, j, n, j < left, N, FULL and FULL_N)
+                dinflows = (_quads(dh * row, BD, BN),) + dinflows  # noqa: RUF005
                 g = _decay(dts[j], A, doc_ptr, start, j, left, HAS_DOC) * dh
-                dexponent = g * before[j]
+                dexponent = g * states[j]
                 dA += dexponent * dts[j][:, None]
                 dexponents = (_quads(dexponent * A, BD, BN),) + dexponents  # noqa: RUF005
             _store(out, _sum_channels(dBs, BD, BN, T), t, n, left, N, N)
