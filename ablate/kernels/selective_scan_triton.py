@@ -154,11 +154,23 @@ def _softplus(x):
 
 
 @triton.jit
-def _step_size(ptr, bias, rows, cols, left, width, ROW: tl.constexpr, FULL_T: tl.constexpr,
-               FULL_D: tl.constexpr, SOFTPLUS: tl.constexpr):  # fmt: skip
+def _channel(ptr, cols, width, FULL: tl.constexpr):
+    """A row of numbers of the channels in float32. It is read at each use, not kept in registers."""
+    if FULL:
+        row = tl.load(ptr + cols)
+    else:
+        row = tl.load(ptr + cols, mask=cols < width, other=0.0)
+    return row.to(tl.float32)[None, :]
+
+
+@triton.jit
+def _step_size(ptr, bias_ptr, rows, cols, left, width, ROW: tl.constexpr, FULL_T: tl.constexpr,
+               FULL_D: tl.constexpr, HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr):  # fmt: skip
     """dt after bias and softplus, zero outside, which leaves a state as it is; and its derivative
     by what is in memory."""
-    dt = _load(ptr, rows, cols, left, width, ROW, FULL_T, FULL_D) + bias[None, :]
+    dt = _load(ptr, rows, cols, left, width, ROW, FULL_T, FULL_D)
+    if HAS_BIAS:
+        dt += _channel(bias_ptr, cols, width, FULL_D)
     slope = tl.full(dt.shape, 1.0, tl.float32)
     if SOFTPLUS:
         dt, slope = _softplus(dt)
@@ -227,12 +239,6 @@ def _forward_kernel(
         saved_ptr += b * n_spans * (D * N)
 
     A = tl.load(A_ptr + tile, mask=inside, other=0.0).to(tl.float32) * 1.4426950408889634
-    bias = tl.zeros((BD,), tl.float32)
-    if HAS_BIAS:
-        bias += tl.load(bias_ptr + d, mask=d < D, other=0.0).to(tl.float32)
-    skip = tl.zeros((BD,), tl.float32)
-    if HAS_D:
-        skip += tl.load(D_ptr + d, mask=d < D, other=0.0).to(tl.float32)
     h = tl.zeros((BD, BN), tl.float32)
     if PASS != 1:
         if HAS_FIRST:
@@ -251,7 +257,7 @@ def _forward_kernel(
         left = length - start
         wide = start.to(tl.int64)
         dt, slope = _step_size(
-            dt_ptr + wide * DT_ROW, bias, t, d, left, D, DT_ROW, FULL, FULL_D, SOFTPLUS
+            dt_ptr + wide * DT_ROW, bias_ptr, t, d, left, D, DT_ROW, FULL, FULL_D, HAS_BIAS, SOFTPLUS
         )
         u = _load(u_ptr + wide * U_ROW, t, d, left, D, U_ROW, FULL, FULL_D)
         B, C = B_ptr + wide * N, C_ptr + wide * N
@@ -273,7 +279,7 @@ def _forward_kernel(
         if PASS != 1:
             y = _sum_states(ys, BD, BN, T)
             if HAS_D:
-                y += skip[None, :] * u
+                y += _channel(D_ptr, d, D, FULL_D) * u
             if HAS_Z:
                 z = _load(z_ptr + wide * Z_ROW, t, d, left, D, Z_ROW, FULL, FULL_D)
                 y *= z / (1.0 + tl.exp(-z))
@@ -317,25 +323,13 @@ def _backward_kernel(
     dy_ptr += b * dy_batch * UNIT
     u_ptr += b * u_batch * UNIT
     dt_ptr += b * dt_batch * UNIT
-    B_ptr += b * length * N
-    C_ptr += b * length * N
     if HAS_Z:
         z_ptr += b * z_batch * UNIT
-        dz_ptr += b * length * D
     if HAS_DOC:
         doc_ptr += b * length
-    du_ptr += b * length * D
-    ddt_ptr += b * length * D
-    saved_ptr += b * n_spans * (D * N)
-    dBC_ptr += tl.program_id(0).to(tl.int64) * 2 * plane + b * length * N
+    dBC_ptr += tl.program_id(0).to(tl.int64) * 2 * plane
 
     A = tl.load(A_ptr + tile, mask=inside, other=0.0).to(tl.float32) * 1.4426950408889634
-    bias = tl.zeros((BD,), tl.float32)
-    if HAS_BIAS:
-        bias += tl.load(bias_ptr + d, mask=d < D, other=0.0).to(tl.float32)
-    skip = tl.zeros((BD,), tl.float32)
-    if HAS_D:
-        skip += tl.load(D_ptr + d, mask=d < D, other=0.0).to(tl.float32)
     # g: the gradient of the state, from the tokens after it
     g = tl.zeros((BD, BN), tl.float32)
     if PASS != 1:
@@ -359,8 +353,9 @@ def _backward_kernel(
         start = begin + (n_tiles - 1 - i) * T
         left = length - start
         wide = start.to(tl.int64)
+        token = b * length + start
         dt, slope = _step_size(
-            dt_ptr + wide * DT_ROW, bias, t, d, left, D, DT_ROW, FULL, FULL_D, SOFTPLUS
+            dt_ptr + wide * DT_ROW, bias_ptr, t, d, left, D, DT_ROW, FULL, FULL_D, HAS_BIAS, SOFTPLUS
         )
         dy = _load(dy_ptr + wide * DY_ROW, t, d, left, D, DY_ROW, FULL, FULL_D)
         if HAS_Z:
@@ -368,7 +363,7 @@ def _backward_kernel(
             gate = 1.0 / (1.0 + tl.exp(-z))
             dgate = dy * (gate * (1.0 + z * (1.0 - gate)))
             dy *= z * gate
-        B, C = B_ptr + wide * N, C_ptr + wide * N
+        B, C = B_ptr + token * N, C_ptr + token * N
         dts = _split(tl.trans(dt), BD, T)
         dys = _split(tl.trans(dy), BD, T)
         if PASS == 1:
@@ -379,21 +374,21 @@ def _backward_kernel(
         else:
             # the states of this tile, from the one saved before it
             span = start // SPAN
-            h = tl.load(saved_ptr + span.to(tl.int64) * (D * N) + tile, mask=inside, other=0.0)
+            h = tl.load(saved_ptr + (b * n_spans + span) * (D * N) + tile, mask=inside, other=0.0)
             h = h.to(tl.float32)
             if SPAN > T:
                 for k in range((start - span * SPAN) // T):
                     early = span * SPAN + k * T
                     at = early.to(tl.int64)
                     e, _ = _step_size(
-                        dt_ptr + at * DT_ROW, bias, t, d, T, D, DT_ROW, True, FULL_D, SOFTPLUS
+                        dt_ptr + at * DT_ROW, bias_ptr, t, d, T, D, DT_ROW, True, FULL_D, HAS_BIAS, SOFTPLUS
                     )
                     u = _load(u_ptr + at * U_ROW, t, d, T, D, U_ROW, True, FULL_D)
                     es = _split(tl.trans(e), BD, T)
                     inflow = _split(tl.trans(e * u), BD, T)
                     for j in tl.static_range(T):
                         decay = _decay(es[j], A, doc_ptr, early, j, T, HAS_DOC)
-                        B_row = _map(B_ptr + at * N, j, n, True, N, FULL_N)
+                        B_row = _map(B_ptr + (b * length + early) * N, j, n, True, N, FULL_N)
                         h = decay * h + inflow[j][:, None] * B_row
             u = _load(u_ptr + wide * U_ROW, t, d, left, D, U_ROW, FULL, FULL_D)
             inflow = _split(tl.trans(dt * u), BD, T)
@@ -409,11 +404,13 @@ def _backward_kernel(
                 if HAS_Z:
                     row = _map(C, j, n, j < left, N, FULL and FULL_N)
                     ys = ys + (_quads(states[j + 1] * row, BD, BN),)  # noqa: RUF005
-            out = dBC_ptr + wide * N
+            out = dBC_ptr + token * N
             _store(out + plane, _sum_channels(dCs, BD, BN, T), t, n, left, N, N)
             if HAS_Z:
-                y = _sum_states(ys, BD, BN, T) + skip[None, :] * u
-                _store(dz_ptr + wide * D, dgate * y, t, d, left, D, D)
+                y = _sum_states(ys, BD, BN, T)
+                if HAS_D:
+                    y += _channel(D_ptr, d, D, FULL_D) * u
+                _store(dz_ptr + token * D, dgate * y, t, d, left, D, D)
 
             dinflows = ()
             dexponents = ()
@@ -432,12 +429,12 @@ def _backward_kernel(
             ddt = slope * (dinflow * u + _sum_states(dexponents, BD, BN, T) * 0.6931471805599453)
             du = dinflow * dt
             if HAS_D:
-                du += skip[None, :] * dy
+                du += _channel(D_ptr, d, D, FULL_D) * dy
                 dskip += dy * u
             if HAS_BIAS:
                 dbias += ddt
-            _store(du_ptr + wide * D, du, t, d, left, D, D)
-            _store(ddt_ptr + wide * D, ddt, t, d, left, D, D)
+            _store(du_ptr + token * D, du, t, d, left, D, D)
+            _store(ddt_ptr + token * D, ddt, t, d, left, D, D)
     at = b * n_segments + segment
     if PASS == 1:
         tl.store(ends_ptr + at * (D * N) + tile, g, mask=inside)
