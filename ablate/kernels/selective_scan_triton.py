@@ -3,13 +3,13 @@
 No two channels share a decay, so there is no matrix product in it: the scan is a walk over time
 with the state in registers, bound by exponentials and by the issue of instructions. A program owns
 a few channels with all their states, four states of a channel in a thread (more would leave a GPU
-short of threads, fewer would spend more on the sums over states), and takes T = 8 tokens at a time:
+short of threads, fewer would spend more on the sums over states), and takes T tokens at a time:
 
 - What belongs to a channel and a token (softplus, gates, gradients of the inputs) is computed on
   tiles (T, channels) that all threads share out. Tiles become T rows, one in each thread that needs
   it, by one exchange through shared memory; sums over states return the same way.
 - Decay and state update are one multiplication, exp2 and a multiply-add for each number of state.
-- The backward pass starts each T tokens from a state that the forward pass saved, rebuilds the T
+- The backward pass starts each T tokens from a state that the forward pass saved, rebuilds the
   states in registers and walks back. Gradients of B and C, sums over channels, leave a partial sum
   for each program, and a last kernel adds those in order: no atomics, two runs agree bit for bit.
 
@@ -34,22 +34,22 @@ from torch import Tensor
 from ablate.kernels.dispatch import define_op
 from ablate.kernels.sum_rows_triton import sum_rows
 
-T = 8  # tokens of a tile; `_split` and `_stack` are written for it
-
 
 @dataclass(frozen=True)
 class Config:
-    """Warps of a program, channels of one thread, and depth of the load pipeline."""
+    """Warps of a program, tokens of a tile (4 or 8), channels of one thread, and a limit on its
+    registers."""
 
     warps: int
-    channels: int
-    stages: int
+    tokens: int
+    channels: int = 1
+    registers: int | None = None
 
 
-# One table for every architecture: the kernels hold a few kB of shared memory.
-FORWARD = Config(warps=4, channels=1, stages=1)
-BACKWARD = Config(warps=4, channels=1, stages=1)
-SPAN = 16  # tokens between saved states, a multiple of T
+# One table for every architecture: the kernels hold at most 16 kB of shared memory.
+FORWARD = Config(warps=4, tokens=8)
+BACKWARD = Config(warps=4, tokens=8, registers=168)  # three programs fit on a multiprocessor
+SPAN = 8  # tokens between saved states, a multiple of the tokens of a tile
 WARPS = 1536  # that fill a large GPU; with less than half of it the sequence is cut into segments
 
 
@@ -114,7 +114,7 @@ def _sum_states(x, BD: tl.constexpr, BN: tl.constexpr, T: tl.constexpr):
 @triton.jit
 def _load(ptr, rows, cols, left, width, ROW: tl.constexpr, FULL_T: tl.constexpr,
           FULL_D: tl.constexpr):  # fmt: skip
-    """A tile of a row-major matrix in float32, zero outside."""
+    """A tile of a row-major matrix, zero outside."""
     ptrs = ptr + rows[:, None] * ROW + cols[None, :]
     if FULL_T and FULL_D:
         x = tl.load(ptrs)
@@ -122,7 +122,7 @@ def _load(ptr, rows, cols, left, width, ROW: tl.constexpr, FULL_T: tl.constexpr,
         x = tl.load(ptrs, mask=cols[None, :] < width, other=0.0)
     else:
         x = tl.load(ptrs, mask=(rows[:, None] < left) & (cols[None, :] < width), other=0.0)
-    return x.to(tl.float32)
+    return x
 
 
 @triton.jit
@@ -133,7 +133,7 @@ def _store(ptr, x, rows, cols, left, width, ROW: tl.constexpr):
 
 @triton.jit
 def _map(ptr, at, n, inside, N: tl.constexpr, FULL: tl.constexpr):
-    """Row `at` of B or C, in float32. Read anew where it is used: registers are short, not loads."""
+    """Row `at` of B or C."""
     if FULL:
         row = tl.load(ptr + at * N + n)
     else:
@@ -164,11 +164,11 @@ def _channel(ptr, cols, width, FULL: tl.constexpr):
 
 
 @triton.jit
-def _step_size(ptr, bias_ptr, rows, cols, left, width, ROW: tl.constexpr, FULL_T: tl.constexpr,
-               FULL_D: tl.constexpr, HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr):  # fmt: skip
+def _step_size(raw, bias_ptr, rows, cols, left, width, FULL_T: tl.constexpr, FULL_D: tl.constexpr,
+               HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr):  # fmt: skip
     """dt after bias and softplus, zero outside, which leaves a state as it is; and its derivative
     by what is in memory."""
-    dt = _load(ptr, rows, cols, left, width, ROW, FULL_T, FULL_D)
+    dt = raw.to(tl.float32)
     if HAS_BIAS:
         dt += _channel(bias_ptr, cols, width, FULL_D)
     slope = tl.full(dt.shape, 1.0, tl.float32)
@@ -210,7 +210,7 @@ def _forward_kernel(
     BD: tl.constexpr, BN: tl.constexpr, T: tl.constexpr, SPAN: tl.constexpr,
     HAS_D: tl.constexpr, HAS_Z: tl.constexpr, HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr,
     HAS_FIRST: tl.constexpr, HAS_DOC: tl.constexpr, SAVE: tl.constexpr, FULL: tl.constexpr,
-    PASS: tl.constexpr, STAGES: tl.constexpr,
+    PASS: tl.constexpr,
 ):  # fmt: skip
     """y, the states before every SPAN tokens (SAVE) and the last one.
 
@@ -252,15 +252,33 @@ def _forward_kernel(
     total = tl.zeros((T, BD), tl.float32)
     begin = segment * per_segment
     n_tiles = tl.cdiv(tl.minimum(per_segment, length - begin), T)
-    for i in tl.range(n_tiles, num_stages=STAGES):
+    # the tiles of the next turn are on their way while this one is computed
+    wide = begin.to(tl.int64)
+    left = length - begin
+    next_dt = _load(dt_ptr + wide * DT_ROW, t, d, left, D, DT_ROW, FULL, FULL_D)
+    next_u = _load(u_ptr + wide * U_ROW, t, d, left, D, U_ROW, FULL, FULL_D)
+    if HAS_Z and PASS != 1:
+        next_z = _load(z_ptr + wide * Z_ROW, t, d, left, D, Z_ROW, FULL, FULL_D)
+    for i in range(n_tiles):
         start = begin + i * T
         left = length - start
         wide = start.to(tl.int64)
-        dt, slope = _step_size(
-            dt_ptr + wide * DT_ROW, bias_ptr, t, d, left, D, DT_ROW, FULL, FULL_D, HAS_BIAS, SOFTPLUS
-        )
-        u = _load(u_ptr + wide * U_ROW, t, d, left, D, U_ROW, FULL, FULL_D)
+        dt, _ = _step_size(next_dt, bias_ptr, t, d, left, D, FULL, FULL_D, HAS_BIAS, SOFTPLUS)
+        u = next_u.to(tl.float32)
+        after = begin + tl.minimum(i + 1, n_tiles - 1) * T
+        far = after.to(tl.int64)
+        next_dt = _load(dt_ptr + far * DT_ROW, t, d, length - after, D, DT_ROW, FULL, FULL_D)
+        next_u = _load(u_ptr + far * U_ROW, t, d, length - after, D, U_ROW, FULL, FULL_D)
+        if HAS_Z and PASS != 1:
+            z = next_z.to(tl.float32)
+            next_z = _load(z_ptr + far * Z_ROW, t, d, length - after, D, Z_ROW, FULL, FULL_D)
         B, C = B_ptr + wide * N, C_ptr + wide * N
+        Bs = ()
+        Cs = ()
+        for j in tl.static_range(T):
+            Bs = Bs + (_map(B, j, n, j < left, N, FULL and FULL_N),)  # noqa: RUF005
+            if PASS != 1:
+                Cs = Cs + (_map(C, j, n, j < left, N, FULL and FULL_N),)  # noqa: RUF005
         if PASS == 1:
             total += dt
         elif SAVE:
@@ -272,16 +290,14 @@ def _forward_kernel(
         ys = ()
         for j in tl.static_range(T):
             decay = _decay(dts[j], A, doc_ptr, start, j, left, HAS_DOC)
-            h = decay * h + inflow[j][:, None] * _map(B, j, n, j < left, N, FULL and FULL_N)
+            h = decay * h + inflow[j][:, None] * Bs[j]
             if PASS != 1:
-                row = _map(C, j, n, j < left, N, FULL and FULL_N)
-                ys = ys + (_quads(h * row, BD, BN),)  # noqa: RUF005
+                ys = ys + (_quads(h * Cs[j], BD, BN),)  # noqa: RUF005
         if PASS != 1:
             y = _sum_states(ys, BD, BN, T)
             if HAS_D:
                 y += _channel(D_ptr, d, D, FULL_D) * u
             if HAS_Z:
-                z = _load(z_ptr + wide * Z_ROW, t, d, left, D, Z_ROW, FULL, FULL_D)
                 y *= z / (1.0 + tl.exp(-z))
             _store(y_ptr + wide * D, y, t, d, left, D, D)
     if PASS == 1:
@@ -304,7 +320,7 @@ def _backward_kernel(
     BD: tl.constexpr, BN: tl.constexpr, T: tl.constexpr, SPAN: tl.constexpr,
     HAS_D: tl.constexpr, HAS_Z: tl.constexpr, HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr,
     HAS_LAST: tl.constexpr, HAS_DOC: tl.constexpr, FULL: tl.constexpr,
-    PASS: tl.constexpr, STAGES: tl.constexpr,
+    PASS: tl.constexpr,
 ):  # fmt: skip
     """Gradients, walking back in time; `PASS` as in the forward kernel.
 
@@ -349,17 +365,28 @@ def _backward_kernel(
     dA = tl.zeros((BD, BN), tl.float32)
     begin = segment * per_segment
     n_tiles = tl.cdiv(tl.minimum(per_segment, length - begin), T)
-    for i in tl.range(n_tiles, num_stages=STAGES):
+    # as in the forward kernel, the tiles of the next turn are on their way
+    start = begin + (n_tiles - 1) * T
+    wide = start.to(tl.int64)
+    left = length - start
+    next_dt = _load(dt_ptr + wide * DT_ROW, t, d, left, D, DT_ROW, FULL, FULL_D)
+    next_dy = _load(dy_ptr + wide * DY_ROW, t, d, left, D, DY_ROW, FULL, FULL_D)
+    if HAS_Z:
+        next_z = _load(z_ptr + wide * Z_ROW, t, d, left, D, Z_ROW, FULL, FULL_D)
+    for i in range(n_tiles):
         start = begin + (n_tiles - 1 - i) * T
         left = length - start
         wide = start.to(tl.int64)
         token = b * length + start
-        dt, slope = _step_size(
-            dt_ptr + wide * DT_ROW, bias_ptr, t, d, left, D, DT_ROW, FULL, FULL_D, HAS_BIAS, SOFTPLUS
-        )
-        dy = _load(dy_ptr + wide * DY_ROW, t, d, left, D, DY_ROW, FULL, FULL_D)
+        dt, slope = _step_size(next_dt, bias_ptr, t, d, left, D, FULL, FULL_D, HAS_BIAS, SOFTPLUS)
+        dy = next_dy.to(tl.float32)
+        after = tl.maximum(start - T, begin)
+        far = after.to(tl.int64)
+        next_dt = _load(dt_ptr + far * DT_ROW, t, d, length - after, D, DT_ROW, FULL, FULL_D)
+        next_dy = _load(dy_ptr + far * DY_ROW, t, d, length - after, D, DY_ROW, FULL, FULL_D)
         if HAS_Z:
-            z = _load(z_ptr + wide * Z_ROW, t, d, left, D, Z_ROW, FULL, FULL_D)
+            z = next_z.to(tl.float32)
+            next_z = _load(z_ptr + far * Z_ROW, t, d, length - after, D, Z_ROW, FULL, FULL_D)
             gate = 1.0 / (1.0 + tl.exp(-z))
             dgate = dy * (gate * (1.0 + z * (1.0 - gate)))
             dy *= z * gate
@@ -380,17 +407,16 @@ def _backward_kernel(
                 for k in range((start - span * SPAN) // T):
                     early = span * SPAN + k * T
                     at = early.to(tl.int64)
-                    e, _ = _step_size(
-                        dt_ptr + at * DT_ROW, bias_ptr, t, d, T, D, DT_ROW, True, FULL_D, HAS_BIAS, SOFTPLUS
-                    )
-                    u = _load(u_ptr + at * U_ROW, t, d, T, D, U_ROW, True, FULL_D)
+                    raw = _load(dt_ptr + at * DT_ROW, t, d, T, D, DT_ROW, True, FULL_D)
+                    e, _ = _step_size(raw, bias_ptr, t, d, T, D, True, FULL_D, HAS_BIAS, SOFTPLUS)
+                    u = _load(u_ptr + at * U_ROW, t, d, T, D, U_ROW, True, FULL_D).to(tl.float32)
                     es = _split(tl.trans(e), BD, T)
                     inflow = _split(tl.trans(e * u), BD, T)
                     for j in tl.static_range(T):
                         decay = _decay(es[j], A, doc_ptr, early, j, T, HAS_DOC)
                         B_row = _map(B_ptr + (b * length + early) * N, j, n, True, N, FULL_N)
                         h = decay * h + inflow[j][:, None] * B_row
-            u = _load(u_ptr + wide * U_ROW, t, d, left, D, U_ROW, FULL, FULL_D)
+            u = _load(u_ptr + wide * U_ROW, t, d, left, D, U_ROW, FULL, FULL_D).to(tl.float32)
             inflow = _split(tl.trans(dt * u), BD, T)
             states = (h,)
             for j in tl.static_range(T):
@@ -498,7 +524,7 @@ def _plan(batch: int, length: int, width: int, n_state: int, config: Config) -> 
     warps = batch * blocks * config.warps
     segments = 1
     if warps < WARPS // 2:
-        segments = max(1, min(WARPS // warps, length // (8 * SPAN)))
+        segments = max(1, min(WARPS // warps, length // 128))
     per_segment = triton.cdiv(triton.cdiv(length, segments), SPAN) * SPAN
     return channels, states, blocks, per_segment, triton.cdiv(length, per_segment)
 
@@ -527,10 +553,10 @@ def _forward(
             u, dt, A, B, C, D, z, bias, first, doc, y, saved, last, ends, sums,
             *_strides(unit, u, dt, z), length, per_segment, segments,
             UNIT=unit, U_ROW=_row(u), DT_ROW=_row(dt),
-            Z_ROW=_row(z), D=width, N=n_state, BD=block, BN=states, T=T, SPAN=SPAN,
+            Z_ROW=_row(z), D=width, N=n_state, BD=block, BN=states, T=config.tokens, SPAN=SPAN,
             HAS_D=D is not None, HAS_Z=z is not None, HAS_BIAS=bias is not None,
             SOFTPLUS=softplus, HAS_FIRST=first is not None, HAS_DOC=doc is not None, SAVE=save,
-            FULL=length % T == 0, PASS=number, STAGES=config.stages, num_warps=config.warps,
+            FULL=length % config.tokens == 0, PASS=number, num_warps=config.warps, maxnreg=config.registers,
         )  # fmt: skip
     return y, last, saved
 
@@ -579,10 +605,10 @@ def _backward(
             dy, dlast, u, dt, A, B, C, D, z, bias, doc, saved, du, ddt, dz, parts, dA, dD, dfirst,
             ends, sums, *_strides(unit, dy, u, dt, z), length, per_segment, segments, plane,
             UNIT=unit, DY_ROW=_row(dy), U_ROW=_row(u), DT_ROW=_row(dt),
-            Z_ROW=_row(z), D=width, N=n_state, BD=block, BN=states, T=T, SPAN=SPAN,
+            Z_ROW=_row(z), D=width, N=n_state, BD=block, BN=states, T=config.tokens, SPAN=SPAN,
             HAS_D=D is not None, HAS_Z=z is not None, HAS_BIAS=bias is not None,
             SOFTPLUS=softplus, HAS_LAST=dlast is not None, HAS_DOC=doc is not None,
-            FULL=length % T == 0, PASS=number, STAGES=config.stages, num_warps=config.warps,
+            FULL=length % config.tokens == 0, PASS=number, num_warps=config.warps, maxnreg=config.registers,
         )  # fmt: skip
     _sum_kernel[(triton.cdiv(plane, 1024), 2)](
         parts, dB, dC, blocks, plane, BLOCK=1024, num_warps=4
