@@ -49,6 +49,7 @@ class Config:
 # One table for every architecture: the kernels hold at most 16 kB of shared memory.
 FORWARD = Config(warps=4, tokens=8)
 BACKWARD = Config(warps=4, tokens=8, registers=168)  # three programs fit on a multiprocessor
+BACKWARD_NARROW = Config(warps=4, tokens=4)  # up to 8 states: more channels in a thread
 SPAN = 8  # tokens between saved states, a multiple of the tokens of a tile
 WARPS = 1536  # that fill a large GPU; with less than half of it the sequence is cut into segments
 
@@ -516,15 +517,21 @@ def _saved_dtype(u: Tensor) -> torch.dtype:
     return torch.bfloat16 if u.dtype == torch.bfloat16 else torch.float32
 
 
+def backward_config(n_state: int) -> Config:
+    return BACKWARD if n_state > 8 else BACKWARD_NARROW
+
+
+def _segments(length: int, warps: int) -> int:
+    """Parts of the sequence, so that programs of so many warps in all fill the GPU."""
+    return 1 if warps >= WARPS // 2 else max(1, min(WARPS // warps, length // 128))
+
+
 def _plan(batch: int, length: int, width: int, n_state: int, config: Config) -> Any:
     """Channels of a block, padded states, blocks, tokens of a segment, segments."""
     states = max(4, triton.next_power_of_2(n_state))
     channels = max(1, 128 * config.warps * config.channels // states)
     blocks = triton.cdiv(width, channels)
-    warps = batch * blocks * config.warps
-    segments = 1
-    if warps < WARPS // 2:
-        segments = max(1, min(WARPS // warps, length // 128))
+    segments = _segments(length, batch * blocks * config.warps)
     per_segment = triton.cdiv(triton.cdiv(length, segments), SPAN) * SPAN
     return channels, states, blocks, per_segment, triton.cdiv(length, per_segment)
 
@@ -581,7 +588,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of u, dt, z, B and C in their types, of A, of D and bias (2, D), and of the first
     state, the last three in float32."""
-    config = config or BACKWARD
+    config = config or backward_config(A.shape[1])
     batch, length, width = u.shape
     n_state = A.shape[1]
     block, states, blocks, per_segment, segments = _plan(batch, length, width, n_state, config)
