@@ -18,7 +18,8 @@ the state, the second starts from there. What a segment keeps of the state follo
 its step sizes alone. Decays are multiplied, never divided.
 """
 
-# mypy: disallow-untyped-defs=False
+# mypy: disallow-untyped-defs=False, disable-error-code="assignment"
+# ruff: noqa: RUF005  (a kernel's tuples grow by +, it knows no starred expression)
 
 from __future__ import annotations
 
@@ -156,11 +157,8 @@ def _softplus(x):
 
 @triton.jit
 def _channel(ptr, cols, width, FULL: tl.constexpr):
-    """A row of numbers of the channels in float32. It is read at each use, not kept in registers."""
-    if FULL:
-        row = tl.load(ptr + cols)
-    else:
-        row = tl.load(ptr + cols, mask=cols < width, other=0.0)
+    """A number of each channel in float32, read at each use: it takes no registers meanwhile."""
+    row = tl.load(ptr + cols) if FULL else tl.load(ptr + cols, mask=cols < width, other=0.0)
     return row.to(tl.float32)[None, :]
 
 
@@ -207,7 +205,8 @@ def _forward_kernel(
     u_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, z_ptr, bias_ptr, first_ptr, doc_ptr,
     y_ptr, saved_ptr, last_ptr, ends_ptr, sums_ptr,
     u_batch, dt_batch, z_batch, length, per_segment, n_segments,
-    UNIT: tl.constexpr, U_ROW: tl.constexpr, DT_ROW: tl.constexpr, Z_ROW: tl.constexpr, D: tl.constexpr, N: tl.constexpr,
+    UNIT: tl.constexpr, U_ROW: tl.constexpr, DT_ROW: tl.constexpr, Z_ROW: tl.constexpr,
+    D: tl.constexpr, N: tl.constexpr,
     BD: tl.constexpr, BN: tl.constexpr, T: tl.constexpr, SPAN: tl.constexpr,
     HAS_D: tl.constexpr, HAS_Z: tl.constexpr, HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr,
     HAS_FIRST: tl.constexpr, HAS_DOC: tl.constexpr, SAVE: tl.constexpr, FULL: tl.constexpr,
@@ -241,9 +240,8 @@ def _forward_kernel(
 
     A = tl.load(A_ptr + tile, mask=inside, other=0.0).to(tl.float32) * 1.4426950408889634
     h = tl.zeros((BD, BN), tl.float32)
-    if PASS != 1:
-        if HAS_FIRST:
-            h += tl.load(first_ptr + b * (D * N) + tile, mask=inside, other=0.0).to(tl.float32)
+    if PASS != 1 and HAS_FIRST:
+        h += tl.load(first_ptr + b * (D * N) + tile, mask=inside, other=0.0).to(tl.float32)
     if PASS == 2:
         for s in range(segment):
             at = b * n_segments + s
@@ -277,9 +275,9 @@ def _forward_kernel(
         Bs = ()
         Cs = ()
         for j in tl.static_range(T):
-            Bs = Bs + (_map(B, j, n, j < left, N, FULL and FULL_N),)  # noqa: RUF005
+            Bs = Bs + (_map(B, j, n, j < left, N, FULL and FULL_N),)
             if PASS != 1:
-                Cs = Cs + (_map(C, j, n, j < left, N, FULL and FULL_N),)  # noqa: RUF005
+                Cs = Cs + (_map(C, j, n, j < left, N, FULL and FULL_N),)
         if PASS == 1:
             total += dt
         elif SAVE:
@@ -293,7 +291,7 @@ def _forward_kernel(
             decay = _decay(dts[j], A, doc_ptr, start, j, left, HAS_DOC)
             h = decay * h + inflow[j][:, None] * Bs[j]
             if PASS != 1:
-                ys = ys + (_quads(h * Cs[j], BD, BN),)  # noqa: RUF005
+                ys = ys + (_quads(h * Cs[j], BD, BN),)
         if PASS != 1:
             y = _sum_states(ys, BD, BN, T)
             if HAS_D:
@@ -349,9 +347,8 @@ def _backward_kernel(
     A = tl.load(A_ptr + tile, mask=inside, other=0.0).to(tl.float32) * 1.4426950408889634
     # g: the gradient of the state, from the tokens after it
     g = tl.zeros((BD, BN), tl.float32)
-    if PASS != 1:
-        if HAS_LAST:
-            g += tl.load(dlast_ptr + b * (D * N) + tile, mask=inside, other=0.0).to(tl.float32)
+    if PASS != 1 and HAS_LAST:
+        g += tl.load(dlast_ptr + b * (D * N) + tile, mask=inside, other=0.0).to(tl.float32)
     if PASS == 2:
         for i in range(n_segments - 1 - segment):
             s = n_segments - 1 - i
@@ -423,14 +420,14 @@ def _backward_kernel(
             for j in tl.static_range(T):
                 decay = _decay(dts[j], A, doc_ptr, start, j, left, HAS_DOC)
                 h = decay * h + inflow[j][:, None] * _map(B, j, n, j < left, N, FULL and FULL_N)
-                states = states + (h,)  # noqa: RUF005
+                states = states + (h,)
             ys = ()
             dCs = ()
             for j in tl.static_range(T):
-                dCs = dCs + (dys[j][:, None] * states[j + 1],)  # noqa: RUF005
+                dCs = dCs + (dys[j][:, None] * states[j + 1],)
                 if HAS_Z:
                     row = _map(C, j, n, j < left, N, FULL and FULL_N)
-                    ys = ys + (_quads(states[j + 1] * row, BD, BN),)  # noqa: RUF005
+                    ys = ys + (_quads(states[j + 1] * row, BD, BN),)
             out = dBC_ptr + token * N
             _store(out + plane, _sum_channels(dCs, BD, BN, T), t, n, left, N, N)
             if HAS_Z:
@@ -444,13 +441,13 @@ def _backward_kernel(
             dBs = ()
             for j in tl.static_range(T - 1, -1, -1):
                 dh = g + dys[j][:, None] * _map(C, j, n, j < left, N, FULL and FULL_N)
-                dBs = (dh * inflow[j][:, None],) + dBs  # noqa: RUF005
+                dBs = (dh * inflow[j][:, None],) + dBs
                 row = _map(B, j, n, j < left, N, FULL and FULL_N)
-                dinflows = (_quads(dh * row, BD, BN),) + dinflows  # noqa: RUF005
+                dinflows = (_quads(dh * row, BD, BN),) + dinflows
                 g = _decay(dts[j], A, doc_ptr, start, j, left, HAS_DOC) * dh
                 dexponent = g * states[j]
                 dA += dexponent * dts[j][:, None]
-                dexponents = (_quads(dexponent * A, BD, BN),) + dexponents  # noqa: RUF005
+                dexponents = (_quads(dexponent * A, BD, BN),) + dexponents
             _store(out, _sum_channels(dBs, BD, BN, T), t, n, left, N, N)
             dinflow = _sum_states(dinflows, BD, BN, T)
             ddt = slope * (dinflow * u + _sum_states(dexponents, BD, BN, T) * 0.6931471805599453)
@@ -563,7 +560,8 @@ def _forward(
             Z_ROW=_row(z), D=width, N=n_state, BD=block, BN=states, T=config.tokens, SPAN=SPAN,
             HAS_D=D is not None, HAS_Z=z is not None, HAS_BIAS=bias is not None,
             SOFTPLUS=softplus, HAS_FIRST=first is not None, HAS_DOC=doc is not None, SAVE=save,
-            FULL=length % config.tokens == 0, PASS=number, num_warps=config.warps, maxnreg=config.registers,
+            FULL=length % config.tokens == 0, PASS=number,
+            num_warps=config.warps, maxnreg=config.registers,
         )  # fmt: skip
     return y, last, saved
 
@@ -615,7 +613,8 @@ def _backward(
             Z_ROW=_row(z), D=width, N=n_state, BD=block, BN=states, T=config.tokens, SPAN=SPAN,
             HAS_D=D is not None, HAS_Z=z is not None, HAS_BIAS=bias is not None,
             SOFTPLUS=softplus, HAS_LAST=dlast is not None, HAS_DOC=doc is not None,
-            FULL=length % config.tokens == 0, PASS=number, num_warps=config.warps, maxnreg=config.registers,
+            FULL=length % config.tokens == 0, PASS=number,
+            num_warps=config.warps, maxnreg=config.registers,
         )  # fmt: skip
     _sum_kernel[(triton.cdiv(plane, 1024), 2)](
         parts, dB, dC, blocks, plane, BLOCK=1024, num_warps=4

@@ -40,7 +40,8 @@ def resources(
     """Compiles `kernel` for sm_<arch>.
 
     signature: type of every argument that is not a constexpr ("*bf16", "i32", "fp32", ...).
-    constants: the constexprs by name. registers: the most a thread may use. aligned: arguments divisible by 16 (default: the pointers).
+    constants: the constexprs by name. registers: the most a thread may use.
+    aligned: arguments divisible by 16 (default: the pointers).
     """
     types = signature | dict.fromkeys(constants, "constexpr")
     missing = set(kernel.arg_names) ^ set(types)

@@ -163,9 +163,7 @@ def test_slices_are_read_in_place(device):
 def test_without_gradients_nothing_is_saved(device):
     t = make(1, 9, 8, 16)
     t = {k: v if v is None else v.detach().float().to(device) for k, v in t.items()}
-    _, _, saved = kernels._forward(
-        *list(t.values())[:5], None, None, None, None, None, True, False
-    )
+    _, _, saved = kernels._forward(*list(t.values())[:5], None, None, None, None, None, True, False)
     assert saved.numel() == 0
     y = selective_scan(**t, delta_softplus=True, backend="triton")
     assert error(y, selective_scan(**t, delta_softplus=True, backend="reference")) < 1e-5
@@ -252,7 +250,10 @@ def test_past_two_to_the_31():
 
 # -- without a GPU ------------------------------------------------------------------------------
 
-FLOATS = "A B C D bias first dlast last ends sums dBC dA dD dfirst".split()
+FLOATS = (
+    "A", "B", "C", "D", "bias", "first", "dlast", "last", "ends", "sums", "dBC", "dA", "dD",
+    "dfirst",
+)  # fmt: skip
 
 
 def assembled(kernel, config, arch, *, state=16, dtype="bf16", width=1536, **flags):
@@ -304,4 +305,5 @@ def test_it_assembles(arch, flags):
     assert found.spills <= 64
     if flags == {}:
         assert found.ptx.count("ex2.approx") <= 8 * 4 + 8
-        assert "shfl" not in found.ptx
+        # across threads only at the end, for the sums over time
+        assert found.ptx.count("shfl") < 20
