@@ -71,6 +71,14 @@ def _split(x, ROWS: tl.constexpr, T: tl.constexpr):
 
 
 @triton.jit
+def _split_pair(x, y, ROWS: tl.constexpr, T: tl.constexpr):
+    """The columns of two tiles (T, ROWS). Of one alone, Triton would exchange what was loaded and
+    repeat in every thread what follows the conversion to float32."""
+    x, y = tl.split(tl.permute(tl.join(x, y), (1, 0, 2)))
+    return _split(x, ROWS, T), _split(y, ROWS, T)
+
+
+@triton.jit
 def _stack(x, T: tl.constexpr):
     """T tensors of one shape as the last axes (2, 2) or (2, 2, 2) of one."""
     if T == 4:
@@ -284,8 +292,7 @@ def _forward_kernel(
             out = saved_ptr + (start // SPAN).to(tl.int64) * (D * N) + tile
             mine = inside & (start % SPAN == 0)
             tl.store(out, h.to(saved_ptr.dtype.element_ty), mask=mine)
-        dts = _split(tl.trans(dt), BD, T)
-        inflow = _split(tl.trans(dt * u), BD, T)
+        dts, inflow = _split_pair(dt, dt * u, BD, T)
         ys = ()
         for j in tl.static_range(T):
             decay = _decay(dts[j], A, doc_ptr, start, j, left, HAS_DOC)
@@ -389,8 +396,7 @@ def _backward_kernel(
             dgate = dy * (gate * (1.0 + z * (1.0 - gate)))
             dy *= z * gate
         B, C = B_ptr + token * N, C_ptr + token * N
-        dts = _split(tl.trans(dt), BD, T)
-        dys = _split(tl.trans(dy), BD, T)
+        dts, dys = _split_pair(dt, dy, BD, T)
         if PASS == 1:
             total += dt
             for j in tl.static_range(T - 1, -1, -1):
@@ -408,8 +414,7 @@ def _backward_kernel(
                     raw = _load(dt_ptr + at * DT_ROW, t, d, T, D, DT_ROW, True, FULL_D)
                     e, _ = _step_size(raw, bias_ptr, t, d, T, D, True, FULL_D, HAS_BIAS, SOFTPLUS)
                     u = _load(u_ptr + at * U_ROW, t, d, T, D, U_ROW, True, FULL_D).to(tl.float32)
-                    es = _split(tl.trans(e), BD, T)
-                    inflow = _split(tl.trans(e * u), BD, T)
+                    es, inflow = _split_pair(e, e * u, BD, T)
                     for j in tl.static_range(T):
                         decay = _decay(es[j], A, doc_ptr, early, j, T, HAS_DOC)
                         B_row = _map(B_ptr + (b * length + early) * N, j, n, True, N, FULL_N)
