@@ -489,7 +489,7 @@ def _sum_kernel(parts_ptr, dB_ptr, dC_ptr, n_parts, plane, BLOCK: tl.constexpr):
     parts_ptr += which.to(tl.int64) * plane + at
     for _ in range(n_parts):
         total += tl.load(parts_ptr, mask=inside, other=0.0)
-        parts_ptr += 2 * plane
+        parts_ptr = parts_ptr + plane + plane  # 2 * plane might not fit 32 bits
     if which == 0:
         tl.store(dB_ptr + at, total.to(dB_ptr.dtype.element_ty), mask=inside)
     else:
