@@ -308,6 +308,54 @@ def _ssd_peers() -> dict[str, Function]:
     return _optional(mamba_ssm=mamba)
 
 
+def _selective_inputs(width: int, documents: int = 0) -> Callable[[int, int], Inputs]:
+    def make(batch: int, length: int) -> Inputs:
+        step = torch.empty(width, device="cuda").uniform_(-6.9, -2.3)  # log of 0.001 to 0.1
+        rate = torch.arange(1.0, 17.0, device="cuda").expand(width, 16)
+        return {
+            "u": _randn(batch, length, width),
+            "delta": _randn(batch, length, width, scale=0.5),
+            "A": (-rate).contiguous().requires_grad_(),
+            "B": _randn(batch, length, 16),
+            "C": _randn(batch, length, 16),
+            "D": _randn(width, dtype=torch.float32),
+            "z": _randn(batch, length, width),
+            "bias": torch.log(torch.expm1(step.exp())).requires_grad_(),
+            "doc": _documents(batch, length, documents) if documents else None,
+        }
+
+    return make
+
+
+def _selective_with(form: str) -> Function:
+    def run(t: Inputs) -> Any:
+        import importlib
+
+        fn = getattr(importlib.import_module("ablate.kernels.selective_scan"), form)
+        return fn(
+            t["u"], t["delta"], t["A"], t["B"], t["C"], t["D"], z_BLD=t["z"],
+            delta_bias_D=t["bias"], delta_softplus=True, doc_start_BL=t["doc"],
+        )  # fmt: skip
+
+    return run
+
+
+def _selective_peers() -> dict[str, Function]:
+    def mamba() -> Function:
+        from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
+
+        def run(t: Inputs) -> Any:
+            # it wants channels before time, in memory too; fla's Mamba calls the same kernel
+            u, delta, B, C, z = (t[k].transpose(1, 2) for k in ("u", "delta", "B", "C", "z"))
+            return selective_scan_fn(
+                u, delta, t["A"], B, C, t["D"], z=z, delta_bias=t["bias"], delta_softplus=True
+            ).transpose(1, 2)
+
+        return run
+
+    return _optional(mamba_ssm=mamba)
+
+
 def _core_inputs(batch: int, length: int) -> Inputs:
     inner, shared, heads = 1536, 128, 24
     return {
@@ -345,6 +393,7 @@ def _core_peers() -> dict[str, Function]:
 
 def _cases() -> list[Case]:
     ssd, recurrent = _ssd_with("ssd"), _ssd_with("ssd_recurrent")
+    scan = (_selective_with("selective_scan"), _selective_with("selective_scan_recurrent"))
     conv = (_conv_ours, _conv_oracle)
     none: Callable[[], dict[str, Function]] = dict
     return [
@@ -364,6 +413,14 @@ def _cases() -> list[Case]:
         Case("ssd", "B=4 L=1024 H=6", 4, 1024, _ssd_inputs(6), ssd, recurrent, _ssd_peers),
         Case("ssd", "B=1 L=131072 H=24", 1, 131072, _ssd_inputs(24), ssd, recurrent, none),
         Case("ssd", "documents of 500", 8, 4096, _ssd_inputs(24, 500), ssd, recurrent, none),
+        Case("selective_scan", "B=8 L=4096 D=1536 N=16", 8, 4096, _selective_inputs(1536), *scan,
+             _selective_peers, (0.19, 0.57), (0.68, 3.3)),
+        Case("selective_scan", "B=4 L=1024 D=384", 4, 1024, _selective_inputs(384), *scan,
+             _selective_peers),
+        Case("selective_scan", "B=1 L=131072 D=1536", 1, 131072, _selective_inputs(1536), *scan,
+             none),
+        Case("selective_scan", "documents of 500", 8, 4096, _selective_inputs(1536, 500), *scan,
+             none),
         Case("mamba2_core", "B=16 L=2048 width 768", 16, 2048, _core_inputs,
              _core_with("mamba2_core"), _core_with("mamba2_core_reference"), _core_peers,
              (None, None), (None, 1.0)),

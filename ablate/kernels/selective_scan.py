@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from ablate.kernels.dispatch import compute_dtype
+from ablate.kernels.dispatch import compute_dtype, use_triton
 
 CHUNK_ELEMENTS = 1 << 20  # states of one chunk: 4 MB of float32
 
@@ -161,6 +161,11 @@ def _rows(t: torch.Tensor | None, rows: slice) -> torch.Tensor | None:
     return None if t is None else t[rows]
 
 
+def triton_supports(u_BLD: torch.Tensor, A_DN: torch.Tensor) -> bool:
+    """Whether the Triton kernels run this case: up to 128 numbers of state, not float64."""
+    return A_DN.shape[1] <= 128 and u_BLD.numel() > 0 and u_BLD.dtype != torch.float64
+
+
 def selective_scan(
     u_BLD: torch.Tensor,
     delta_BLD: torch.Tensor,
@@ -175,6 +180,7 @@ def selective_scan(
     initial_state_BDN: torch.Tensor | None = None,
     return_final_state: bool = False,
     doc_start_BL: torch.Tensor | None = None,
+    backend: str | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Mamba-1's scan with optional skip D, gate silu(z), state and document resets.
 
@@ -182,8 +188,26 @@ def selective_scan(
     delta_bias_D is added to delta, then softplus if `delta_softplus`.
     doc_start_BL: int32 (B, L); the state is cleared at t where doc_start[b, t] == t, so that a
         document that began earlier (negative) alone sees `initial_state_BDN` (B, D, N).
+    backend: None chooses; "triton" or "reference" (chunked PyTorch) insist.
     Returns y_BLD in u's dtype; with `return_final_state` also the last state, float32.
     """
+    if use_triton(backend, u_BLD, supported=triton_supports(u_BLD, A_DN)):
+        from ablate.kernels.selective_scan_triton import selective_scan_triton
+
+        return selective_scan_triton(
+            u_BLD,
+            delta_BLD,
+            A_DN,
+            B_BLN,
+            C_BLN,
+            D_D,
+            z_BLD=z_BLD,
+            delta_bias_D=delta_bias_D,
+            delta_softplus=delta_softplus,
+            initial_state_BDN=initial_state_BDN,
+            return_final_state=return_final_state,
+            doc_start_BL=doc_start_BL,
+        )
     dtype = compute_dtype(u_BLD)
     batch, length, width = u_BLD.shape
     delta = _prepare(delta_BLD, delta_bias_D, delta_softplus, dtype)

@@ -34,12 +34,14 @@ def resources(
     arch: int,
     num_warps: int = 4,
     num_stages: int = 3,
+    registers: int | None = None,
     aligned: tuple[str, ...] | None = None,
 ) -> Resources:
     """Compiles `kernel` for sm_<arch>.
 
     signature: type of every argument that is not a constexpr ("*bf16", "i32", "fp32", ...).
-    constants: the constexprs by name. aligned: arguments divisible by 16 (default: the pointers).
+    constants: the constexprs by name. registers: the most a thread may use.
+    aligned: arguments divisible by 16 (default: the pointers).
     """
     types = signature | dict.fromkeys(constants, "constexpr")
     missing = set(kernel.arg_names) ^ set(types)
@@ -55,7 +57,7 @@ def resources(
     compiled = triton.compile(
         ASTSource(kernel, types, constants, attributes),
         target=GPUTarget("cuda", arch, 32),
-        options={"num_warps": num_warps, "num_stages": num_stages},
+        options={"num_warps": num_warps, "num_stages": num_stages, "maxnreg": registers},
     )
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
