@@ -345,7 +345,7 @@ def _selective_peers() -> dict[str, Function]:
         from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
 
         def run(t: Inputs) -> Any:
-            # it wants channels before time, in memory too; fla's Mamba calls the same kernel
+            # it wants channels before time, in memory too
             u, delta, B, C, z = (t[k].transpose(1, 2) for k in ("u", "delta", "B", "C", "z"))
             return selective_scan_fn(
                 u, delta, t["A"], B, C, t["D"], z=z, delta_bias=t["bias"], delta_softplus=True
