@@ -12,12 +12,15 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ablate.arch.spec import Architecture
 from ablate.kernels import linear_cross_entropy, rotary_table
 from ablate.layers.context import Context, State, pre_norm
 from ablate.layers.registry import KINDS
 from ablate.model.init import init_weights
+
+MOST_SHAPES = 12  # that one process compiles a layer for: the candidates of a micro-batch
 
 
 @dataclass
@@ -75,6 +78,8 @@ class LanguageModel(nn.Module):
         else:
             self.unembedding = nn.Parameter(torch.empty(arch.vocab_size, arch.d_model))
         self._compiled: dict[type, Any] = {}
+        self.activation_checkpointing = False  # layers keep their input, and run again backwards
+        self.expected_compilations: int | None = 0  # of all steps of one shape; None: not known
         rotary = [o for o in arch.layer_options if getattr(o, "rope_base", None)]
         self._rotary = sorted({(o.rope_base, o.rope_dim) for o in rotary})
         if seed is not None:
@@ -85,19 +90,30 @@ class LanguageModel(nn.Module):
 
         backend: torch.compile's.
 
-        Kinds of a user's own run as they are. An attempt to compile more variants than the stack
-        has raises torch._dynamo.exc.FailOnRecompileLimitHit, so that no slow path is silent.
+        Kinds of a user's own run as they are. A layer is compiled once a kind, option set and
+        shape of its input; `expected_compilations` says how often that is for one shape.
         """
         ours = {type(layer) for layer in self.layers if _is_ours(type(layer))}
-        # One a kind and option set, and a few for what a captured or resumed step may add.
-        variants = set(zip(self.arch.letters, map(repr, self.arch.layer_options), strict=True))
-        limit = 2 * len(variants) + 2
+        variants = {
+            (letter, repr(options))
+            for letter, options in zip(self.arch.letters, self.arch.layer_options, strict=True)
+            if KINDS[letter].module in ours
+        }
+        self.expected_compilations = None
+        if all(_is_ours(type(layer)) for layer in self.layers):  # what others compile is theirs
+            self.expected_compilations = len(variants)
+        # Several shapes are tried when a micro-batch is searched.
+        limit = MOST_SHAPES * len(variants)
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, limit)
         torch._dynamo.config.fail_on_recompile_limit_hit = True
         self._compiled = {
             kind: torch.compile(kind.forward, backend=backend, fullgraph=True, dynamic=False)
             for kind in ours
         }
+
+    def compilations(self) -> int:
+        """Graphs that this process has compiled so far, of this model or not."""
+        return int(torch._dynamo.utils.counters["stats"]["unique_graphs"]) if self._compiled else 0
 
     @property
     def output_weight_VD(self) -> Tensor:
@@ -127,9 +143,17 @@ class LanguageModel(nn.Module):
         positions_BL = index_1L if doc_start_BL is None else index_1L - doc_start_BL
         ctx = self._context(x, positions_BL, doc_start_BL)
         for layer in self.layers:
-            compiled = self._compiled.get(type(layer)) if self.training else None
-            x = layer(x, ctx) if compiled is None else compiled(layer, x, ctx)
+            x = self._layer(layer, x, ctx)
         return self._final(x), ctx
+
+    def _layer(self, layer: Any, x: Tensor, ctx: Context) -> Tensor:
+        compiled = self._compiled.get(type(layer)) if self.training else None
+        run = (layer,) if compiled is None else (compiled, layer)
+        if not (self.activation_checkpointing and torch.is_grad_enabled()):
+            return run[0](*run[1:], x, ctx)
+        # Reading the random state would end a graph capture, and no layer of ours draws from it.
+        random = not _is_ours(type(layer))
+        return checkpoint(*run, x, ctx, use_reentrant=False, preserve_rng_state=random)
 
     def _context(
         self, x: Tensor, positions_BL: Tensor, doc_start_BL: Tensor | None = None
