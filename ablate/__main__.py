@@ -93,10 +93,12 @@ Writes FOLDER/report/: index.html (one page, everything inside), plots as PNG an
 CSV, Parquet and Markdown. Works on an unfinished study and says what is missing.
 """,
     "rerun": """\
-usage: python -m ablate rerun RUN_FOLDER
+usage: python -m ablate rerun RUN_FOLDER [times=5]
 
 Trains a finished trial again from its own config.yaml, in a temporary folder, and compares the
-losses. Exit code 0 when they agree within the stated tolerance, 1 when not.
+losses. Exit code 0 when they agree within the stated tolerance, 1 when not. The tolerance is zero
+where train.deterministic is true and all else is equal. Where it is false, the losses are kept in
+the run folder, and after five reruns their spread is the tolerance.
 """,
     "evaluate": """\
 usage: python -m ablate evaluate RUN_FOLDER | MODEL [name=value ...]
@@ -306,8 +308,12 @@ def _print_summary(folder: Path) -> None:
 def _rerun(args: list[str]) -> int:
     from ablate.study.rerun import rerun
 
-    folders = _folders(args, "rerun")
-    return max(rerun(folder) for folder in folders)
+    words = [word for word in args if word.startswith("times=")]
+    times = words[-1].removeprefix("times=") if words else "1"
+    if not times.isdecimal() or not 1 <= int(times) <= 100:
+        raise UserError(f"times is '{times}'; give a whole number from 1 to 100")
+    folders = _folders([word for word in args if word not in words], "rerun")
+    return max(rerun(folder, times=int(times)) for folder in folders)
 
 
 def _evaluate(args: list[str]) -> int:

@@ -450,7 +450,7 @@ class StudyConfig(Section):
     )
     prune: bool = Field(False, description="stop unpromising trials of a search early")
     workers: int | None = operational(
-        None, "trials at a time; null: one per GPU or two cores' worth", ge=1
+        None, "trials at a time; null: one per train.devices GPUs or cores' worth", ge=1
     )
     retry: Literal["none", "failed"] = operational("none", "failed: run failed trials again")
     deadline: float | None = operational(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from ablate.arch.spec import Architecture
 from ablate.errors import UserError
 from ablate.model import LanguageModel
-from ablate.run import RunFolder
+from ablate.run import RunFolder, read_json
 from ablate.train import TrialFailed, train
 from ablate.train.engine import Engine
 from ablate.train.micro_batch import Shape, candidates, search
@@ -164,6 +165,43 @@ def test_many_workers_search_once(tiny: Make, monkeypatch: pytest.MonkeyPatch) -
     assert found[0]["tokens_per_second"] == {"2": 2.0, "4": 4.0}
     other = tiny(data={"seq_len": 2048, "mqar": {"share": 0}})
     assert Shape.of(Engine(other, arch, torch.device("cpu"))) != shape
+
+
+def test_many_workers_compile_a_shape_once(tmp_path: Path) -> None:
+    shape = Shape(tmp_path / "shapes" / "shape.json")
+    cold, active = [], []
+
+    class Stepper:
+        micro_batch = 4
+
+        def warm_up(self, batch: Any) -> None:
+            known = "compiled" in (read_json(shape.path) or {})
+            active.append(1)
+            if not known:
+                cold.append(len(active))
+                time.sleep(0.3)
+                assert len(active) == 1  # the others wait
+            time.sleep(0.1)
+
+    threads = [
+        threading.Thread(target=shape.warm_up, args=(Stepper(), None, lambda: None))
+        for _ in range(3)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert (len(cold), len(active)) == (1, 3)
+
+
+def test_waiting_for_another_compilation_can_be_interrupted(tmp_path: Path) -> None:
+    shape = Shape(tmp_path / "shapes" / "shape.json")
+
+    def check() -> None:
+        raise KeyboardInterrupt
+
+    with shape.alone(lambda: None), pytest.raises(KeyboardInterrupt), shape.alone(check):
+        pass
 
 
 def test_a_resumed_run_keeps_its_micro_batch(
