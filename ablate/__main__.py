@@ -27,7 +27,7 @@ and read what the difference does to loss and recall.
   report    FOLDER...      tables, plots and one page from run folders
   evaluate  RUN_FOLDER     recall, benchmarks and loss over length of a trained model
   rerun     RUN_FOLDER     train one trial again and compare its losses
-  bench     data | kernels | decode   speed of the loader, the kernels, of decoding
+  bench     data | kernels | train | decode   speed of the loader, kernels, training, decoding
 
   python -m ablate +sweep=attn_ratio             what share of the layers should be attention?
   python -m ablate +sweep=attn_ratio scale=14m   the same question, larger
@@ -116,10 +116,12 @@ Without settings: what the run's config asks for, or every recall task.
   long_documents=FILE        limit=100        device=cpu       out=FOLDER
 """,
     "bench": """\
-usage: python -m ablate bench data | kernels | decode NAME...
+usage: python -m ablate bench data | kernels | train [NAME...] | decode NAME...
 
 data     tokens a second that the loader delivers, against ten times the fastest planned step
 kernels  our kernels beside every installed peer, on a GPU
+train    tokens a second, MFU, memory, seconds to the first step and kernel time of named models,
+         beside installed peers
 decode   tokens a second and bytes of state against context, architectures side by side
 """,
 }
@@ -344,7 +346,12 @@ def _bench(args: list[str]) -> int:
                 compose([f"arch={name}", "scale=cpu"]).tree["arch"]
             ),
         )
-    raise UserError(f"bench has 'data', 'kernels' and 'decode', got '{what}'")
+    if what == "train":
+        from ablate.bench import train
+        from ablate.compose import compose
+
+        return train.run(args[1:], tree_of=lambda words: compose(words).tree)
+    raise UserError(f"bench has 'data', 'kernels', 'train' and 'decode', got '{what}'")
 
 
 _VERBS: dict[str, Callable[[list[str]], int]] = {

@@ -199,7 +199,7 @@ def _follow(cfg: Config, ranks: Ranks) -> dict[str, Any]:
     with numerics(cfg.train, device):
         token_set = prepare(cfg.data)
         stream = TrainStream(token_set, cfg.data, batch_size=cfg.train.batch_size, seed=cfg.seed)
-        engine = Engine(cfg, _architecture(cfg, token_set), device, ranks)
+        engine = Engine(cfg, architecture_of(cfg, token_set), device, ranks)
         record, first = ranks.agree(None)
         stepper = engine.stepper(record["rows"])
         engine.follow_state(stepper)
@@ -214,7 +214,8 @@ def _follow(cfg: Config, ranks: Ranks) -> dict[str, Any]:
     return dict(result)
 
 
-def _architecture(cfg: Config, token_set: TokenSet) -> Architecture:
+def architecture_of(cfg: Config, token_set: TokenSet) -> Architecture:
+    """The architecture that a config means on a text, whose tokenizer may say the vocabulary."""
     vocab_size = cfg.arch.vocab_size or model_vocab(token_set.vocab_size)
     return Architecture.from_config(cfg.arch, vocab_size=vocab_size)
 
@@ -362,7 +363,7 @@ class _Run:
 
     def build(self) -> None:
         cfg = self.cfg
-        self.arch = _architecture(cfg, self.token_set)
+        self.arch = architecture_of(cfg, self.token_set)
         self.cost = self.arch.cost(cfg.data.seq_len)
         self.flops_per_token = float(self.cost.train_flops)
         self.step_tokens = cfg.train.batch_size * cfg.data.seq_len
