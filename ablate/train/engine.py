@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import time
+from collections.abc import Callable
 
 import torch
 
@@ -15,6 +17,7 @@ from ablate.train.environment import uses_bf16
 from ablate.train.optim import STATE, load_state_tensors, make_adamw, state_tensors
 from ablate.train.ranks import Ranks
 from ablate.train.step import Stepper
+from ablate.train.stop import is_out_of_memory
 
 MEMORY_SHARE = 0.92  # of the free memory, that a micro-batch may need: the rest is fragments
 _MEASURED_SECONDS = 0.4
@@ -59,49 +62,46 @@ class Engine:
 
         None where such a step would not fit the memory, optimiser state included.
         """
-        assert self.device.type == "cuda"
+        try:
+            with torch.random.fork_rng([self.device]):
+                return self._speed(batch, micro_batch)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            return None
+        finally:
+            self.optimizer.zero_grad(set_to_none=True)
+            gc.collect()
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(self.device)
+
+    def _speed(self, batch: Batch, micro_batch: int) -> float | None:
         stepper = self.stepper(micro_batch)
         part = batch.split(micro_batch)[0].to(self.device)
         free, _ = torch.cuda.mem_get_info(self.device)
         room = MEMORY_SHARE * (free + torch.cuda.memory_reserved(self.device))
         moments = 0 if self.optimizer.state else 8 * self.arch.num_params()
-        stream = torch.cuda.Stream(self.device)
-        graph = torch.cuda.CUDAGraph() if self.captured else None
-        try:
-            with torch.random.fork_rng([self.device]):
-                stream.wait_stream(torch.cuda.current_stream())
-                with torch.cuda.stream(stream):
-                    for _ in range(2):
-                        stepper.forward_backward(
-                            part
-                        )  # leaves gradients, which the next ones add to
-                torch.cuda.synchronize(self.device)
-                gc.collect()
-                torch.cuda.empty_cache()  # as before the capture of a step
-                torch.cuda.reset_peak_memory_stats(self.device)
-                if graph is not None:
-                    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-                        stepper.forward_backward(part)
-                else:
-                    stepper.forward_backward(part)
-                torch.cuda.synchronize(self.device)
-                if torch.cuda.max_memory_reserved(self.device) + moments > room:
-                    return None
-                n, begun = 0, time.perf_counter()
-                while n < 3 or time.perf_counter() - begun < _MEASURED_SECONDS:
-                    for _ in range(2):
-                        graph.replay() if graph is not None else stepper.forward_backward(part)
-                    torch.cuda.synchronize(self.device)
-                    n += 2
-                return n * part.tokens_BL.numel() / (time.perf_counter() - begun)
-        except torch.OutOfMemoryError:
+        with stepper.side_stream():
+            for _ in range(2):
+                stepper.forward_backward(part)  # leaves gradients, which the next ones add to
+        torch.cuda.synchronize(self.device)
+        gc.collect()
+        torch.cuda.empty_cache()  # as before the capture of a step
+        torch.cuda.reset_peak_memory_stats(self.device)
+        work: Callable[[], object] = functools.partial(stepper.forward_backward, part)
+        if self.captured:
+            work = stepper.captured(work).replay
+        work()
+        torch.cuda.synchronize(self.device)
+        if torch.cuda.max_memory_reserved(self.device) + moments > room:
             return None
-        finally:
-            del graph
-            self.optimizer.zero_grad(set_to_none=True)
-            gc.collect()
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats(self.device)
+        n, begun = 0, time.perf_counter()
+        while n < 4 or time.perf_counter() - begun < _MEASURED_SECONDS:
+            work()
+            work()
+            torch.cuda.synchronize(self.device)
+            n += 2
+        return n * part.tokens_BL.numel() / (time.perf_counter() - begun)
 
     def lead_state(self, stepper: Stepper) -> None:
         """Of rank 0: give weights, moments and figures to the others."""

@@ -203,6 +203,7 @@ def _follow(cfg: Config, ranks: Ranks) -> dict[str, Any]:
         record, first = ranks.agree(None)
         stepper = engine.stepper(record["rows"])
         engine.follow_state(stepper)
+        ranks.listen()  # rank 0 has compiled it all by now
         if engine.compiled:
             stepper.warm_up(ranks.part(stream.batch(first)))
         with _batches(stream, device, first, sys.maxsize) as batches:
@@ -426,7 +427,6 @@ class _Run:
         if self.ranks.world > 1:
             self.ranks.agree((self.micro_batch, self.step))
             self.engine.lead_state(self.stepper)
-            self.ranks.listening = True
 
     def check_epochs(self, steps: int) -> None:
         tokens = self.stream.text_tokens(steps * self.step_tokens)
@@ -439,6 +439,7 @@ class _Run:
             with self.clock.of("first_step"):
                 batch = self.ranks.part(self.stream.batch(self.step))
                 self.shape.warm_up(self.stepper, batch, self.interrupts.check)
+        self.ranks.listen()
         self.checkpoint_time = time.perf_counter()
         last = self.budget.steps or sys.maxsize
         with _batches(self.stream, self.device, self.step, last) as batches:

@@ -79,6 +79,11 @@ class Ranks:
         dist.broadcast_object_list(box, 0, device=torch.device("cpu"))
         return box[0]
 
+    def listen(self) -> None:
+        """All ranks wait for each other, and the others for rank 0's word from here on."""
+        self.agree(None)
+        self.listening = True
+
     @contextlib.contextmanager
     def step(self, lr: float) -> Iterator[None]:
         """Of rank 0: the others take the step that is taken inside."""

@@ -9,9 +9,10 @@ small model is bound by its launches otherwise.
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -38,6 +39,11 @@ class Reading:
     grad_norm: float  # of the last step, before clipping
     skipped: int
     worst_streak: int  # most skipped steps in a row
+
+
+@functools.cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
 
 
 class Stepper:
@@ -76,7 +82,7 @@ class Stepper:
         self._batch: Batch | None = None  # the graph's input
         self._scored = torch.ones((), device=self.device)
         self._graph: torch.cuda.CUDAGraph | None = None
-        self._stream = torch.cuda.Stream(self.device) if capture else None
+        self._stream = _stream(self.device) if capture else None
         self.cold_steps = _ORDINARY_STEPS + 1 if capture else 1  # these are slower than the rest
 
     def autocast(self) -> torch.autocast:
@@ -102,13 +108,11 @@ class Stepper:
         assert self._batch is not None
         self.taken += 1
         if self.taken <= _ORDINARY_STEPS:
-            self._stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self._stream):
+            with self.side_stream():
                 self._work(self._batch)
-            torch.cuda.current_stream().wait_stream(self._stream)
             return
         if self._graph is None:
-            self._graph = self._captured(self._batch)
+            self._graph = self.captured(functools.partial(self._work, self._batch))
         self._graph.replay()
 
     def _load(self, batch: Batch) -> None:
@@ -122,7 +126,19 @@ class Stepper:
             assert batch.doc_start_BL is not None
             self._batch.doc_start_BL.copy_(batch.doc_start_BL, non_blocking=True)
 
-    def _captured(self, batch: Batch) -> torch.cuda.CUDAGraph:
+    @contextlib.contextmanager
+    def side_stream(self) -> Iterator[None]:
+        """The stream that a capture will use: gradients belong to where they were first made."""
+        if self._stream is None:
+            yield
+            return
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            yield
+        torch.cuda.current_stream().wait_stream(self._stream)
+
+    def captured(self, work: Callable[[], object]) -> torch.cuda.CUDAGraph:
+        """What `work` does on the device, as a graph; it has run in the ordinary way before."""
         torch.cuda.synchronize(self.device)
         gc.collect()
         torch.cuda.empty_cache()  # the graph's pool takes what the ordinary steps used
@@ -130,7 +146,7 @@ class Stepper:
         try:
             # Threads that load batches, and NCCL's, may call CUDA meanwhile.
             with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
-                self._work(batch)
+                work()
         except RuntimeError as error:
             if is_out_of_memory(error):
                 raise
@@ -146,7 +162,7 @@ class Stepper:
         Weights, gradients and random state stay as they are.
         """
         devices = [self.device] if self.device.type == "cuda" else []
-        with torch.random.fork_rng(devices), self._counted():
+        with torch.random.fork_rng(devices), self.side_stream(), self._counted():
             self.forward_backward(batch.split(self.micro_batch)[0].to(self.device))
         self.optimizer.zero_grad(set_to_none=True)
 

@@ -17,6 +17,7 @@ from ablate.run import RunFolder, read_json
 from ablate.train import TrialFailed, train
 from ablate.train.engine import Engine
 from ablate.train.micro_batch import Shape, candidates, search
+from ablate.train.step import Stepper
 from ablate.train.stop import is_out_of_memory
 from tests.train.conftest import Make, curve
 
@@ -171,7 +172,7 @@ def test_many_workers_compile_a_shape_once(tmp_path: Path) -> None:
     shape = Shape(tmp_path / "shapes" / "shape.json")
     cold, active = [], []
 
-    class Stepper:
+    class Slow:
         micro_batch = 4
 
         def warm_up(self, batch: Any) -> None:
@@ -184,8 +185,7 @@ def test_many_workers_compile_a_shape_once(tmp_path: Path) -> None:
             time.sleep(0.1)
 
     threads = [
-        threading.Thread(target=shape.warm_up, args=(Stepper(), None, lambda: None))
-        for _ in range(3)
+        threading.Thread(target=shape.warm_up, args=(Slow(), None, lambda: None)) for _ in range(3)
     ]
     for thread in threads:
         thread.start()
@@ -231,3 +231,27 @@ def test_a_search_on_a_gpu(tiny: Make, folder: RunFolder, tmp_path: Path) -> Non
     again = RunFolder(folder.path.parent / "again")
     assert train(cfg, again)["val_b"] == result["val_b"]
     assert again.environment()["micro_batch"]["source"] == "cache"
+
+
+@pytest.mark.gpu
+def test_out_of_memory_in_a_capture(
+    tiny: Make, folder: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, calls = Stepper.captured, []
+
+    def captured(self: Stepper, work: Any) -> Any:
+        calls.append(self.micro_batch)
+        if len(calls) == 1:
+
+            def fails() -> None:
+                work()
+                torch.empty(1 << 45, device="cuda")
+
+            return original(self, fails)
+        return original(self, work)
+
+    monkeypatch.setattr(Stepper, "captured", captured)
+    result = train(tiny(train={"micro_batch": 4}), folder)
+    assert calls == [4, 2]
+    assert result["train"]["out_of_memory"]["step"] == 2
+    assert result["train"]["steps"] == 20

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from ablate.errors import UserError
@@ -124,3 +125,13 @@ def test_torchrun_of_another_size(tiny: Make, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     with pytest.raises(UserError, match=r"train\.devices is 1.*4 processes.*train\.devices=4"):
         train(tiny())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_two_gpus_are_one_to_rounding(tiny: Make, tmp_path: Path) -> None:
+    one, two = RunFolder(tmp_path / "one"), RunFolder(tmp_path / "two")
+    settings = {"precision": "fp32", "lr": 3e-4}
+    train(tiny(train=settings), one)
+    train(tiny(train={**settings, "devices": 2}), two)
+    agrees(one, two)
