@@ -175,6 +175,12 @@ def _help(verb: str | None) -> str:
 
 
 def _run(args: list[str]) -> int:
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and "TORCHELASTIC_RUN_ID" in os.environ:
+        # torchrun is not needed: one process runs the study, and starts those of a trial itself.
+        if os.environ["RANK"] != "0":
+            return 0
+        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+            os.environ.pop(name, None)
     if any(a.split("=")[0] in _HYDRA_FLAGS for a in args):
         return _hydra_multirun(args)
     from ablate.compose import compose

@@ -11,6 +11,7 @@ that of one process to rounding.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import logging
 import os
@@ -20,6 +21,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -33,12 +35,13 @@ from torch import Tensor
 from ablate.config import Config, TrainConfig
 from ablate.data import Batch
 from ablate.errors import UserError
-from ablate.train.stop import TrialFailed
+from ablate.train.stop import TrialFailed, is_out_of_memory
 
 log = logging.getLogger(__name__)
 
 GRACE = 10.0  # seconds in which rank 0 may itself notice that another one is gone
 _STEP, _END = 1.0, 0.0
+_NO_MEMORY = errno.ENOMEM  # exit code of a process whose memory ran out
 
 
 @dataclass
@@ -104,6 +107,8 @@ class Ranks:
         gone = [p.returncode for p in self.started if p.poll() is not None]
         if not gone or self.ended:
             return None
+        if _NO_MEMORY in gone:
+            return "out of memory in another process of this run, try a smaller train.micro_batch"
         return f"a process of the {self.world} of this run ended with exit code {gone[0]}"
 
     def end(self, result: dict[str, Any] | None) -> None:
@@ -235,6 +240,9 @@ def main() -> None:
         train(load(json.loads(line)))
     except TrialFailed:
         os._exit(0)  # rank 0 knows why
+    except Exception as error:
+        traceback.print_exc()
+        os._exit(_NO_MEMORY if is_out_of_memory(error) else 1)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -13,6 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from ablate.__main__ import main
 from ablate.errors import UserError
 from ablate.run import RunFolder
 from ablate.train import Pruned, TrialFailed, ranks, train
@@ -92,6 +94,18 @@ def test_a_process_that_is_lost_fails_the_run(
     assert "ended with exit code -9" in folder.status()["cause"]
 
 
+def test_memory_that_ends_in_another_process_is_the_cause() -> None:
+    class Gone:
+        returncode = errno.ENOMEM
+
+        def poll(self) -> int:
+            return self.returncode
+
+    lost = ranks.Ranks(0, 2, [Gone()]).lost()  # type: ignore[list-item]
+    assert lost is not None
+    assert lost.startswith("out of memory")
+
+
 def test_an_error_of_the_first_ends_the_others(
     pair: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -118,6 +132,15 @@ def test_by_torchrun(pair: Make, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     losses = [json.loads(path.read_text()) for path in sorted(marks.iterdir())]
     assert losses == 2 * [(folder.result() or {})["val_b"]["loss"]]
+
+
+def test_the_command_under_torchrun_is_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"WORLD_SIZE": "2", "RANK": "1", "TORCHELASTIC_RUN_ID": "none"}.items():
+        monkeypatch.setenv(name, value)
+    assert main(["no=such", "field=either"]) == 0
+    monkeypatch.setenv("RANK", "0")
+    assert main(["no=such"]) == 2
+    assert "WORLD_SIZE" not in os.environ
 
 
 def test_torchrun_of_another_size(tiny: Make, monkeypatch: pytest.MonkeyPatch) -> None:
