@@ -138,7 +138,9 @@ def _lead(cfg: Config, folder: RunFolder, ranks: Ranks, hooks: Hooks) -> dict[st
         try:
             with Interrupts() as interrupts:
                 if ranks.world == 1:
+                    begun = time.perf_counter()
                     ranks = launch(cfg, lost)
+                    _add_loading_time(time.perf_counter() - begun)
                 device = device_of(cfg.train)
                 with numerics(cfg.train, device):
                     start = functools.partial(
@@ -278,6 +280,11 @@ _BRANCH_MAY_DIFFER = {"evaluate"} | {
         *("branch_from", "branch_at"),
     )
 }
+
+
+def _add_loading_time(seconds: float) -> None:
+    global _LOADED
+    _LOADED += seconds
 
 
 def _take_loading_time() -> float:
