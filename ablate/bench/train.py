@@ -2,6 +2,7 @@
 
     python -m ablate bench train                                 every model, with installed peers
     python -m ablate bench train mamba2_130m train.deterministic=false --peers none
+    python -m ablate bench train mamba2_130m train.devices=4 train.batch_size=64 --peers none
 
 Every model trains twice in processes of their own, with data, logging and validation: cold, a few
 steps with compile caches that are empty, and warm, where the speed is measured. Its kernel time by
@@ -44,6 +45,7 @@ from ablate.train.stop import TrialFailed
 
 TreeOf = Callable[[list[str]], dict[str, Any]]
 PROFILED = 3  # steps
+TIMEOUT = 300  # seconds of one process
 
 _COMMON = ["data.seq_len=2048", "data.tokenizer.kind=byte", "data.allow_repeats=true"]
 _COMMON += ["train.batch_size=16", "train.micro_batch=null", "train.eval_every=1000000"]
@@ -161,13 +163,17 @@ def _process(
 ) -> dict[str, Any]:
     """What `_main` found in a process of its own; TrialFailed with its last line."""
     asked = {"name": name, "config": tree, "steps": steps, "kernels": kernels}
-    done = subprocess.run(
-        [sys.executable, "-m", "ablate.bench.train"],
-        input=json.dumps(asked),
-        capture_output=True,
-        text=True,
-        env=environment,
-    )
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "ablate.bench.train"],
+            input=json.dumps(asked),
+            capture_output=True,
+            text=True,
+            env=environment,
+            timeout=TIMEOUT,
+        )
+    except subprocess.TimeoutExpired:
+        raise TrialFailed(f"{steps} steps did not end within {TIMEOUT} s") from None
     lines = (done.stderr if done.returncode else done.stdout).strip().splitlines()
     if done.returncode:
         raise TrialFailed(lines[-1] if lines else f"exit code {done.returncode}")
@@ -239,7 +245,7 @@ def kernel_times(cfg: Config, micro_batch: int) -> dict[str, float]:
         engine = Engine(cfg, architecture_of(cfg, prepare(cfg.data)), device)
         engine.captured = False
         stepper = engine.stepper(micro_batch)
-        shape = (cfg.train.batch_size, cfg.data.seq_len)
+        shape = (cfg.train.batch_size // cfg.train.devices, cfg.data.seq_len)
         tokens = torch.randint(0, 256, shape, generator=torch.Generator().manual_seed(0))
         starts = torch.zeros(shape, dtype=torch.int32) if cfg.data.reset_documents else None
         batch = Batch(tokens, tokens.roll(-1, 1), starts)

@@ -80,7 +80,9 @@ class Engine:
         part = batch.split(micro_batch)[0].to(self.device)
         free, _ = torch.cuda.mem_get_info(self.device)
         room = MEMORY_SHARE * (free + torch.cuda.memory_reserved(self.device))
-        moments = 0 if self.optimizer.state else 8 * self.arch.num_params()
+        # AdamW's moments, where they are not there yet, and the copy that ranks add up.
+        more = (0 if self.optimizer.state else 8) + (4 if self.ranks.world > 1 else 0)
+        needed = more * self.arch.num_params()
         with stepper.side_stream():
             for _ in range(2):
                 stepper.forward_backward(part)  # leaves gradients, which the next ones add to
@@ -93,7 +95,7 @@ class Engine:
             work = stepper.captured(work).replay
         work()
         torch.cuda.synchronize(self.device)
-        if torch.cuda.max_memory_reserved(self.device) + moments > room:
+        if torch.cuda.max_memory_reserved(self.device) + needed > room:
             return None
         n, begun = 0, time.perf_counter()
         while n < 4 or time.perf_counter() - begun < _MEASURED_SECONDS:
