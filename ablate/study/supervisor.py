@@ -52,6 +52,7 @@ from ablate.study.tune import Run, Tuning, tune
 from ablate.train import checkpoint
 from ablate.train.budget import Budget
 from ablate.train.environment import commit
+from ablate.train.stop import OUT_OF_MEMORY
 
 STOP_SECONDS = 10.0  # what children get to write a checkpoint after the first Ctrl-C
 KILL_PAUSE = 0.5  # a child's death by a signal counts once this process has outlived it so long
@@ -135,6 +136,7 @@ class _Supervisor:
     causes: dict[str, str] = field(default_factory=dict)
     pruned: set[str] = field(default_factory=set)
     retried: dict[str, int] = field(default_factory=dict)  # key -> generation that failed before
+    shrunk: set[str] = field(default_factory=set)  # keys that begin again with fewer rows a pass
     held_until: dict[str, float] = field(default_factory=dict)
     children: list[_Child] = field(default_factory=list)
     signals: list[int] = field(default_factory=list)
@@ -616,10 +618,32 @@ class _Supervisor:
             time.sleep(KILL_PAUSE)
             if self.signals:
                 return
-        cause = end.get("cause") or (
-            "stopped by SIGTERM" if state == "interrupted" else _death(code, child, run)
+        status = run.status()
+        written = None  # by a process that could not come to its last line
+        if status["state"] == "failed" and self.retried.get(cell.key) != status["generation"]:
+            written = status.get("cause")
+        cause = (
+            end.get("cause")
+            or written
+            or ("stopped by SIGTERM" if state == "interrupted" else _death(code, child, run))
         )
+        if self._has_shrunk(cell, run, cause):
+            return
         self._fail(cell, cause, state)
+
+    def _has_shrunk(self, cell: Cell, run: RunFolder, cause: str) -> bool:
+        """Whether a trial on several devices left word to begin again with fewer rows a pass."""
+        record = run.environment().get("micro_batch") or {}
+        smaller = record.get("out_of_memory")
+        if cell.key in self.shrunk or cell.trial.config.train.devices == 1:
+            return False
+        if not smaller or not cause.startswith(OUT_OF_MEMORY):
+            return False
+        self.shrunk.add(cell.key)
+        self.retried[cell.key] = run.status()["generation"]
+        self._tell(lambda: self.store.finish(cell, "interrupted", cause=cause))
+        self._say(f"{cell.name}, seed {cell.seed}: {cause}; again with {smaller['to']} rows a pass")
+        return True
 
     def _fail(self, cell: Cell, cause: str, state: str | None) -> None:
         self.causes[cell.key] = cause

@@ -48,7 +48,7 @@ from ablate.train.optim import group_table, load_state_tensors, state_tensors
 from ablate.train.peak import peak_flops
 from ablate.train.ranks import Ranks, from_torchrun, ignore_signals, launch
 from ablate.train.schedule import lr_scale
-from ablate.train.stop import Interrupts, Pruned, TrialFailed, cause_of, is_out_of_memory
+from ablate.train.stop import OUT_OF_MEMORY, Interrupts, Pruned, TrialFailed, cause_of
 from ablate.train.tracker import Tracker
 from ablate.train.validation import RecallScore, TextScore, Validator
 
@@ -132,6 +132,8 @@ def _lead(cfg: Config, folder: RunFolder, ranks: Ranks, hooks: Hooks) -> dict[st
 
         def lost(cause: str) -> None:
             log.error("%s", cause)
+            if run is not None:
+                run.shrink(cause)
             _end(folder, "failed", generation, cause, run)
             os._exit(1)
 
@@ -150,8 +152,8 @@ def _lead(cfg: Config, folder: RunFolder, ranks: Ranks, hooks: Hooks) -> dict[st
                     try:
                         result = run.run()
                     except Exception as error:
-                        smaller = run.smaller(error)
-                        if smaller is None:
+                        smaller = run.smaller(cause_of(error))
+                        if smaller is None or ranks.world > 1:
                             raise
                     if smaller is not None:  # outside of `except`, whose frames hold the memory
                         log.warning(
@@ -182,7 +184,9 @@ def _lead(cfg: Config, folder: RunFolder, ranks: Ranks, hooks: Hooks) -> dict[st
             raise
         except Exception as error:
             cause = ranks.lost() or cause_of(error)
-            if smaller is not None and is_out_of_memory(error):
+            if run is not None and ranks.world > 1:
+                run.shrink(cause)
+            elif smaller is not None and cause.startswith(OUT_OF_MEMORY):
                 cause += f" (again, with {smaller['rows']} rows a pass)"
             _end(folder, "failed", generation, cause, run)
             if isinstance(error, TrialFailed):
@@ -408,26 +412,30 @@ class _Run:
         rows = asked or self.cfg.train.batch_size // self.ranks.world
         return {**record, "rows": rows, "source": "config"}
 
-    def smaller(self, error: Exception) -> dict[str, Any] | None:
-        """How to cut a batch after this error; None where that would not help, or did not before.
-
-        Ranks of a run cannot begin again, as some wait for a device that will not answer.
-        """
+    def smaller(self, cause: str) -> dict[str, Any] | None:
+        """How to cut a batch after this; None where that would not help, or did not before."""
         record = self.micro_batch
-        if record is None or not is_out_of_memory(error) or record.get("out_of_memory"):
+        if record is None or record.get("out_of_memory") or not cause.startswith(OUT_OF_MEMORY):
             return None
         rows = record["rows"]
         fewer = [d for d in range(1, rows // 2 + 1) if rows % d == 0]
-        if not fewer or self.ranks.world > 1:
+        if not fewer:
             return None
         flag = {
-            "cause": cause_of(error),
+            "cause": cause,
             "from": rows,
             "to": fewer[-1],
             "step": self.step,
             "seconds": sum(self.clock.seconds.values()),
         }
         return {**record, "rows": fewer[-1], "out_of_memory": flag}
+
+    def shrink(self, cause: str) -> None:
+        """Leave word in the run folder for the next processes, where these cannot begin again:
+        some wait for a device that will not answer."""
+        smaller = self.smaller(cause)
+        if smaller is not None:
+            self.folder.write_environment({**self.folder.environment(), "micro_batch": smaller})
 
     def share_state(self) -> None:
         """Bring the other ranks to where this one begins."""

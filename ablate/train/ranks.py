@@ -35,7 +35,7 @@ from torch import Tensor
 from ablate.config import Config, TrainConfig
 from ablate.data import Batch
 from ablate.errors import UserError
-from ablate.train.stop import TrialFailed, is_out_of_memory
+from ablate.train.stop import OUT_OF_MEMORY, TrialFailed, is_out_of_memory
 
 log = logging.getLogger(__name__)
 
@@ -108,7 +108,9 @@ class Ranks:
         if not gone or self.ended:
             return None
         if _NO_MEMORY in gone:
-            return "out of memory in another process of this run, try a smaller train.micro_batch"
+            return (
+                f"{OUT_OF_MEMORY} in another process of this run, try a smaller train.micro_batch"
+            )
         return f"a process of the {self.world} of this run ended with exit code {gone[0]}"
 
     def end(self, result: dict[str, Any] | None) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+OUT_OF_MEMORY = "out of memory"  # how a cause begins that fewer rows a pass may help
 _NO_MEMORY = ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
@@ -39,7 +40,7 @@ def cause_of(error: BaseException) -> str:
     """One line that says what went wrong, for status.json."""
     text = " ".join(str(error).split())
     if is_out_of_memory(error):
-        return f"out of memory, try a smaller train.micro_batch: {text or 'no more was said'}"
+        return f"{OUT_OF_MEMORY}, try a smaller train.micro_batch: {text or 'no more was said'}"
     if isinstance(error, OSError) and error.errno in _NO_ROOM:
         return f"disk full: {text}"
     if isinstance(error, TrialFailed):

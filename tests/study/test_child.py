@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,21 @@ def test_children_start_while_the_text_is_prepared(make: Any, console: Any) -> N
     study._prepare_data = slow  # type: ignore[method-assign]
     assert study.run().exit_code == 0
     assert ready == [True]
+
+
+def test_a_trial_of_two_processes_that_runs_out_of_memory_begins_again(
+    make: Any, console: Any
+) -> None:
+    tree = make(**{"train.devices": 2, "train.tokens": 32 * 4 * 3})
+    child = [sys.executable, str(Path(__file__).with_name("small_child.py"))]
+    outcome = run_study(tree, console=console, child_command=child)
+    said = console.file.getvalue()
+    assert outcome.exit_code == 0, said
+    assert "again with 1 rows a pass" in said
+    result = RunFolder(outcome.folder / outcome.done[0]).result()
+    assert result is not None
+    assert result["train"]["micro_batch"] == 1
+    assert result["train"]["out_of_memory"]["from"] == 2
 
 
 def test_a_trial_of_two_processes(make: Any, console: Any) -> None:
