@@ -85,6 +85,10 @@ def train(
         validation; what it returns stands under "evaluation" in the result. `check` is to be called
         now and then, and may raise to stop.
 
+    With `train.devices` above 1 the processes of the other devices are started here, or are those
+    of torchrun, in which every process calls this and gets the result; hooks are rank 0's alone.
+    A run that is out of memory goes on once with fewer rows a pass, as its result says.
+
     However it ends, status.json says so. Raises UserError for a config that cannot be run (before
     any compute), Pruned, TrialFailed with the cause (out of memory, disk full, diverged, a bug),
     KeyboardInterrupt after SIGINT or SIGTERM and a checkpoint, StaleWriter when another process
