@@ -109,6 +109,7 @@ def train(
     ranks = from_torchrun(cfg.train)
     if ranks.rank:
         return _follow(cfg, ranks)
+    ranks.agree(folder.result())
     result = None
     try:
         result = _lead(cfg, folder, ranks, (on_progress, should_prune, evaluate))
@@ -146,6 +147,7 @@ def _lead(cfg: Config, folder: RunFolder, ranks: Ranks, hooks: Hooks) -> dict[st
                 if ranks.world == 1:
                     begun = time.perf_counter()
                     ranks = launch(cfg, lost)
+                    ranks.agree(None)
                     _add_loading_time(time.perf_counter() - begun)
                 device = device_of(cfg.train)
                 with numerics(cfg.train, device):
@@ -205,6 +207,9 @@ def _lead(cfg: Config, folder: RunFolder, ranks: Ranks, hooks: Hooks) -> dict[st
 def _follow(cfg: Config, ranks: Ranks) -> dict[str, Any]:
     """`train` in the other processes of a run: the steps that rank 0 announces."""
     ignore_signals()
+    finished = ranks.agree(None)
+    if finished is not None:
+        return dict(finished)
     device = device_of(cfg.train)
     with numerics(cfg.train, device):
         token_set = prepare(cfg.data)
