@@ -27,7 +27,7 @@ and read what the difference does to loss and recall.
   report    FOLDER...      tables, plots and one page from run folders
   evaluate  RUN_FOLDER     recall, benchmarks and loss over length of a trained model
   rerun     RUN_FOLDER     train one trial again and compare its losses
-  bench     data | kernels | decode   speed of the loader, the kernels, of decoding
+  bench     data | kernels | train | decode   speed of the loader, kernels, training, decoding
 
   python -m ablate +sweep=attn_ratio             what share of the layers should be attention?
   python -m ablate +sweep=attn_ratio scale=14m   the same question, larger
@@ -93,10 +93,12 @@ Writes FOLDER/report/: index.html (one page, everything inside), plots as PNG an
 CSV, Parquet and Markdown. Works on an unfinished study and says what is missing.
 """,
     "rerun": """\
-usage: python -m ablate rerun RUN_FOLDER
+usage: python -m ablate rerun RUN_FOLDER [times=5]
 
 Trains a finished trial again from its own config.yaml, in a temporary folder, and compares the
-losses. Exit code 0 when they agree within the stated tolerance, 1 when not.
+losses. Exit code 0 when they agree within the stated tolerance, 1 when not. The tolerance is zero
+where train.deterministic is true and all else is equal. Where it is false, the losses are kept in
+the run folder, and after five reruns their spread is the tolerance.
 """,
     "evaluate": """\
 usage: python -m ablate evaluate RUN_FOLDER | MODEL [name=value ...]
@@ -114,10 +116,12 @@ Without settings: what the run's config asks for, or every recall task.
   long_documents=FILE        limit=100        device=cpu       out=FOLDER
 """,
     "bench": """\
-usage: python -m ablate bench data | kernels | decode NAME...
+usage: python -m ablate bench data | kernels | train [NAME...] | decode NAME...
 
 data     tokens a second that the loader delivers, against ten times the fastest planned step
 kernels  our kernels beside every installed peer, on a GPU
+train    tokens a second, MFU, memory, seconds to the first step and kernel time of named models,
+         beside installed peers
 decode   tokens a second and bytes of state against context, architectures side by side
 """,
 }
@@ -171,6 +175,12 @@ def _help(verb: str | None) -> str:
 
 
 def _run(args: list[str]) -> int:
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and "TORCHELASTIC_RUN_ID" in os.environ:
+        # torchrun is not needed: one process runs the study, and starts those of a trial itself.
+        if os.environ["RANK"] != "0":
+            return 0
+        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+            os.environ.pop(name, None)
     if any(a.split("=")[0] in _HYDRA_FLAGS for a in args):
         return _hydra_multirun(args)
     from ablate.compose import compose
@@ -306,8 +316,12 @@ def _print_summary(folder: Path) -> None:
 def _rerun(args: list[str]) -> int:
     from ablate.study.rerun import rerun
 
-    folders = _folders(args, "rerun")
-    return max(rerun(folder) for folder in folders)
+    words = [word for word in args if word.startswith("times=")]
+    times = words[-1].removeprefix("times=") if words else "1"
+    if not times.isdecimal() or not 1 <= int(times) <= 100:
+        raise UserError(f"times is '{times}'; give a whole number from 1 to 100")
+    folders = _folders([word for word in args if word not in words], "rerun")
+    return max(rerun(folder, times=int(times)) for folder in folders)
 
 
 def _evaluate(args: list[str]) -> int:
@@ -338,7 +352,12 @@ def _bench(args: list[str]) -> int:
                 compose([f"arch={name}", "scale=cpu"]).tree["arch"]
             ),
         )
-    raise UserError(f"bench has 'data', 'kernels' and 'decode', got '{what}'")
+    if what == "train":
+        from ablate.bench import train
+        from ablate.compose import compose
+
+        return train.run(args[1:], tree_of=lambda words: compose(words).tree)
+    raise UserError(f"bench has 'data', 'kernels', 'train' and 'decode', got '{what}'")
 
 
 _VERBS: dict[str, Callable[[list[str]], int]] = {

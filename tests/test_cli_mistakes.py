@@ -107,6 +107,7 @@ def test_a_misspelt_name_is_one_sentence(name, capsys, tmp_path, monkeypatch):
         (["status", "nowhere"], "nowhere"),
         (["report", "nowhere"], "nowhere"),
         (["rerun", "nowhere"], "nowhere"),
+        (["rerun", "nowhere", "times=0"], "times"),
         (["bench", "nothing"], "nothing"),
         (["data=files"], "data.path"),
         (["data=files", "data.path=nowhere.txt"], "nowhere.txt"),

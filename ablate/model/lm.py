@@ -12,12 +12,15 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ablate.arch.spec import Architecture
 from ablate.kernels import linear_cross_entropy, rotary_table
 from ablate.layers.context import Context, ResidualLayer, State, pre_norm
 from ablate.layers.registry import KINDS
 from ablate.model.init import init_weights
+
+MOST_SHAPES = 12  # that one process compiles a layer for: the candidates of a micro-batch
 
 
 @dataclass
@@ -77,6 +80,8 @@ class LanguageModel(nn.Module):
         else:
             self.unembedding = nn.Parameter(torch.empty(arch.vocab_size, arch.d_model))
         self._compiled: dict[type, Any] = {}
+        self.activation_checkpointing = False  # layers keep their input, and run again backwards
+        self.expected_compilations: int | None = 0  # of all steps of one shape; None: not known
         rotary = [o for o in arch.layer_options if getattr(o, "rope_base", None)]
         self._rotary = sorted({(o.rope_base, o.rope_dim) for o in rotary})
         if seed is not None:
@@ -87,13 +92,22 @@ class LanguageModel(nn.Module):
 
         backend: torch.compile's.
 
-        Kinds of a user's own run as they are. An attempt to compile more variants than the stack
-        has raises torch._dynamo.exc.FailOnRecompileLimitHit, so that no slow path is silent.
+        Kinds of a user's own run as they are. A layer is compiled once a kind, option set and
+        shape of its input; `expected_compilations` says how often that is for one shape.
         """
         ours = {type(layer) for layer in self.layers if isinstance(layer, ResidualLayer)}
-        # One a kind and option set, and a few for what a captured or resumed step may add.
-        variants = set(zip(self.arch.letters, map(repr, self.arch.layer_options), strict=True))
-        limit = 2 * len(variants) + 2
+        variants = {
+            (letter, repr(options))
+            for letter, options in zip(self.arch.letters, self.arch.layer_options, strict=True)
+            if KINDS[letter].module in ours
+        }
+        self.expected_compilations = None
+        if all(
+            isinstance(layer, ResidualLayer) for layer in self.layers
+        ):  # what others compile is theirs
+            self.expected_compilations = len(variants)
+        # Several shapes are tried when a micro-batch is searched.
+        limit = MOST_SHAPES * len(variants)
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, limit)
         torch._dynamo.config.fail_on_recompile_limit_hit = True
         # Padded strides would be copied away again: our operations take rows as they are laid out.
@@ -104,6 +118,10 @@ class LanguageModel(nn.Module):
             )
             for kind in ours
         }
+
+    def compilations(self) -> int:
+        """Graphs that this process has compiled so far, of this model or not."""
+        return int(torch._dynamo.utils.counters["stats"]["unique_graphs"]) if self._compiled else 0
 
     @property
     def output_weight_VD(self) -> Tensor:
@@ -137,13 +155,21 @@ class LanguageModel(nn.Module):
         for layer, following in zip(self.layers, [*self.layers[1:], None], strict=True):
             chained = compiled.get(type(layer))
             if chained is None:
-                x, u = layer(x, ctx), None
+                x, u = self._run(layer, layer, x, ctx), None
                 continue
             if u is None:
                 u = pre_norm(x, layer.norm, layer.eps).to(_compute_dtype(x))
             norm = following.norm if type(following) in compiled else self.final_norm
-            u, x = chained(layer, u, x, norm, ctx)
+            u, x = self._run(layer, chained, layer, u, x, norm, ctx)
         return self._final(x) if u is None else u, ctx
+
+    def _run(self, layer: Any, function: Any, *args: Any) -> Any:
+        """function(*args), which is `layer`, checkpointed where that is asked for."""
+        if not (self.activation_checkpointing and torch.is_grad_enabled()):
+            return function(*args)
+        # Reading the random state would end a graph capture, and no layer of ours draws from it.
+        random = not isinstance(layer, ResidualLayer)
+        return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=random)
 
     def _context(
         self, x: Tensor, positions_BL: Tensor, doc_start_BL: Tensor | None = None

@@ -21,6 +21,7 @@ _IGNORED_CONFIG = ("study.", "tracker.", "match.", "arch.published", "arch.name"
 _IGNORED_ENVIRONMENT = (
     *("host", "platform", "versions.wandb", "versions.optuna"),
     *("hardware", "commit", "dirty", "data."),  # told by columns of the frame
+    "micro_batch",  # how a batch is cut changes the order of its sum
     "parameter_groups",  # how many parameters each has differs with the layers
 )
 
@@ -36,7 +37,6 @@ _NAMES = {
     "text_tokens": "training tokens of text",
     "steps": "training steps",
     "unique_tokens": "unique tokens",
-    "micro_batch": "micro-batch",
     "lr": "learning rate used",
     "val_b_tokens": "validation tokens scored",
     "commit": "commit",

@@ -159,7 +159,7 @@ def _past(run: RunFolder, here: Machine) -> Past | None:
         shape=(
             *(arch.get(n) for n in ("pattern", "d_model", "params", "state_bytes")),
             *(config.get(tree, n) for n in ("data.seq_len", "train.batch_size")),
-            train.get("micro_batch"),
+            config.get(tree, "train.devices") or 1,
         ),
         params=float(arch.get("non_embedding_params") or math.nan),
         flops=float(train["tokens_per_second"]) * float(arch["train_flops_per_token"]),
@@ -176,8 +176,7 @@ def _shape(trial: Trial) -> tuple[Any, ...]:
     cost = architecture.cost(cfg.data.seq_len)
     return (
         *(architecture.pattern, architecture.d_model, cost.params, cost.state_bytes),
-        *(cfg.data.seq_len, cfg.train.batch_size),
-        cfg.train.micro_batch or cfg.train.batch_size,
+        *(cfg.data.seq_len, cfg.train.batch_size, cfg.train.devices),
     )
 
 
@@ -254,7 +253,9 @@ def estimate(trial: Trial, known: Speed, here: Machine) -> Estimate:
     training = cfg.train.seconds or run_flops(trial) / known.flops
     memory = known.memory
     if not math.isfinite(memory):
-        rows = cfg.train.micro_batch or cfg.train.batch_size
+        rows = cfg.train.batch_size // cfg.train.devices
+        if isinstance(cfg.train.micro_batch, int):
+            rows = cfg.train.micro_batch
         channels = trial.architecture.n_layers * trial.architecture.d_model
         per = ACTIVATION_BYTES * (1 if here.bf16 else 2)
         params = trial.architecture.num_params()

@@ -20,7 +20,7 @@ from ablate.errors import UserError
 from ablate.run import RunFolder, find_runs, read_json
 
 INDEX = "index.parquet"
-SCHEMA = 1  # part of each row's stamp: raise it when the columns below change
+SCHEMA = 2  # part of each row's stamp: raise it when the columns below change
 
 # column of the frame <- place in result.json
 FIGURES = {
@@ -56,6 +56,7 @@ FIGURES = {
     "skipped_steps": "train.skipped_steps",
     "lr": "train.lr",
     "micro_batch": "train.micro_batch",
+    "out_of_memory": "train.out_of_memory.from",  # rows a pass that did not fit
     "unique_tokens": "data.unique_tokens",
     "epochs": "data.epochs",
 }

@@ -477,6 +477,17 @@ def _failures(analysis: Analysis) -> str:
             "<h3>Runs that skipped steps (a gradient was not finite)</h3>"
             + _table(["Arm", "Seed", "Steps", "Run"], rows, {0, 3})
         )
+    sizes = ("out_of_memory", "micro_batch")
+    smaller = own[own["out_of_memory"].notna()]
+    if len(smaller):
+        rows = [
+            [_arm(r), str(r["seed"]), *(f"{r[n]:.0f}" for n in sizes), _key(r["key"])]
+            for r in records(smaller)
+        ]
+        parts.append(
+            "<h3>Runs that ran out of memory, and went on with fewer rows a pass</h3>"
+            + _table(["Arm", "Seed", "Rows before", "Rows after", "Run"], rows, {0, 4})
+        )
     missing = missing_cells(frame)
     if len(missing):
         rows = [[_arm(r), str(r["seed"]), _key(r["key"])] for r in records(missing)]

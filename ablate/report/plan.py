@@ -234,8 +234,8 @@ def _slots(cfg: config.Config, here: Machine) -> int:
     if cfg.study.workers:
         return cfg.study.workers
     if here.gpu:
-        return max(1, torch.cuda.device_count())
-    return max(1, usable_cores() // cfg.train.threads)
+        return max(1, torch.cuda.device_count() // cfg.train.devices)
+    return max(1, usable_cores() // (cfg.train.threads * cfg.train.devices))
 
 
 # --- how long, on how much text -------------------------------------------------------------------

@@ -3,7 +3,7 @@
     in    {"folder": path, "config": tree, "generation": n, "prune": bool}     what to train
           {"stop": true}                                                       checkpoint and end
           {"pruned": bool}                                                     answer to a report
-    out   {"event": "ready"}                              torch is imported
+    out   {"event": "ready"}                              torch and its compiler are imported
           {"event": "refused", "why": ...}                another process has it, or has ended it
           {"event": "progress", ...}                      figures; the first one: the trial is ours
           {"event": "report", "step": n, "value": x}      asks whether to prune
@@ -16,6 +16,7 @@ parent is gone, and this process goes at once. Whatever the trial prints goes to
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import logging
 import os
@@ -38,12 +39,33 @@ Train = Callable[..., dict[str, Any]]
 ANSWER_SECONDS = 20.0
 
 
-def child_environment(threads: int, gpu: str | None = None) -> dict[str, str]:
-    """Environment of a process that trains: its threads, its GPU, and this very package."""
+def child_environment(cfg: config.Config, gpus: str | None = None) -> dict[str, str]:
+    """Environment of a process that trains: its threads, its GPUs, this very package, and compile
+    caches that all processes of this machine share, unless the user has set others."""
     root = str(Path(__file__).resolve().parents[2])
     path = os.pathsep.join(p for p in (root, os.environ.get("PYTHONPATH")) if p)
-    own = {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads), "PYTHONPATH": path}
-    return {**os.environ, **own, **({} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu})}
+    threads = str(cfg.train.threads)
+    cache = Path(cfg.data.cache).expanduser().resolve()
+    return {
+        "TORCHINDUCTOR_CACHE_DIR": str(cache / "inductor"),
+        "TRITON_CACHE_DIR": str(cache / "triton"),
+        **os.environ,
+        "OMP_NUM_THREADS": threads,
+        "MKL_NUM_THREADS": threads,
+        "PYTHONPATH": path,
+        **({} if gpus is None else {"CUDA_VISIBLE_DEVICES": gpus}),
+    }
+
+
+def _preload() -> None:
+    """Import what the first step on a GPU needs, while the trial before still trains."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return
+    for name in ("triton", "torch._dynamo", "torch._inductor.compile_fx", "torch.distributed"):
+        with contextlib.suppress(ImportError):
+            importlib.import_module(name)
 
 
 class Channel:
@@ -113,6 +135,7 @@ def main(train: Train | None = None) -> None:
     channel = Channel()
     threading.Thread(target=_wait_for_term, args=(channel,), daemon=True).start()
     if train is None:
+        _preload()
         from ablate.evaluate.trial import train_and_evaluate as imported
 
         train = imported

@@ -17,6 +17,7 @@ from ablate.run import RunFolder
 from ablate.study.child import child_environment
 
 OTHER_TOLERANCE = 5e-3  # nats, where bits may differ: other hardware, versions, code
+ENOUGH = 5  # reruns whose spread is a tolerance, where train.deterministic is false
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,10 @@ class Rerun:
 def compare(folder: Path | str) -> Rerun:
     """Train a run folder's config once more, in a process and folder of its own.
 
+    With train.deterministic=false the losses are kept in the run folder, and once there are
+    `ENOUGH` of them their spread is the tolerance of later ones. The micro-batch is the recorded
+    one, whatever would be chosen today.
+
     Raises UserError when the run is not finished or its config is missing.
     """
     run = RunFolder(Path(folder))
@@ -44,42 +49,62 @@ def compare(folder: Path | str) -> Rerun:
         raise UserError(f"'{folder}' is not a run folder: it has no readable config.yaml")
     if result is None:
         raise UserError(f"'{folder}' is not finished: there are no losses to compare with")
+    tree = config.override(tree, {"train.micro_batch": result["train"]["micro_batch"]})
     cfg = config.load(tree)
     with tempfile.TemporaryDirectory(prefix="ablate-rerun-") as path:
         again = RunFolder(Path(path) / run.key)
         again.create(config.override(tree, {"tracker.kind": "none"}))
         code = subprocess.run(
             [sys.executable, "-m", "ablate.study.rerun", str(again.path)],
-            env=child_environment(cfg.train.threads),
+            env=child_environment(cfg),
             check=False,
         ).returncode
         new = again.result()
         if new is None:
             cause = again.status().get("cause") or f"exit code {code}"
             raise UserError(f"the run '{folder}' failed when trained again: {cause}")
-        tolerance, why = _tolerance(cfg, run.environment(), again.environment())
-    splits = [name for name in ("val_a", "val_b") if name in result and name in new]
-    return Rerun(
-        {name: float(result[name]["loss"]) for name in splits},
-        {name: float(new[name]["loss"]) for name in splits},
-        tolerance,
-        why,
-    )
+        tolerance, why = _tolerance(cfg, result, run.environment(), again.environment())
+    splits: list[str] = [name for name in ("val_a", "val_b") if name in result and name in new]
+    old_losses = {name: float(result[name]["loss"]) for name in splits}
+    new_losses = {name: float(new[name]["loss"]) for name in splits}
+    if why == _VARIES:
+        before = run.reruns()
+        if len(before) >= ENOUGH:
+            tolerance, why = spread(old_losses, before), f"the spread of {len(before)} reruns"
+        run.write_reruns([*before, new_losses])
+    return Rerun(old_losses, new_losses, tolerance, why)
 
 
-def rerun(folder: Path | str, console: Console | None = None) -> int:
-    """`compare`, printed; 0 when the losses agree within the tolerance, 1 when not."""
+def spread(old: dict[str, float], reruns: list[dict[str, float]]) -> float:
+    """Largest difference in nats between any two of the runs, of A or of B."""
+    columns = ([old[name], *(run[name] for run in reruns)] for name in old)
+    return max(max(losses) - min(losses) for losses in columns)
+
+
+def rerun(folder: Path | str, console: Console | None = None, times: int = 1) -> int:
+    """`compare` so many times, printed; 0 when all losses agree within the tolerance, else 1."""
     console = console or Console()
-    found = compare(folder)
-    for name, old in found.old.items():
-        new = found.new[name]
-        console.print(f"{name} loss: {old!r} then, {new!r} now, difference {new - old:+.3g}")
-    console.print(f"tolerance: {found.tolerance:g} ({found.why})", highlight=False)
-    console.print("the same" if found.same else "NOT the same", style="bold")
-    return 0 if found.same else 1
+    same = True
+    for _ in range(times):
+        found = compare(folder)
+        for name, old in found.old.items():
+            new = found.new[name]
+            console.print(f"{name} loss: {old!r} then, {new!r} now, difference {new - old:+.3g}")
+        console.print(f"tolerance: {found.tolerance:g} ({found.why})", highlight=False)
+        console.print("the same" if found.same else "NOT the same", style="bold")
+        same = same and found.same
+    runs = RunFolder(Path(folder)).reruns()
+    if runs:
+        console.print(f"spread of this run and {len(runs)} reruns: {spread(found.old, runs):g}")
+    return 0 if same else 1
 
 
-def _tolerance(cfg: config.Config, old: dict[str, Any], new: dict[str, Any]) -> tuple[float, str]:
+_VARIES = f"train.deterministic is false; times={ENOUGH} measures the spread"
+
+
+def _tolerance(
+    cfg: config.Config, result: dict[str, Any], old: dict[str, Any], new: dict[str, Any]
+) -> tuple[float, str]:
     if cfg.train.seconds is not None:
         return 0.05, "the budget is in seconds, so the number of steps differs"
     for name in ("numerics", "hardware", "versions"):
@@ -87,9 +112,12 @@ def _tolerance(cfg: config.Config, old: dict[str, Any], new: dict[str, Any]) -> 
             return OTHER_TOLERANCE, f"{name} are not those of the first time"
     if old.get("commit") != new.get("commit") or old.get("dirty") or new.get("dirty"):
         return OTHER_TOLERANCE, "the code is not, or may not be, that of the first time"
+    flag = result["train"].get("out_of_memory")
+    if flag and flag["step"]:
+        return OTHER_TOLERANCE, f"the micro-batch changed at step {flag['step']}: out of memory"
     if cfg.train.deterministic:
         return 0.0, "bit for bit: deterministic, and all else is equal"
-    return OTHER_TOLERANCE, "train.deterministic is false"
+    return OTHER_TOLERANCE, _VARIES
 
 
 def _without_measurements(environment: dict[str, Any], name: str) -> dict[str, Any]:

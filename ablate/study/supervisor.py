@@ -31,6 +31,7 @@ from typing import Any, BinaryIO
 
 import optuna
 import torch
+from filelock import FileLock
 from rich.console import Console
 from rich.table import Table
 
@@ -51,6 +52,7 @@ from ablate.study.tune import Run, Tuning, tune
 from ablate.train import checkpoint
 from ablate.train.budget import Budget
 from ablate.train.environment import commit
+from ablate.train.stop import OUT_OF_MEMORY
 
 STOP_SECONDS = 10.0  # what children get to write a checkpoint after the first Ctrl-C
 KILL_PAUSE = 0.5  # a child's death by a signal counts once this process has outlived it so long
@@ -134,6 +136,7 @@ class _Supervisor:
     causes: dict[str, str] = field(default_factory=dict)
     pruned: set[str] = field(default_factory=set)
     retried: dict[str, int] = field(default_factory=dict)  # key -> generation that failed before
+    shrunk: set[str] = field(default_factory=set)  # keys that begin again with fewer rows a pass
     held_until: dict[str, float] = field(default_factory=dict)
     children: list[_Child] = field(default_factory=list)
     signals: list[int] = field(default_factory=list)
@@ -164,11 +167,34 @@ class _Supervisor:
         self._look_at_disk(self.cells)
         self._advance()
         work = bool(self._missing() or self._may_propose())
+        try:
+            if work:
+                for slot, gpus in enumerate(self._slots()):
+                    self._spawn(slot, gpus)  # they import torch while the text is prepared
+                self._prepare()
+            lock = self._open_folder()
+            if work:
+                with self._signals(), self.display:
+                    self._loop()
+        finally:
+            self._kill_all()
         if work:
-            try:
-                self._prepare_data()
-            except KeyboardInterrupt:
-                self.signals.append(signal.SIGINT)
+            self._finish_records()
+        lock.release()
+        outcome = self._outcome()
+        self.console.print(summary(outcome))
+        for line in _causes(outcome):
+            self._say(line)
+        return outcome
+
+    def _prepare(self) -> None:
+        try:
+            self._prepare_data()
+        except KeyboardInterrupt:
+            self.signals.append(signal.SIGINT)
+
+    def _open_folder(self) -> FileLock:
+        """Write the study's index and bring Optuna up to date; the lock of this worker."""
         try:
             worker, lock = self.folder.worker()
             self._write_index()
@@ -178,19 +204,7 @@ class _Supervisor:
         except OSError as error:
             raise UserError(f"study.folder: {self.folder.path} cannot be used: {error}") from None
         self._note_commits()
-        if work:
-            with self._signals(), self.display:
-                try:
-                    self._loop()
-                finally:
-                    self._kill_all()
-            self._finish_records()
-        lock.release()
-        outcome = self._outcome()
-        self.console.print(summary(outcome))
-        for line in _causes(outcome):
-            self._say(line)
-        return outcome
+        return lock
 
     def _loop(self) -> None:
         slots = self._slots()
@@ -269,19 +283,24 @@ class _Supervisor:
     # --- slots ----------------------------------------------------------------------------------
 
     def _slots(self) -> list[str | None]:
-        """The GPU of each slot, None on a CPU, where a slot is a share of the cores."""
+        """The GPUs of each slot, None on a CPU, where a slot is a share of the cores."""
         gpus: list[str] = []
+        devices = self.cfg.train.devices
         if self.cfg.train.device != "cpu" and torch.cuda.is_available():
             visible = os.environ.get("CUDA_VISIBLE_DEVICES")
             gpus = [g for g in visible.split(",") if g] if visible else []
             gpus = gpus or [str(i) for i in range(torch.cuda.device_count())]
-        if gpus:
-            workers = self.cfg.study.workers or len(gpus)
+        groups = [
+            ",".join(gpus[i : i + devices]) for i in range(0, len(gpus) - devices + 1, devices)
+        ]
+        if groups:
+            workers = self.cfg.study.workers or len(groups)
         else:
-            workers = self.cfg.study.workers or max(1, usable_cores() // self.cfg.train.threads)
+            share = self.cfg.train.threads * devices
+            workers = self.cfg.study.workers or max(1, usable_cores() // share)
         if not self.cfg.study.search and (not self.arms or self.tuned):
             workers = min(workers, max(1, len(self._missing())))
-        return [gpus[i % len(gpus)] if gpus else None for i in range(workers)]
+        return [groups[i % len(groups)] if groups else None for i in range(workers)]
 
     def _feed(self, slot: int, gpu: str | None) -> None:
         """Give a free slot a trial; have a spare child ready while there is more to do."""
@@ -313,7 +332,7 @@ class _Supervisor:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=errors,
-                env=child_environment(self.cfg.train.threads, gpu),
+                env=child_environment(self.cfg, gpu),
                 process_group=0,  # a Ctrl-C at the terminal reaches this process alone
             )
         except OSError as error:
@@ -599,10 +618,32 @@ class _Supervisor:
             time.sleep(KILL_PAUSE)
             if self.signals:
                 return
-        cause = end.get("cause") or (
-            "stopped by SIGTERM" if state == "interrupted" else _death(code, child, run)
+        status = run.status()
+        written = None  # by a process that could not come to its last line
+        if status["state"] == "failed" and self.retried.get(cell.key) != status["generation"]:
+            written = status.get("cause")
+        cause = (
+            end.get("cause")
+            or written
+            or ("stopped by SIGTERM" if state == "interrupted" else _death(code, child, run))
         )
+        if self._has_shrunk(cell, run, cause):
+            return
         self._fail(cell, cause, state)
+
+    def _has_shrunk(self, cell: Cell, run: RunFolder, cause: str) -> bool:
+        """Whether a trial on several devices left word to begin again with fewer rows a pass."""
+        record = run.environment().get("micro_batch") or {}
+        smaller = record.get("out_of_memory")
+        if cell.key in self.shrunk or cell.trial.config.train.devices == 1:
+            return False
+        if not smaller or not cause.startswith(OUT_OF_MEMORY):
+            return False
+        self.shrunk.add(cell.key)
+        self.retried[cell.key] = run.status()["generation"]
+        self._tell(lambda: self.store.finish(cell, "interrupted", cause=cause))
+        self._say(f"{cell.name}, seed {cell.seed}: {cause}; again with {smaller['to']} rows a pass")
+        return True
 
     def _fail(self, cell: Cell, cause: str, state: str | None) -> None:
         self.causes[cell.key] = cause
@@ -787,6 +828,11 @@ class _Supervisor:
         value = objective(run)
         if state == "done" and value is not None:
             text += f", validation loss {value:.4f}"
+        smaller = ((run.result() or {}).get("train") or {}).get("out_of_memory")
+        if smaller:
+            text += (
+                f", out of memory with {smaller['from']} rows a pass and again with {smaller['to']}"
+            )
         if cause:
             text += f" ({cause})"
         self._say(text)

@@ -153,16 +153,22 @@ def _check_train(cfg: Config, warnings: list[str]) -> None:
         raise UserError(
             "train.device is 'cuda', but there is no CUDA GPU here; give 'auto' or 'cpu'"
         )
-    if train.micro_batch is not None:
-        if train.micro_batch > train.batch_size:
+    rows, share = train.batch_size, "train.batch_size"
+    if train.devices > 1:
+        if rows % train.devices:
             raise UserError(
-                f"train.micro_batch is {train.micro_batch}, more than train.batch_size "
-                f"{train.batch_size}"
+                f"train.devices is {train.devices}, which does not divide train.batch_size {rows}"
             )
-        if train.batch_size % train.micro_batch:
+        rows, share = rows // train.devices, "a device's share of train.batch_size,"
+        there = torch.cuda.device_count()
+        if train.device != "cpu" and 0 < there < train.devices:
+            raise UserError(f"train.devices is {train.devices}, but there are {there} GPUs here")
+    if isinstance(train.micro_batch, int):
+        if train.micro_batch > rows:
+            raise UserError(f"train.micro_batch is {train.micro_batch}, more than {share} {rows}")
+        if rows % train.micro_batch:
             raise UserError(
-                f"train.micro_batch is {train.micro_batch}, which does not divide train.batch_size "
-                f"{train.batch_size}"
+                f"train.micro_batch is {train.micro_batch}, which does not divide {share} {rows}"
             )
     step = train.batch_size * cfg.data.seq_len
     if train.tokens is not None and train.tokens < step:

@@ -61,9 +61,17 @@ class Clock:
         running = time.perf_counter() - self._since if self.phase == phase else 0.0
         return self.seconds[phase] + running
 
+    def so_far(self) -> float:
+        """Seconds in all phases up to this moment, at which the device is waited for."""
+        self._wait()
+        return sum(self.now(phase) for phase in PHASES)
+
     def _stop(self) -> None:
         if not self.phase:
             return
+        self._wait()
+        self.seconds[self.phase] += time.perf_counter() - self._since
+
+    def _wait(self) -> None:
         if self.device.type == "cuda" and torch.cuda.is_initialized():
             torch.cuda.synchronize(self.device)
-        self.seconds[self.phase] += time.perf_counter() - self._since

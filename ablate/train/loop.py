@@ -10,7 +10,10 @@ validation, checkpoint or log line never changes what the next step computes.
 
 from __future__ import annotations
 
+import functools
+import gc
 import logging
+import os
 import resource
 import sys
 import tempfile
@@ -24,19 +27,28 @@ import torch
 
 from ablate.arch.spec import Architecture
 from ablate.config import Config, load, science
-from ablate.data import Batch, Prefetcher, TrainStream, check_epochs, model_vocab, prepare
+from ablate.data import (
+    Batch,
+    Prefetcher,
+    TokenSet,
+    TrainStream,
+    check_epochs,
+    model_vocab,
+    prepare,
+)
 from ablate.errors import UserError
-from ablate.model import LanguageModel, param_groups
 from ablate.run import RunFolder, StaleWriter
 from ablate.train import checkpoint
 from ablate.train.budget import Budget
 from ablate.train.clock import Clock, process_age
+from ablate.train.engine import Engine
 from ablate.train.environment import device_of, environment, numerics, uses_bf16
-from ablate.train.optim import group_table, load_state_tensors, make_adamw, state_tensors
+from ablate.train.micro_batch import Shape
+from ablate.train.optim import group_table, load_state_tensors, state_tensors
 from ablate.train.peak import peak_flops
+from ablate.train.ranks import Ranks, from_torchrun, ignore_signals, launch
 from ablate.train.schedule import lr_scale
-from ablate.train.step import Stepper
-from ablate.train.stop import Interrupts, Pruned, TrialFailed, cause_of
+from ablate.train.stop import OUT_OF_MEMORY, Interrupts, Pruned, TrialFailed, cause_of
 from ablate.train.tracker import Tracker
 from ablate.train.validation import RecallScore, TextScore, Validator
 
@@ -73,6 +85,10 @@ def train(
         validation; what it returns stands under "evaluation" in the result. `check` is to be called
         now and then, and may raise to stop.
 
+    With `train.devices` above 1 the processes of the other devices are started here, or are those
+    of torchrun, in which every process calls this and gets the result; hooks are rank 0's alone.
+    A run that is out of memory goes on once with fewer rows a pass, as its result says.
+
     However it ends, status.json says so. Raises UserError for a config that cannot be run (before
     any compute), Pruned, TrialFailed with the cause (out of memory, disk full, diverged, a bug),
     KeyboardInterrupt after SIGINT or SIGTERM and a checkpoint, StaleWriter when another process
@@ -90,6 +106,23 @@ def train(
                 should_prune=should_prune,
                 evaluate=evaluate,
             )
+    ranks = from_torchrun(cfg.train)
+    if ranks.rank:
+        return _follow(cfg, ranks)
+    ranks.agree(folder.result())
+    result = None
+    try:
+        result = _lead(cfg, folder, ranks, (on_progress, should_prune, evaluate))
+    finally:
+        ranks.end(result)
+    return result
+
+
+Hooks = tuple[Progress | None, ShouldPrune | None, Evaluate | None]
+
+
+def _lead(cfg: Config, folder: RunFolder, ranks: Ranks, hooks: Hooks) -> dict[str, Any]:
+    """`train` in the process that has the run folder."""
     with folder.lock():
         result = folder.result()
         if result is not None:
@@ -98,14 +131,50 @@ def train(
             return result
         _create(cfg, folder)
         generation = folder.begin()
-        run = None
+        tracker = Tracker(cfg, folder)
+        run: _Run | None = None
+        smaller: dict[str, Any] | None = None
+
+        def lost(cause: str) -> None:
+            log.error("%s", cause)
+            if run is not None:
+                run.shrink(cause)
+            _end(folder, "failed", generation, cause, run)
+            os._exit(1)
+
         try:
-            device = device_of(cfg.train)
-            with Interrupts() as interrupts, numerics(cfg.train, device):
-                hooks = (on_progress, should_prune, evaluate)
-                run = _Run(cfg, folder, generation, device, interrupts, *hooks)
-                result = run.run()
+            with Interrupts() as interrupts:
+                if ranks.world == 1:
+                    begun = time.perf_counter()
+                    ranks = launch(cfg, lost)
+                    ranks.agree(None)
+                    _add_loading_time(time.perf_counter() - begun)
+                device = device_of(cfg.train)
+                with numerics(cfg.train, device):
+                    start = functools.partial(
+                        _Run, cfg, folder, generation, device, interrupts, ranks, tracker, *hooks
+                    )
+                    run = start()
+                    try:
+                        result = run.run()
+                    except Exception as error:
+                        smaller = run.smaller(cause_of(error))
+                        if smaller is None or ranks.world > 1:
+                            raise
+                    if smaller is not None:  # outside of `except`, whose frames hold the memory
+                        log.warning(
+                            "%(cause)s; again with %(to)d rows a pass instead of %(from)d",
+                            smaller["out_of_memory"],
+                        )
+                        run = None
+                        gc.collect()
+                        if device.type == "cuda":
+                            torch.cuda.empty_cache()
+                        interrupts.deferred = False
+                        run = start(smaller)
+                        result = run.run()
                 _finish(cfg, folder, generation)
+            assert result is not None
             return result
         except StaleWriter:
             raise
@@ -120,14 +189,62 @@ def train(
             _end(folder, "failed", generation, str(error), run)
             raise
         except Exception as error:
-            cause = cause_of(error)
+            cause = ranks.lost() or cause_of(error)
+            if run is not None and ranks.world > 1:
+                run.shrink(cause)
+            elif smaller is not None and cause.startswith(OUT_OF_MEMORY):
+                cause += f" (again, with {smaller['rows']} rows a pass)"
             _end(folder, "failed", generation, cause, run)
             if isinstance(error, TrialFailed):
                 raise
             raise TrialFailed(cause) from error
         finally:
-            if run is not None:
-                run.tracker.finish(folder.result())
+            found = folder.result()
+            ranks.end(found)
+            tracker.finish(found)
+
+
+def _follow(cfg: Config, ranks: Ranks) -> dict[str, Any]:
+    """`train` in the other processes of a run: the steps that rank 0 announces."""
+    ignore_signals()
+    finished = ranks.agree(None)
+    if finished is not None:
+        return dict(finished)
+    device = device_of(cfg.train)
+    with numerics(cfg.train, device):
+        token_set = prepare(cfg.data)
+        stream = TrainStream(token_set, cfg.data, batch_size=cfg.train.batch_size, seed=cfg.seed)
+        engine = Engine(cfg, architecture_of(cfg, token_set), device, ranks)
+        record, first = ranks.agree(None)
+        stepper = engine.stepper(record["rows"])
+        engine.follow_state(stepper)
+        ranks.listen()  # rank 0 has compiled it all by now
+        if engine.compiled:
+            stepper.warm_up(ranks.part(stream.batch(first)))
+        with _batches(stream, device, first, sys.maxsize) as batches:
+            while (lr := ranks.awaited()) is not None:
+                stepper(next(batches), lr)
+        result = ranks.agree(None)
+    if result is None:
+        raise TrialFailed("rank 0 ended without a result, and says why in the run folder")
+    return dict(result)
+
+
+def architecture_of(cfg: Config, token_set: TokenSet) -> Architecture:
+    """The architecture that a config means on a text, whose tokenizer may say the vocabulary."""
+    vocab_size = cfg.arch.vocab_size or model_vocab(token_set.vocab_size)
+    return Architecture.from_config(cfg.arch, vocab_size=vocab_size)
+
+
+@contextmanager
+def _batches(
+    stream: TrainStream, device: torch.device, first: int, last: int
+) -> Iterator[Iterator[Batch]]:
+    if device.type == "cpu":  # a thread would take the core that trains
+        yield (stream.batch(step) for step in range(first, sys.maxsize))
+        return
+    with Prefetcher(stream, first, last, pin=True) as prefetcher:
+        yield iter(prefetcher)
 
 
 def _create(cfg: Config, folder: RunFolder) -> None:
@@ -178,6 +295,11 @@ _BRANCH_MAY_DIFFER = {"evaluate"} | {
 }
 
 
+def _add_loading_time(seconds: float) -> None:
+    global _LOADED
+    _LOADED += seconds
+
+
 def _take_loading_time() -> float:
     """Seconds this process took to load, for the first run that asks."""
     global _LOADED
@@ -195,18 +317,22 @@ class _Run:
         generation: int,
         device: torch.device,
         interrupts: Interrupts,
+        ranks: Ranks,
+        tracker: Tracker,
         on_progress: Progress | None,
         should_prune: ShouldPrune | None,
         evaluate: Evaluate | None,
+        smaller: dict[str, Any] | None = None,
     ) -> None:
         self.cfg, self.folder, self.generation, self.device = cfg, folder, generation, device
-        self.interrupts = interrupts
+        self.interrupts, self.ranks, self.tracker = interrupts, ranks, tracker
         self.on_progress = on_progress or (lambda progress: None)
         self.should_prune = should_prune or (lambda step, loss: False)
         self.evaluate = evaluate
         self.clock = Clock(device)
         self.clock.seconds["start_up"] += _take_loading_time()
-        self.tracker = Tracker(cfg, folder)
+        # How a batch is cut, as environment.json has it; given where memory ran out before.
+        self.micro_batch: dict[str, Any] | None = smaller
         self.bf16 = uses_bf16(cfg.train, device)
         self.step = 0  # steps taken, skipped ones included
         self.first_step = 0  # where this process began
@@ -222,6 +348,7 @@ class _Run:
         self.warmup = cfg.train.warmup
         self.branch: dict[str, Any] | None = None
         self.lr_scale = 0.0  # of the last step
+        self.to_first_step: float | None = None  # seconds of this process up to the end of one
         self.latest: dict[str, Any] = {}  # newest figures, for on_progress
         self._reported = 0.0
 
@@ -231,7 +358,7 @@ class _Run:
         with self.clock.of("start_up"):
             self.report("start_up", force=True)
             peak, peak_source = peak_flops(self.device.type, self.bf16, self.cfg.train.threads)
-            self.peak = peak
+            self.peak = peak * self.ranks.world
             surroundings = environment(self.cfg.train, self.device)
             surroundings["hardware"] |= {"peak_flops": peak, "peak_source": peak_source}
         with self.clock.of("data"):
@@ -248,6 +375,7 @@ class _Run:
             self.build()
             self.restore()
             self.describe(surroundings)
+            self.share_state()
         self.interrupts.deferred = True
         self.loop()
         result = self.final()
@@ -256,28 +384,73 @@ class _Run:
 
     def build(self) -> None:
         cfg = self.cfg
-        vocab_size = cfg.arch.vocab_size or model_vocab(self.token_set.vocab_size)
-        self.arch = Architecture.from_config(cfg.arch, vocab_size=vocab_size)
+        self.arch = architecture_of(cfg, self.token_set)
         self.cost = self.arch.cost(cfg.data.seq_len)
         self.flops_per_token = float(self.cost.train_flops)
         self.step_tokens = cfg.train.batch_size * cfg.data.seq_len
         self.budget = Budget.of(cfg.train, self.step_tokens, self.flops_per_token)
         if self.budget.steps is not None:
             self.check_epochs(self.budget.steps)
-        torch.manual_seed(cfg.seed)  # nothing of ours draws from it; a user's layer may
-        self.model = LanguageModel(self.arch, seed=cfg.seed).to(self.device)
-        groups = param_groups(self.model, cfg.train.weight_decay)
-        self.group_rows = group_table(self.model, groups)
-        self.optimizer = make_adamw(groups, cfg.train)
-        on_gpu = self.device.type == "cuda"
-        if on_gpu if cfg.train.compile is None else cfg.train.compile:
-            self.model.compile_layers()
-        capture = cfg.train.capture is not False and on_gpu
-        self.stepper = Stepper(self.model, self.optimizer, cfg.train, self.bf16, capture)
+        self.engine = Engine(cfg, self.arch, self.device, self.ranks)
+        self.model, self.optimizer = self.engine.model, self.engine.optimizer
+        self.group_rows = group_table(self.model, self.engine.groups)
+        self.shape = Shape.of(self.engine)
+        if self.micro_batch is None:
+            self.micro_batch = self.choose_micro_batch()
+        self.stepper = self.engine.stepper(self.micro_batch["rows"])
         self.validator = Validator(
-            cfg, self.token_set, self.model, self.stepper.autocast, self.between_batches
+            cfg,
+            self.token_set,
+            self.model,
+            self.stepper.autocast,
+            self.between_batches,
+            self.stepper.micro_batch,
         )
         self.decay_start = self.budget.decay_start(cfg.train.decay, None)
+
+    def choose_micro_batch(self) -> dict[str, Any]:
+        """What this run was begun with, else what the config says, else the best one here."""
+        asked = self.cfg.train.micro_batch
+        before = self.folder.environment().get("micro_batch") or {}
+        record = {"asked": asked, "devices": self.ranks.world}
+        if record.items() <= before.items():
+            return dict(before)
+        if asked == "auto":
+            batch = self.stream.batch(0)
+            return {**record, **self.shape.choose(self.engine, batch, self.interrupts.check)}
+        rows = asked or self.cfg.train.batch_size // self.ranks.world
+        return {**record, "rows": rows, "source": "config"}
+
+    def smaller(self, cause: str) -> dict[str, Any] | None:
+        """How to cut a batch after this; None where that would not help, or did not before."""
+        record = self.micro_batch
+        if record is None or record.get("out_of_memory") or not cause.startswith(OUT_OF_MEMORY):
+            return None
+        rows = record["rows"]
+        fewer = [d for d in range(1, rows // 2 + 1) if rows % d == 0]
+        if not fewer:
+            return None
+        flag = {
+            "cause": cause,
+            "from": rows,
+            "to": fewer[-1],
+            "step": self.step,
+            "seconds": sum(self.clock.seconds.values()),
+        }
+        return {**record, "rows": fewer[-1], "out_of_memory": flag}
+
+    def shrink(self, cause: str) -> None:
+        """Leave word in the run folder for the next processes, where these cannot begin again:
+        some wait for a device that will not answer."""
+        smaller = self.smaller(cause)
+        if smaller is not None:
+            self.folder.write_environment({**self.folder.environment(), "micro_batch": smaller})
+
+    def share_state(self) -> None:
+        """Bring the other ranks to where this one begins."""
+        if self.ranks.world > 1:
+            self.ranks.agree((self.micro_batch, self.step))
+            self.engine.lead_state(self.stepper)
 
     def check_epochs(self, steps: int) -> None:
         tokens = self.stream.text_tokens(steps * self.step_tokens)
@@ -286,8 +459,14 @@ class _Run:
     def loop(self) -> None:
         if self.validation_due():  # an interrupt had cut it short
             self.validate()
+        if self.engine.compiled and self.progress < 1:
+            with self.clock.of("first_step"):
+                batch = self.ranks.part(self.stream.batch(self.step))
+                self.shape.warm_up(self.stepper, batch, self.interrupts.check)
+        self.ranks.listen()
         self.checkpoint_time = time.perf_counter()
-        with self.batches() as batches:
+        last = self.budget.steps or sys.maxsize
+        with _batches(self.stream, self.device, self.step, last) as batches:
             while self.progress < 1:
                 self.interrupts.check()
                 # The first steps compile and capture, so a budget in seconds does not pay for them.
@@ -310,8 +489,12 @@ class _Run:
                 decay_start=self.decay_start,
                 min_ratio=train.min_lr_ratio,
             )
-            self.stepper(next(batches), self.lr_scale * train.lr)
+            lr = self.lr_scale * train.lr
+            with self.ranks.step(lr):
+                self.stepper(next(batches), lr)
             self.step += 1
+            if self.to_first_step is None:
+                self.to_first_step = self.clock.so_far()
             if self.step > self.first_step + self.stepper.cold_steps:
                 self.timed_tokens += self.step_tokens
             self.progress = self.budget.progress(self.step, self.clock.now("train"))
@@ -378,6 +561,7 @@ class _Run:
             for name in ("timed_tokens", "validated_step", "validated_progress", "latest"):
                 setattr(self, name, found.state[name])
             self.peak_memory = found.state["peak_memory"]
+            self.to_first_step = found.state.get("to_first_step")
         elif branch is not None:
             self.validated_step = branch.step
             self.validated_progress = self.budget.progress(branch.step, 0.0)
@@ -444,23 +628,14 @@ class _Run:
             commits.append(surroundings["commit"])
         meta = self.token_set.meta
         data = {"fingerprint": self.token_set.fingerprint, "splits": meta.get("splits")}
-        groups = {"parameter_groups": self.group_rows}
-        self.folder.write_environment({**surroundings, "commits": commits, "data": data, **groups})
+        more = {"micro_batch": self.micro_batch, "parameter_groups": self.group_rows}
+        self.folder.write_environment({**surroundings, "commits": commits, "data": data, **more})
         for row in self.group_rows:
             log.info(
                 "AdamW %s: weight decay %g, %d parameters in %d tensors, %s: %s",
                 *(row[name] for name in ("group", "weight_decay", "params", "tensors", "dtype")),
                 ", ".join(row["names"]),
             )
-
-    @contextmanager
-    def batches(self) -> Iterator[Iterator[Batch]]:
-        if self.device.type == "cpu":  # a thread would take the core that trains
-            yield (self.stream.batch(step) for step in range(self.step, sys.maxsize))
-            return
-        last = self.budget.steps or sys.maxsize
-        with Prefetcher(self.stream, self.step, last, pin=True) as prefetcher:
-            yield iter(prefetcher)
 
     # --- between steps -------------------------------------------------------------------------
 
@@ -551,6 +726,7 @@ class _Run:
                 "validated_step": self.validated_step,
                 "validated_progress": self.validated_progress,
                 "peak_memory": self.peak_memory,
+                "to_first_step": self.to_first_step,
                 "latest": self.latest,
             }
             root = self.folder.checkpoint
@@ -635,7 +811,9 @@ class _Run:
             "loss": self.latest.get("loss"),
             "skipped_steps": self.latest.get("skipped", 0),
             "peak_memory_bytes": self.peak_memory,
-            "micro_batch": self.cfg.train.micro_batch or self.cfg.train.batch_size,
+            "micro_batch": self.stepper.micro_batch,
+            "out_of_memory": (self.micro_batch or {}).get("out_of_memory"),
+            "seconds_to_first_step": self.to_first_step,
             "lr": self.cfg.train.lr,
             "branch": self.branch,
         }

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ablate.config import TrainConfig
 
-_STATE = ("step", "exp_avg", "exp_avg_sq")
+STATE = ("step", "exp_avg", "exp_avg_sq")
 
 
 def make_adamw(groups: list[dict[str, Any]], cfg: TrainConfig) -> torch.optim.AdamW:
@@ -82,7 +82,7 @@ def state_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[st
         f"{name}/{key}": optimizer.state[p][key]
         for name, p in model.named_parameters()
         if p in optimizer.state
-        for key in _STATE
+        for key in STATE
     }
 
 
@@ -94,5 +94,5 @@ def load_state_tensors(
         if not p.requires_grad:
             continue
         optimizer.state[p] = {
-            key: tensors[f"{name}/{key}"].to(p.device, copy=True) for key in _STATE
+            key: tensors[f"{name}/{key}"].to(p.device, copy=True) for key in STATE
         }

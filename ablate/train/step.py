@@ -8,18 +8,23 @@ small model is bound by its launches otherwise.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import gc
 import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ablate.config import TrainConfig
 from ablate.data import Batch
 from ablate.errors import UserError
+from ablate.model.lm import LanguageModel
 from ablate.train.optim import apply_step, set_lr
+from ablate.train.ranks import Ranks
+from ablate.train.stop import TrialFailed, is_out_of_memory
 
 # Positions in the vector of running figures; those before _NORM begin anew with each reading.
 _LOSS, _COUNT, _NORM, _SKIPPED, _STREAK, _WORST = range(6)
@@ -36,33 +41,48 @@ class Reading:
     worst_streak: int  # most skipped steps in a row
 
 
+@functools.cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
+
+
 class Stepper:
     """Forward, backward, clipping and AdamW over batches of one shape.
 
     capture: run as a CUDA graph. Raises UserError where the model cannot be captured.
+    micro_batch: rows a forward pass; None: all at once. ranks: who shares the rows of a batch.
+
+    Layers that compile anew after the first step, or more often than there are kinds of them,
+    raise TrialFailed: a step that compiles is a hundred times slower, and nothing would say so.
     """
 
     def __init__(
         self,
-        model: nn.Module,
+        model: LanguageModel,
         optimizer: torch.optim.AdamW,
         cfg: TrainConfig,
         bf16: bool,
         capture: bool = False,
+        *,
+        micro_batch: int | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
-        self.model: Any = model
+        self.model = model
         self.optimizer = optimizer
         self.cfg = cfg
         self.params = [p for p in model.parameters() if p.requires_grad]
         self.device = self.params[0].device
         self.bf16 = bf16
         self.capture = capture
+        self.ranks = ranks or Ranks()
+        self.micro_batch = micro_batch or cfg.batch_size
+        self.compilations = 0
         self.running = torch.zeros(6, dtype=torch.float64, device=self.device)
         self.taken = 0
         self._batch: Batch | None = None  # the graph's input
         self._scored = torch.ones((), device=self.device)
         self._graph: torch.cuda.CUDAGraph | None = None
-        self._stream = torch.cuda.Stream(self.device) if capture else None
+        self._stream = _stream(self.device) if capture else None
         self.cold_steps = _ORDINARY_STEPS + 1 if capture else 1  # these are slower than the rest
 
     def autocast(self) -> torch.autocast:
@@ -80,6 +100,7 @@ class Stepper:
         """
         set_lr(self.optimizer, lr)
         self._scored.fill_(max(batch.n_targets(), 1))
+        batch = self.ranks.part(batch)
         if self._stream is None:
             self._work(batch.to(self.device))
             return
@@ -87,13 +108,11 @@ class Stepper:
         assert self._batch is not None
         self.taken += 1
         if self.taken <= _ORDINARY_STEPS:
-            self._stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self._stream):
+            with self.side_stream():
                 self._work(self._batch)
-            torch.cuda.current_stream().wait_stream(self._stream)
             return
         if self._graph is None:
-            self._graph = self._captured(self._batch)
+            self._graph = self.captured(functools.partial(self._work, self._batch))
         self._graph.replay()
 
     def _load(self, batch: Batch) -> None:
@@ -107,37 +126,78 @@ class Stepper:
             assert batch.doc_start_BL is not None
             self._batch.doc_start_BL.copy_(batch.doc_start_BL, non_blocking=True)
 
-    def _captured(self, batch: Batch) -> torch.cuda.CUDAGraph:
+    @contextlib.contextmanager
+    def side_stream(self) -> Iterator[None]:
+        """The stream that a capture will use: gradients belong to where they were first made."""
+        if self._stream is None:
+            yield
+            return
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            yield
+        torch.cuda.current_stream().wait_stream(self._stream)
+
+    def captured(self, work: Callable[[], object]) -> torch.cuda.CUDAGraph:
+        """What `work` does on the device, as a graph; it has run in the ordinary way before."""
         torch.cuda.synchronize(self.device)
         gc.collect()
         torch.cuda.empty_cache()  # the graph's pool takes what the ordinary steps used
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph, stream=self._stream):
-                self._work(batch)
-        except torch.cuda.OutOfMemoryError:
-            raise
+            # Threads that load batches, and NCCL's, may call CUDA meanwhile.
+            with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
+                work()
         except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise
             raise UserError(
                 "train.capture: this model's step cannot be captured as a CUDA graph "
                 f"({str(error).splitlines()[0]}); use train.capture=false"
             ) from error
         return graph
 
+    def warm_up(self, batch: Batch) -> None:
+        """Compile what the steps need, on the first rows of a batch of the CPU's.
+
+        Weights, gradients and random state stay as they are.
+        """
+        devices = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices), self.side_stream(), self._counted():
+            self.forward_backward(batch.split(self.micro_batch)[0].to(self.device))
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def forward_backward(self, part: Batch) -> Tensor:
+        """The loss of one micro-batch on the device, its gradients added to those there are."""
+        with self.autocast():
+            loss: Tensor = self.model.loss(
+                part.tokens_BL,
+                part.targets_BL,
+                part.doc_start_BL,
+                z_loss=self.cfg.z_loss,
+                reduction="sum",
+            )
+            loss = loss / self._scored
+        loss.backward()
+        return loss.detach()
+
+    @contextlib.contextmanager
+    def _counted(self) -> Iterator[None]:
+        before = self.model.compilations()
+        yield
+        self.compilations += self.model.compilations() - before
+        expected = self.model.expected_compilations
+        if expected is not None and self.compilations > expected:
+            raise TrialFailed(
+                f"the layers were compiled {self.compilations} times, where {expected} were "
+                "expected; use train.compile=false, and report it"
+            )
+
     def _work(self, batch: Batch) -> None:
         loss = torch.zeros((), device=self.device)
-        for part in batch.split(self.cfg.micro_batch or self.cfg.batch_size):
-            with self.autocast():
-                part_loss = self.model.loss(
-                    part.tokens_BL,
-                    part.targets_BL,
-                    part.doc_start_BL,
-                    z_loss=self.cfg.z_loss,
-                    reduction="sum",
-                )
-                part_loss = part_loss / self._scored
-            part_loss.backward()
-            loss += part_loss.detach()
+        with self._counted():
+            for part in batch.split(self.micro_batch):
+                loss += self.forward_backward(part)
+        self.ranks.add_up([p.grad for p in self.params if p.grad is not None], loss)
         norm = torch.nn.utils.get_total_norm(
             [p.grad for p in self.params if p.grad is not None], foreach=True
         )

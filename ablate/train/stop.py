@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+OUT_OF_MEMORY = "out of memory"  # how a cause begins that fewer rows a pass may help
+_NO_MEMORY = ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
@@ -21,11 +23,24 @@ class TrialFailed(RuntimeError):
     """The run cannot go on; the message is the cause, as in status.json."""
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, here or in what led to this error."""
+    chain: BaseException | None = error
+    while chain is not None:
+        text = str(chain)
+        if isinstance(chain, torch.OutOfMemoryError | MemoryError) or any(
+            words in text for words in _NO_MEMORY
+        ):
+            return True
+        chain = chain.__cause__ or chain.__context__
+    return False
+
+
 def cause_of(error: BaseException) -> str:
     """One line that says what went wrong, for status.json."""
     text = " ".join(str(error).split())
-    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in text:
-        return f"out of memory, try a smaller train.micro_batch: {text or 'no more was said'}"
+    if is_out_of_memory(error):
+        return f"{OUT_OF_MEMORY}, try a smaller train.micro_batch: {text or 'no more was said'}"
     if isinstance(error, OSError) and error.errno in _NO_ROOM:
         return f"disk full: {text}"
     if isinstance(error, TrialFailed):

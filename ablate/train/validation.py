@@ -113,6 +113,7 @@ class Validator:
         model: nn.Module,
         autocast: Callable[[], Any],
         check: Callable[[], None],
+        batch_size: int,
     ) -> None:
         self.cfg = cfg
         self.token_set = token_set
@@ -120,7 +121,7 @@ class Validator:
         self.device = next(model.parameters()).device
         self.autocast = autocast
         self.check = check
-        self.batch_size = cfg.train.micro_batch or cfg.train.batch_size
+        self.batch_size = batch_size
 
     def text(self, split: str) -> TextScore:
         """Score the first whole documents of "val_a" or "val_b", `evaluate.tokens` of them."""

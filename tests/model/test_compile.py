@@ -7,7 +7,14 @@ import torch
 from torch._dynamo.utils import counters
 
 from ablate.arch.spec import Architecture
-from ablate.model import LanguageModel
+from ablate.config import load
+from ablate.data import Batch
+from ablate.model import LanguageModel, param_groups
+from ablate.train.optim import make_adamw
+from ablate.train.step import Stepper
+from ablate.train.stop import TrialFailed
+
+CFG = load({"train": {"tokens": 1, "batch_size": 4}}).train
 
 SMALL = {
     "mamba2": {"d_state": 8, "head_dim": 8},
@@ -20,6 +27,11 @@ SMALL = {
 def model(pattern: str) -> LanguageModel:
     arch = Architecture(pattern, d_model=16, vocab_size=64, options=SMALL)
     return LanguageModel(arch, seed=0).train()
+
+
+def batch(length: int) -> Batch:
+    tokens = torch.randint(0, 64, (4, length + 1), generator=torch.Generator().manual_seed(0))
+    return Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), None)
 
 
 def loss_and_gradients(net: LanguageModel, docs: bool) -> tuple[torch.Tensor, list[torch.Tensor]]:
@@ -61,3 +73,35 @@ def test_validation_runs_uncompiled() -> None:
     net.compile_layers(backend="eager")
     loss_and_gradients(net, False)
     assert counters["stats"]["unique_graphs"] == 0
+
+
+def test_compilations_are_counted_and_more_than_expected_are_an_error() -> None:
+    torch._dynamo.reset()
+    net = model("M-*S-x2")
+    net.compile_layers(backend="eager")
+    assert net.expected_compilations == 4
+    optimizer = make_adamw(param_groups(net, 0.1), CFG)
+    stepper = Stepper(net, optimizer, CFG, bf16=False, micro_batch=2)
+    stepper.warm_up(batch(24))
+    weights = {name: p.clone() for name, p in net.named_parameters()}
+    assert stepper.compilations == 4
+    stepper(batch(24), 1e-3)
+    stepper(batch(24), 1e-3)
+    assert stepper.compilations == 4
+    assert not torch.equal(weights["embedding"], net.embedding)
+    with pytest.raises(TrialFailed, match=r"compiled \d+ times, where 4 were expected"):
+        stepper(batch(20), 1e-3)
+
+
+def test_activation_checkpointing_compiles_no_more() -> None:
+    results = []
+    for recompute in (False, True):
+        torch._dynamo.reset()
+        net = model("M-*S")
+        net.compile_layers(backend="aot_eager")
+        net.activation_checkpointing = recompute
+        before = net.compilations()
+        results.append(loss_and_gradients(net, True))
+        assert net.compilations() - before == 4
+    assert torch.equal(results[0][0], results[1][0])
+    assert all(torch.equal(a, b) for a, b in zip(results[0][1], results[1][1], strict=True))

@@ -126,6 +126,7 @@ def test_an_unfinished_study_says_what_is_missing(synthetic: ModuleType, study: 
     assert result is not None
     result["val_a"]["loss"] = result["val_b"]["loss"] = float("nan")
     result["train"]["skipped_steps"] = 7
+    result["train"]["out_of_memory"] = {"from": 128, "to": 64}
     broken.write_result(result, broken.status()["generation"])
     content = synthetic.result(loss=1.0, accuracy=1.0, attention=5)
     synthetic.write_run(
@@ -140,6 +141,8 @@ def test_an_unfinished_study_says_what_is_missing(synthetic: ModuleType, study: 
     assert "Planned, not started" in page.text
     assert "Orphans" in page.text
     assert "skipped steps" in page.text
+    assert "ran out of memory" in page.text
+    assert "128" in page.text
     analysis = analyse(load_study(study))
     assert "attention_share=0.9" not in analysis.arms.index  # an orphan counts nowhere
     assert analysis.arms.loc["attention_share=0.333", "n"] == 1

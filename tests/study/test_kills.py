@@ -16,12 +16,12 @@ import pytest
 from ablate import config
 from ablate.run import RunFolder, find_runs
 from ablate.study.folder import StudyFolder
-from ablate.study.rerun import compare
+from ablate.study.rerun import OTHER_TOLERANCE, compare
 from ablate.study.store import Store
 
 from .conftest import start
 
-MEASURED = {"seconds", "tokens_per_second", "mfu", "peak_memory_bytes"}
+MEASURED = {"seconds_to_first_step", "seconds", "tokens_per_second", "mfu", "peak_memory_bytes"}
 
 
 def science(value: Any) -> Any:
@@ -139,6 +139,27 @@ def test_a_rerun_gives_the_same_losses(make: Any, tmp_path: Path) -> None:
     assert again.old == again.new
     assert set(again.old) == {"val_a", "val_b"}
     assert again.same
+
+
+def test_the_spread_of_reruns_is_their_tolerance(
+    make: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = RunFolder.environment
+    monkeypatch.setattr(RunFolder, "environment", lambda run: {**said(run), "dirty": False})
+    changes = {"study.grid": {}, "train.tokens": 32 * 4 * 30, "train.deterministic": False}
+    tree = real(make, tmp_path, **changes)
+    finish(tree)
+    run = next(find_runs(tmp_path / "tiny"))
+    found = compare(run.path)
+    assert (found.tolerance, found.same) == (OTHER_TOLERANCE, True)
+    assert "times=5 measures the spread" in found.why
+    (losses,) = run.reruns()
+    assert losses == found.new
+    run.write_reruns([{**losses, "val_b": losses["val_b"] + 1e-4 * i} for i in range(5)])
+    found = compare(run.path)
+    assert found.tolerance == pytest.approx(4e-4)
+    assert found.why == "the spread of 5 reruns"
+    assert len(run.reruns()) == 6
 
 
 @pytest.mark.slow

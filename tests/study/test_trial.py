@@ -35,6 +35,10 @@ from ablate.study.trial import resolve
         ({"evaluate.mqar_rows": 4, "evaluate.mqar_pairs": [9]}, ["evaluate.mqar_pairs"]),
         ({"train.micro_batch": 8}, ["train.micro_batch", "train.batch_size"]),
         ({"train.micro_batch": 3}, ["train.micro_batch", "divide"]),
+        ({"train.micro_batch": 0}, ["micro_batch", "1 or more", "'auto'", "0"]),
+        ({"train.micro_batch": "all"}, ["train.micro_batch", "'all'", "integer", "'auto'"]),
+        ({"train.devices": 3}, ["train.devices is 3", "train.batch_size 4"]),
+        ({"train.devices": 2, "train.micro_batch": 4}, ["micro_batch is 4", "a device's share"]),
         (
             {"train.branch_from": "/no/run", "train.schedule": "wsd"},
             ["train.branch_from", "/no/run"],

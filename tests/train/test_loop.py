@@ -312,18 +312,6 @@ def test_many_bad_steps_in_a_row_have_diverged(
     assert folder.status()["step"] >= 10
 
 
-def test_out_of_memory_is_the_cause(
-    tiny: Make, folder: RunFolder, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def loss(self: LanguageModel, *args: Any, **kwargs: Any) -> torch.Tensor:
-        raise torch.OutOfMemoryError("Tried to allocate 20.00 GiB")
-
-    monkeypatch.setattr(LanguageModel, "loss", loss)
-    with pytest.raises(TrialFailed, match=r"out of memory.*micro_batch.*20\.00 GiB"):
-        train(tiny(), folder)
-    assert folder.status()["cause"].startswith("out of memory")
-
-
 def test_a_full_disk_fails_the_trial_and_leaves_the_checkpoint(
     tiny: Make, folder: RunFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:

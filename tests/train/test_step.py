@@ -17,17 +17,30 @@ SIZES = {"mamba2": {"d_state": 16, "head_dim": 16}, "attention": {"head_dim": 16
 SIZES |= {"swa": {"head_dim": 16, "window": 8}, "mamba1": {"d_state": 8}}
 
 
-def run(pattern: str, device: str, steps: int = 7, *, capture: bool, bad_step: int = -1, **train):
+def run(
+    pattern: str,
+    device: str,
+    steps: int = 7,
+    *,
+    capture: bool,
+    bad_step: int = -1,
+    micro_batch: int | None = None,
+    recompute: bool = False,
+    **train,
+):
     """Readings after each step, and the weights at the end."""
     cfg = load({"train": {"tokens": 1, "lr": 0.01, "batch_size": 4, **train}}).train
     place = torch.device(device)
     with numerics(cfg, place):
         arch = Architecture(pattern, d_model=48, vocab_size=64, options=SIZES)
         net = LanguageModel(arch, seed=0).to(place).train()
+        net.activation_checkpointing = recompute
         if train.get("compile"):
             net.compile_layers()
         optimizer = make_adamw(param_groups(net, 0.1), cfg)
-        stepper = Stepper(net, optimizer, cfg, bf16=device == "cuda", capture=capture)
+        stepper = Stepper(
+            net, optimizer, cfg, bf16=device == "cuda", capture=capture, micro_batch=micro_batch
+        )
         readings: list[Reading] = []
         generator = torch.Generator().manual_seed(0)
         for step in range(steps):
@@ -58,6 +71,27 @@ def test_a_captured_step_is_the_plain_one_bit_for_bit(pattern, micro_batch) -> N
     assert captured == plain
     for name, w in weights.items():
         assert torch.equal(weights_captured[name], w), name
+
+
+@pytest.mark.parametrize("pattern", ["M-", "m*", "S-"])
+def test_activation_checkpointing_changes_no_bit(pattern: str) -> None:
+    kept, weights = run(pattern, "cpu", capture=False)
+    again, weights_again = run(pattern, "cpu", capture=False, recompute=True)
+    assert again == kept
+    for name, w in weights.items():
+        assert torch.equal(weights_again[name], w), name
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("pattern", ["M-M-", "*-S-"])
+def test_activation_checkpointing_is_captured_and_compiled(pattern: str) -> None:
+    results = []
+    for recompute in (False, True):
+        torch._dynamo.reset()
+        results.append(run(pattern, "cuda", capture=True, recompute=recompute, compile=True))
+    assert results[0][0] == results[1][0]
+    for name, w in results[0][1].items():
+        assert torch.equal(results[1][1][name], w), name
 
 
 @pytest.mark.gpu

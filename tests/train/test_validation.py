@@ -19,7 +19,7 @@ from tests.train.conftest import Make
 
 
 def validator(cfg, model: nn.Module, tokens: TokenSet) -> Validator:  # type: ignore[no-untyped-def]
-    return Validator(cfg, tokens, model, contextlib.nullcontext, lambda: None)
+    return Validator(cfg, tokens, model, contextlib.nullcontext, lambda: None, cfg.train.batch_size)
 
 
 @pytest.mark.parametrize("limit", [None, 700])

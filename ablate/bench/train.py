@@ -1,0 +1,428 @@
+"""`python -m ablate bench train [NAME…] [name=value …]`: the training engine, model by model.
+
+    python -m ablate bench train                                 every model, with installed peers
+    python -m ablate bench train mamba2_130m train.deterministic=false --peers none
+    python -m ablate bench train mamba2_130m train.devices=4 train.batch_size=64 --peers none
+
+Every model trains twice in processes of their own, with data, logging and validation: cold, a few
+steps with compile caches that are empty, and warm, where the speed is measured. Its kernel time by
+what it is for comes from a profile of a few steps that are not captured; what the captured step
+takes beyond it are gaps. Peers: a plain compiled Transformer, and mamba_ssm where installed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from ablate.config import Config, load
+from ablate.data import Batch, prepare
+from ablate.errors import UserError, did_you_mean
+from ablate.study.child import child_environment
+from ablate.study.prepare import wide_console
+from ablate.train import train
+from ablate.train.clock import process_age
+from ablate.train.engine import Engine
+from ablate.train.environment import device_of, numerics
+from ablate.train.loop import architecture_of
+from ablate.train.stop import TrialFailed
+
+TreeOf = Callable[[list[str]], dict[str, Any]]
+PROFILED = 3  # steps
+TIMEOUT = 300  # seconds of one process
+
+_COMMON = ["data.seq_len=2048", "data.tokenizer.kind=byte", "data.allow_repeats=true"]
+_COMMON += ["train.batch_size=16", "train.micro_batch=null", "train.eval_every=1000000"]
+_COMMON += ["arch.vocab_size=50304", "evaluate.tokens=200000", "tracker=none"]
+_130M = ["scale=130m", "arch.attention.n_heads=12", "arch.swa.n_heads=12", "arch.swa.window=1024"]
+_GELU = ["arch.mlp.kind=gelu", "arch.mlp.d_hidden=3072"]
+
+# Words of the config, and the tokens a second on one H200 that are the goal.
+MODELS: dict[str, tuple[list[str], float]] = {
+    "mamba2_130m": (["arch=mamba2_130m"], 450e3),
+    "mamba1_130m": ([*_130M, "arch.pattern=mx24"], 280e3),
+    "transformer_124m": (["arch=transformer_124m"], 580e3),
+    "hybrid_137m": ([*_130M, *_GELU, "arch.attention_share=0.08", "arch.mlp_share=0.5"], 500e3),
+    "samba_130m": ([*_130M, "arch.pattern=m-S-x6"], 350e3),
+    "hybrid_14m": (["scale=14m", "train.batch_size=32", "arch.vocab_size=16384"], 1.4e6),
+}
+PEERS = ("plain_transformer", "mamba_ssm")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One model. Seconds are from the start of a process to the end of its first step; `outside`
+    are those of a warm trial that are neither training steps nor before the first."""
+
+    name: str
+    tokens_per_second: float
+    mfu: float | None
+    step_ms: float
+    peak_bytes: float
+    micro_batch: int
+    cold: float | None
+    warm: float | None
+    outside: float | None
+    kernels: Mapping[str, float]  # ms of a step
+
+
+def run(args: Sequence[str], *, tree_of: TreeOf, console: Console | None = None) -> int:
+    """Print a row for each model and the table of kernel time; 1 where one failed, else 0.
+
+    tree_of: the composed config of command-line words.
+    """
+    parser = argparse.ArgumentParser(prog="python -m ablate bench train", description=__doc__)
+    parser.add_argument("words", nargs="*", help=f"{', '.join(MODELS)}; settings as name=value")
+    parser.add_argument("--steps", type=int, default=100, help="of the warm process")
+    parser.add_argument("--peers", default=",".join(PEERS), help="none, or names")
+    parser.add_argument("--no-cold", action="store_true", help="with the compile caches there are")
+    options = parser.parse_intermixed_args(list(args))
+    names = [word for word in options.words if "=" not in word] or list(MODELS)
+    settings = [word for word in options.words if "=" in word]
+    peers = [] if options.peers == "none" else options.peers.split(",")
+    for name, known in [*((n, MODELS) for n in names), *((p, PEERS) for p in peers)]:
+        if name not in known:
+            raise UserError(
+                f"bench train: there is no model '{name}'{did_you_mean(name, known)}; "
+                f"there are {', '.join(known)}"
+            )
+    if options.steps < 5:
+        raise UserError(f"bench train: --steps is {options.steps}; give 5 or more")
+    console = console or wide_console()
+    rows, failed = [], 0
+    for name in [*names, *peers]:
+        if name == "mamba_ssm" and importlib.util.find_spec("mamba_ssm") is None:
+            console.print("mamba_ssm is not installed")
+            continue
+        words = [*_COMMON, *(MODELS[name][0] if name in MODELS else []), *settings]
+        try:
+            row = _measure(name, tree_of(words), options.steps, cold=not options.no_cold)
+        except TrialFailed as error:
+            console.print(f"{name}: {error}", markup=False)
+            failed += 1
+            continue
+        rows.append(row)
+        console.print(_line(row), markup=False, highlight=False)
+    if rows:
+        place = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+        console.print(_speeds(rows, place), _kernels(rows))
+    return int(failed > 0)
+
+
+# --- processes ------------------------------------------------------------------------------------
+
+
+def _measure(name: str, tree: dict[str, Any], steps: int, *, cold: bool) -> Row:
+    cfg = load(tree)
+    prepare(cfg.data)  # so that no process has the text to make
+    environment = child_environment(cfg)
+    with tempfile.TemporaryDirectory(prefix="ablate-bench-") as empty:
+        if cold:
+            caches = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
+            environment |= {variable: os.path.join(empty, variable) for variable in caches}
+        first = _process(name, tree, 5, environment, kernels=False) if cold else None
+        found = _process(name, tree, steps, environment, kernels=True)
+    tokens = cfg.train.batch_size * cfg.data.seq_len
+    speed = found["tokens_per_second"]
+    kernels = found["kernels"]
+    step_ms = 1e3 * tokens / speed
+    if kernels and torch.cuda.is_available():  # else the profile slows what it measures
+        kernels["gaps"] = step_ms - sum(kernels.values())
+    return Row(
+        name,
+        speed,
+        found["mfu"],
+        step_ms,
+        found["peak_memory_bytes"],
+        found["micro_batch"],
+        None if first is None else first["seconds_to_first_step"],
+        found["seconds_to_first_step"],
+        found["outside"],
+        kernels,
+    )
+
+
+def _process(
+    name: str, tree: dict[str, Any], steps: int, environment: dict[str, str], *, kernels: bool
+) -> dict[str, Any]:
+    """What `_main` found in a process of its own; TrialFailed with its last line."""
+    asked = {"name": name, "config": tree, "steps": steps, "kernels": kernels}
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "ablate.bench.train"],
+            input=json.dumps(asked),
+            capture_output=True,
+            text=True,
+            env=environment,
+            timeout=TIMEOUT,
+        )
+    except subprocess.TimeoutExpired:
+        raise TrialFailed(f"{steps} steps did not end within {TIMEOUT} s") from None
+    lines = (done.stderr if done.returncode else done.stdout).strip().splitlines()
+    if done.returncode:
+        raise TrialFailed(lines[-1] if lines else f"exit code {done.returncode}")
+    return dict(json.loads(lines[-1]))
+
+
+def _main() -> None:
+    asked = json.load(sys.stdin)
+    cfg = load(asked["config"])
+    tokens = asked["steps"] * cfg.train.batch_size * cfg.data.seq_len
+    cfg = cfg.model_copy(update={"train": cfg.train.model_copy(update={"tokens": tokens})})
+    if asked["name"] in PEERS:
+        print(json.dumps(_peer(asked["name"], cfg, asked["steps"])))
+        return
+    result = train(cfg)
+    found = {name: value for name, value in result["train"].items() if name != "seconds"}
+    seconds = result["seconds"]
+    before = found["seconds_to_first_step"]
+    found["outside"] = sum(seconds.values()) - seconds["train"] - before
+    found["kernels"] = kernel_times(cfg, found["micro_batch"]) if asked["kernels"] else {}
+    print(json.dumps(found))
+
+
+# --- where the time goes --------------------------------------------------------------------------
+
+_OF_KIND = {
+    "ssd": "Mamba-2: ssd",
+    "mamba2_core": "Mamba-2: core",
+    "gated_rms_norm": "Mamba-2: gated norm",
+    "selective_scan": "Mamba-1: scan",
+    "conv1d": "Mamba: convolution",
+    "rms_norm": "all: norm",
+}
+_OPTIMISER = ("Optimizer.step", "_foreach_norm", "vector_norm", "_fused_adam")
+_ATTENTION = ("attention", "flash", "flex", "sdpa")
+_GEMM = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::matmul", "aten::linear")
+
+_COMPILED = ("triton_", "Torch-Compiled", "CompiledFunction", "## Call CompiledFx")
+
+
+def group_of(names: Sequence[str]) -> str:
+    """What an operator is for, by its own name and those of the operators around it."""
+    for name in names:
+        if "CrossEntropy" in name or "cross_entropy" in name:
+            return "loss"
+        if any(part in name for part in _OPTIMISER):
+            return "optimiser"
+        if name.startswith("ablate::"):
+            op = name.removeprefix("ablate::")
+            for ending in ("_forward", "_backward", "_grad"):
+                op = op.removesuffix(ending)
+            return _OF_KIND.get(op, op)
+        if any(part in name.lower() for part in _ATTENTION):
+            return "attention: core"
+    if names[0].startswith(_GEMM):
+        return "GEMMs"
+    return "compiled elementwise" if names[0].startswith(_COMPILED) else "other"
+
+
+def kernel_times(cfg: Config, micro_batch: int) -> dict[str, float]:
+    """Milliseconds of a training step by `group_of`: on the GPU, or where there is none the CPU's.
+
+    The steps are compiled as `train` compiles them, and launched one kernel after the other, so
+    that each kernel is known by the operator that launched it.
+    """
+    device = device_of(cfg.train)
+    on_gpu = device.type == "cuda"
+    with numerics(cfg.train, device):
+        engine = Engine(cfg, architecture_of(cfg, prepare(cfg.data)), device)
+        engine.captured = False
+        stepper = engine.stepper(micro_batch)
+        shape = (cfg.train.batch_size // cfg.train.devices, cfg.data.seq_len)
+        tokens = torch.randint(0, 256, shape, generator=torch.Generator().manual_seed(0))
+        starts = torch.zeros(shape, dtype=torch.int32) if cfg.data.reset_documents else None
+        batch = Batch(tokens, tokens.roll(-1, 1), starts)
+        for _ in range(2):
+            stepper(batch, 1e-4)
+        activities = [torch.profiler.ProfilerActivity.CPU]
+        if on_gpu:
+            activities.append(torch.profiler.ProfilerActivity.CUDA)
+        with torch.profiler.profile(activities=activities) as profiled:
+            for _ in range(PROFILED):
+                stepper(batch, 1e-4)
+            stepper.read()
+    times: defaultdict[str, float] = defaultdict(float)
+    everything = 0.0
+    for event in profiled.events():
+        if event.device_type != torch.autograd.DeviceType.CPU:
+            everything += event.self_device_time_total * (not event.is_user_annotation)
+            continue
+        spent = event.self_device_time_total if on_gpu else event.self_cpu_time_total
+        if spent > 0:
+            names, parent = [event.name], event.cpu_parent
+            while parent is not None:
+                names.append(parent.name)
+                parent = parent.cpu_parent
+            times[group_of(names)] += spent / 1e3 / PROFILED
+    rest = everything / 1e3 / PROFILED - sum(times.values())
+    if on_gpu and rest > 0:
+        times["of no operator"] = rest
+    return dict(times)
+
+
+# --- peers ----------------------------------------------------------------------------------------
+
+
+class _Block(nn.Module):
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.out = nn.Linear(width, width, bias=False)
+        self.up = nn.Linear(width, 4 * width, bias=False)
+        self.down = nn.Linear(4 * width, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        qkv = self.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1))
+        q, k, v = (t.transpose(1, 2) for t in qkv.unbind(2))
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.out(mixed.transpose(1, 2).flatten(2))
+        return x + self.down(F.gelu(self.up(self.norm2(x))))
+
+
+class _Transformer(nn.Module):
+    """The 124M Transformer as one writes it down, with learned positions and tied embeddings."""
+
+    def __init__(self, vocabulary: int, length: int, width: int = 768, layers: int = 12) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(vocabulary, width)
+        self.positions = nn.Parameter(torch.zeros(length, width))
+        self.blocks = nn.Sequential(*(_Block(width, width // 64) for _ in range(layers)))
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, tokens_BL: Tensor) -> Tensor:
+        x = self.norm(self.blocks(self.embedding(tokens_BL) + self.positions))
+        return F.linear(x, self.embedding.weight)
+
+
+def _peer(name: str, cfg: Config, steps: int) -> dict[str, Any]:
+    """A peer's step on tokens that are there already: no data, no logging, no validation."""
+    device = device_of(cfg.train)
+    rows, length, vocabulary = cfg.train.batch_size, cfg.data.seq_len, cfg.arch.vocab_size or 256
+    torch.set_float32_matmul_precision("high")
+    if name == "mamba_ssm":
+        from mamba_ssm.models.config_mamba import MambaConfig  # type: ignore[import-not-found]
+        from mamba_ssm.models.mixer_seq_simple import (  # type: ignore[import-not-found]
+            MambaLMHeadModel,
+        )
+
+        shape = {"d_model": 768, "n_layer": 24, "vocab_size": vocabulary}
+        peer = MambaLMHeadModel(MambaConfig(**shape, ssm_cfg={"layer": "Mamba2"}), device=device)
+        logits: Any = lambda tokens: peer(tokens).logits  # noqa: E731
+    else:
+        peer = _Transformer(vocabulary, length).to(device)
+        logits = peer
+    on_gpu = device.type == "cuda"
+
+    def loss_of(tokens: Tensor) -> Tensor:
+        return F.cross_entropy(logits(tokens).flatten(0, 1).float(), tokens.flatten())
+
+    if name != "mamba_ssm" and on_gpu:
+        loss_of = torch.compile(loss_of)
+    optimizer = torch.optim.AdamW(peer.parameters(), lr=1e-4, fused=True)
+    tokens = torch.randint(0, vocabulary, (rows, length), device=device)
+
+    def step() -> None:
+        with torch.autocast(device.type, torch.bfloat16):
+            loss = loss_of(tokens)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(peer.parameters(), 1.0, foreach=True)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    def wait() -> None:
+        if on_gpu:
+            torch.cuda.synchronize()
+
+    step()
+    wait()
+    first = process_age()
+    for _ in range(3):
+        step()
+    wait()
+    begun = time.perf_counter()
+    for _ in range(steps):
+        step()
+    wait()
+    return {
+        "tokens_per_second": steps * tokens.numel() / (time.perf_counter() - begun),
+        "mfu": None,
+        "peak_memory_bytes": torch.cuda.max_memory_allocated() if on_gpu else 0,
+        "micro_batch": rows,
+        "seconds_to_first_step": first,
+        "outside": None,
+        "kernels": {},
+    }
+
+
+# --- tables ---------------------------------------------------------------------------------------
+
+
+def _number(value: float | None, form: str = ",.1f") -> str:
+    return "–" if value is None else format(value, form)
+
+
+def _line(row: Row) -> str:
+    return (
+        f"{row.name}: {row.tokens_per_second:,.0f} tokens/s, first step after "
+        f"{_number(row.cold)} s cold and {_number(row.warm)} s warm"
+    )
+
+
+def _speeds(rows: Sequence[Row], place: str) -> Table:
+    table = Table(title=f"Training on {place}", title_justify="left")
+    table.add_column("model")
+    for name in ("tokens/s", "of the goal", "MFU", "ms a step", "rows a pass", "GiB"):
+        table.add_column(name, justify="right")
+    for name in ("first step, s\ncold", "\nwarm", "outside\nsteps, s"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        goal = MODELS[row.name][1] if row.name in MODELS else None
+        table.add_row(
+            row.name,
+            f"{row.tokens_per_second:,.0f}",
+            _number(goal and row.tokens_per_second / goal, ".2f"),
+            _number(row.mfu, ".1%"),
+            f"{row.step_ms:,.1f}",
+            str(row.micro_batch),
+            f"{row.peak_bytes / 2**30:,.1f}",
+            *map(_number, (row.cold, row.warm, row.outside)),
+        )
+    return table
+
+
+def _kernels(rows: Sequence[Row]) -> Table:
+    """Groups in the order of their time, over all models."""
+    table = Table(title="Kernel time of a step, ms", title_justify="left")
+    table.add_column("")
+    told = [row for row in rows if row.kernels]
+    total: Counter[str] = Counter()
+    for row in told:
+        table.add_column(row.name, justify="right")
+        total.update(row.kernels)
+    for group in sorted(total, key=lambda g: (g == "gaps", -total[g])):
+        table.add_row(group, *(_number(row.kernels.get(group), ".2f") for row in told))
+    table.add_row("a step", *(f"{row.step_ms:.2f}" for row in told))
+    return table
+
+
+if __name__ == "__main__":
+    _main()

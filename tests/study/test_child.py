@@ -1,0 +1,92 @@
+"""What a process that trains is given: caches, GPUs, and its start before there is a trial."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ablate import config
+from ablate.run import RunFolder
+from ablate.study import space
+from ablate.study.child import child_environment
+from ablate.study.supervisor import _Supervisor, run_study
+
+from .conftest import FAKE
+
+
+def test_compile_caches_are_shared_unless_the_user_has_some(
+    make: Any, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cfg = config.load(make(**{"train.threads": 3}))
+    monkeypatch.delenv("TRITON_CACHE_DIR", raising=False)
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/mine")
+    found = child_environment(cfg, "2,3")
+    assert found["TRITON_CACHE_DIR"] == str(cache / "triton")
+    assert found["TORCHINDUCTOR_CACHE_DIR"] == "/mine"
+    assert found["CUDA_VISIBLE_DEVICES"] == "2,3"
+    assert found["OMP_NUM_THREADS"] == "3"
+
+
+def supervisor(tree: dict[str, Any], console: Any) -> _Supervisor:
+    cfg = config.load(tree)
+    return _Supervisor(space.full(tree), cfg, space.cells(tree), console, FAKE)
+
+
+@pytest.mark.parametrize(
+    ("devices", "slots"), [(1, ["0", "1", "2"]), (2, ["0,1", "2,3"]), (4, ["0,1,2,3"])]
+)
+def test_a_slot_has_the_devices_of_a_trial(
+    make: Any, console: Any, monkeypatch: pytest.MonkeyPatch, devices: int, slots: list[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    grid = {"study.grid": {"train.lr": [1e-3, 2e-3, 3e-3]}, "study.workers": None}
+    tree = make(**grid, **{"train.devices": devices, "train.device": "auto"})
+    assert supervisor(tree, console)._slots() == slots
+
+
+def test_children_start_while_the_text_is_prepared(make: Any, console: Any) -> None:
+    study = supervisor(make(), console)
+    ready: list[bool] = []
+    prepare = study._prepare_data
+
+    def slow() -> None:
+        ready.append(len(study.children) == 1 and study.children[0].process.poll() is None)
+        prepare()
+
+    study._prepare_data = slow  # type: ignore[method-assign]
+    assert study.run().exit_code == 0
+    assert ready == [True]
+
+
+def test_a_trial_of_two_processes_that_runs_out_of_memory_begins_again(
+    make: Any, console: Any
+) -> None:
+    tree = make(**{"train.devices": 2, "train.tokens": 32 * 4 * 3})
+    child = [sys.executable, str(Path(__file__).with_name("small_child.py"))]
+    outcome = run_study(tree, console=console, child_command=child)
+    said = console.file.getvalue()
+    assert outcome.exit_code == 0, said
+    assert "again with 1 rows a pass" in said
+    result = RunFolder(outcome.folder / outcome.done[0]).result()
+    assert result is not None
+    assert result["train"]["micro_batch"] == 1
+    assert result["train"]["out_of_memory"]["from"] == 2
+
+
+def test_a_trial_of_two_processes(make: Any, console: Any) -> None:
+    tree = make(**{"train.devices": 2, "train.tokens": 32 * 4 * 3})
+    outcome = run_study(tree, console=console)
+    assert outcome.exit_code == 0, console.file.getvalue()
+    run = RunFolder(outcome.folder / outcome.done[0])
+    assert run.environment()["micro_batch"] == {
+        "asked": "auto",
+        "devices": 2,
+        "rows": 2,
+        "source": "whole batch",
+    }
