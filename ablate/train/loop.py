@@ -307,6 +307,11 @@ def _take_loading_time() -> float:
     return taken
 
 
+def _queues(device: torch.device) -> bool:
+    """Whether the host runs ahead of the device."""
+    return device.type == "cuda"
+
+
 class _Run:
     """One process's work on one run."""
 
@@ -479,9 +484,13 @@ class _Run:
                     self.save()
 
     def train_steps(self, batches: Iterator[Batch], most: int) -> None:
-        """Up to `most` steps, until something other than a step is to be done."""
+        """Up to `most` steps, until something other than a step is to be done.
+
+        A line is written once the next step is under way, so that the device never waits for it.
+        """
         train = self.cfg.train
-        for _ in range(most):
+        line: Callable[[], None] | None = None
+        for i in range(most):
             self.lr_scale = lr_scale(
                 train.schedule,
                 self.budget.progress(self.step + 0.5, self.clock.now("train")),
@@ -492,6 +501,9 @@ class _Run:
             lr = self.lr_scale * train.lr
             with self.ranks.step(lr):
                 self.stepper(next(batches), lr)
+            if line is not None:
+                line()
+                line = None
             self.step += 1
             if self.to_first_step is None:
                 self.to_first_step = self.clock.so_far()
@@ -499,14 +511,20 @@ class _Run:
                 self.timed_tokens += self.step_tokens
             self.progress = self.budget.progress(self.step, self.clock.now("train"))
             if self.step % train.log_every == 0 or self.progress >= 1:
-                self.log_line()
+                line = self.log_line()
+                if not _queues(self.device):
+                    line()
+                    line = None
             self.report("train")
             if (
                 self.progress >= 1
                 or self.interrupts.pending
                 or self.validation_due()
                 or self.checkpoint_due()
+                or i + 1 == most
             ):
+                if line is not None:
+                    line()
                 return
 
     def final(self) -> dict[str, Any]:
@@ -671,34 +689,43 @@ class _Run:
             raise Pruned(f"pruned at step {self.step} with a loss of {loss:.4f} on validation A")
         return score
 
-    def log_line(self) -> None:
-        reading = self.stepper.read()
-        if reading.worst_streak >= MAX_SKIPPED:
-            raise TrialFailed(
-                f"diverged: {reading.worst_streak} steps in a row had a loss or gradient that is "
-                f"not finite, up to step {self.step}"
-            )
-        seconds = self.clock.now("train")
-        tokens = self.timed_tokens - self.logged_tokens
-        speed = tokens / (seconds - self.logged_seconds) if tokens else None
-        self.logged_tokens, self.logged_seconds = self.timed_tokens, seconds
-        row = {
+    def log_line(self) -> Callable[[], None]:
+        """What writes the line of this step."""
+        row: dict[str, Any] = {
             "step": self.step,
             "tokens": self.tokens,
-            "loss": reading.loss,
             "lr": self.lr_scale * self.cfg.train.lr,
-            "grad_norm": reading.grad_norm,
-            "tokens_per_second": speed,
-            "mfu": speed and speed * self.flops_per_token / self.peak,
-            "seconds": self.trained_seconds(),
-            "skipped": reading.skipped,
         }
-        self.latest |= row
-        self.folder.append_metrics(row)
-        self.tracker.log(row)
-        if self.budget.steps is None:
-            self.check_epochs(self.step)
-        self._reported = 0.0
+        read, timed_tokens = self.stepper.note(), self.timed_tokens
+
+        def write() -> None:
+            reading = read()
+            if reading.worst_streak >= MAX_SKIPPED:
+                raise TrialFailed(
+                    f"diverged: {reading.worst_streak} steps in a row had a loss or gradient that "
+                    f"is not finite, up to step {row['step']}"
+                )
+            seconds = self.clock.now("train")
+            tokens = timed_tokens - self.logged_tokens
+            speed = tokens / (seconds - self.logged_seconds) if tokens else None
+            self.logged_tokens, self.logged_seconds = timed_tokens, seconds
+            figures = {
+                "loss": reading.loss,
+                "grad_norm": reading.grad_norm,
+                "tokens_per_second": speed,
+                "mfu": speed and speed * self.flops_per_token / self.peak,
+                "seconds": self.trained_seconds(),
+                "skipped": reading.skipped,
+            }
+            line = {**row, **figures}
+            self.latest |= line
+            self.folder.append_metrics(line)
+            self.tracker.log(line)
+            if self.budget.steps is None:
+                self.check_epochs(row["step"])
+            self._reported = 0.0
+
+        return write
 
     def checkpoint_due(self) -> bool:
         if self.step == self.last_checkpoint:

@@ -1,6 +1,7 @@
 """One optimiser step, with everything it measures left on the device.
 
-The host reads `Stepper.read` at log steps only, and nothing here waits for the device. On a GPU the
+The host reads `Stepper.note` at log steps only, after the next step is under way, and nothing here
+waits for the device. On a GPU the
 step is captured as one CUDA graph after a few ordinary ones: forward, backward, clipping, skipping
 and AdamW, its batch, its learning rate and its number of targets in tensors that stay in place. A
 small model is bound by its launches otherwise.
@@ -216,8 +217,26 @@ class Stepper:
         run[_STREAK] = (run[_STREAK] + 1) * skip
         run[_WORST] = torch.maximum(run[_WORST], run[_STREAK])
 
+    def note(self) -> Callable[[], Reading]:
+        """Begin a new interval; what is returned waits for this moment and reads the last one."""
+        event = None
+        if self.device.type == "cuda":
+            figures = torch.empty(len(self.running), dtype=torch.float64, pin_memory=True)
+            figures.copy_(self.running, non_blocking=True)
+            event = torch.cuda.Event()
+            event.record()
+        else:
+            figures = self.running.clone()
+        self.running[:_NORM].zero_()  # an assignment of a number would wait for the device
+
+        def read() -> Reading:
+            if event is not None:
+                event.synchronize()
+            total, count, norm, skipped, _, worst = figures.tolist()
+            return Reading(total / count if count else math.nan, norm, int(skipped), int(worst))
+
+        return read
+
     def read(self) -> Reading:
         """Wait for the device, read the figures, and begin a new interval."""
-        total, count, norm, skipped, _, worst = self.running.tolist()
-        self.running[:_NORM].zero_()  # an assignment of a number would wait for the device
-        return Reading(total / count if count else math.nan, norm, int(skipped), int(worst))
+        return self.note()()

@@ -107,6 +107,16 @@ def test_a_longer_log_interval_logs_the_mean(tiny: Make, tmp_path: Path) -> None
     assert means[16] == pytest.approx(sum(losses[8:16]) / 8)
 
 
+def test_lines_that_wait_for_the_next_step_say_the_same(
+    tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at_once, late = RunFolder(tmp_path / "at_once"), RunFolder(tmp_path / "late")
+    train(tiny(train={"log_every": 3}), at_once)
+    monkeypatch.setattr("ablate.train.loop._queues", lambda device: True)
+    train(tiny(train={"log_every": 3}), late)
+    assert curve(at_once.metrics()) == curve(late.metrics())
+
+
 # --- the same again ------------------------------------------------------------------------------
 
 

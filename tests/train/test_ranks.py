@@ -112,7 +112,7 @@ def test_an_error_of_the_first_ends_the_others(
     def fail(self: Stepper) -> None:
         raise MemoryError("no more")
 
-    monkeypatch.setattr(Stepper, "read", fail)
+    monkeypatch.setattr(Stepper, "note", fail)
     with pytest.raises(TrialFailed, match="out of memory"):
         train(pair(), RunFolder(tmp_path / "run"))
     assert not dist.is_initialized()
