@@ -17,11 +17,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator, PercentFormatter
 
 from ablate.report.confounds import si
-from ablate.report.frames import records
+from ablate.report.frames import evaluated, load_evaluation, records
 from ablate.report.plots import COLUMN, MARKERS, STYLE, Plot, colours, save
 from ablate.report.stats import NAN, Estimate, bootstrap_ratio, mcnemar, paired_items
 from ablate.report.verdicts import Analysis
-from ablate.run import find_runs
 
 _OF_TRAINING = {"val_a", "val_b", "mqar"}  # shown elsewhere on the page
 _HEAT = ("passkey", "needle", "needle_multivalue")
@@ -40,13 +39,12 @@ class Evaluations:
         arms = {row["key"]: str(row["arm"]) for row in records(analysis.runs)}
         order = {str(arm): i for i, arm in enumerate(analysis.arms.index)}
         tasks: dict[str, dict[str, list[dict[str, Any]]]] = {}
-        for run in find_runs(path):
-            if run.key not in arms:
+        for name in evaluated(path):
+            if name in _OF_TRAINING:
                 continue
-            for name in run.evaluations():
-                content = run.evaluation(name)
-                if name not in _OF_TRAINING and content and "items" in content:
-                    tasks.setdefault(name, {}).setdefault(arms[run.key], []).append(content)
+            for key, content in load_evaluation(path, name).items():
+                if key in arms and "items" in content:
+                    tasks.setdefault(name, {}).setdefault(arms[key], []).append(content)
         ordered = {
             name: dict(sorted(found.items(), key=lambda p: order.get(p[0], len(order))))
             for name, found in sorted(tasks.items())

@@ -22,7 +22,6 @@ from __future__ import annotations
 import base64
 import html
 import math
-import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,6 +33,7 @@ from rich.table import Table
 from ablate.arch.certificate import QUANTITIES
 from ablate.report.confounds import Confound, confounds, si
 from ablate.report.evaluation import Evaluations
+from ablate.report.export import command_of
 from ablate.report.frames import load_details, load_metrics, load_study, missing_cells, records
 from ablate.report.plots import Plot, plot_curves, plot_outcomes, plot_rates
 from ablate.report.stats import Estimate
@@ -577,10 +577,8 @@ def _environment(details: pd.DataFrame) -> str:
 
 
 def _reproduce(study: dict[str, Any], name: str, path: Path) -> str:
-    command = study.get("command")
-    if isinstance(command, list):
-        command = shlex.join(map(str, command))
-    lines = [str(command or f"python -m ablate +sweep={name}"), f"python -m ablate report {path}"]
+    shown = path.name if path.is_absolute() else path.as_posix()
+    lines = [command_of({"name": name, **study}), f"python -m ablate report {shown}"]
     return f"<pre>{_e(chr(10).join(lines))}</pre>"
 
 

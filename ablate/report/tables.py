@@ -118,7 +118,7 @@ def equal_budgets(analysis: Analysis, metrics: pd.DataFrame) -> pd.DataFrame:
     lines = metrics[metrics["key"].isin(set(analysis.runs["key"]))]
     if "val_a_loss" not in lines or len(analysis.arms) < 2:
         return pd.DataFrame(columns=["budget", "at", "arm", "loss", "low", "high"])
-    curves = {key: _with_seconds(run) for key, run in lines.groupby("key")}
+    curves = {key: with_seconds(run) for key, run in lines.groupby("key")}
     runs = analysis.runs[analysis.runs["key"].isin(set(curves))]
     for budget in ("tokens", "flops", "seconds"):
         tracks = {}
@@ -180,7 +180,7 @@ def certificate_table(analysis: Analysis, path: Path) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=list(rows[0]) if rows else ["arm"])
 
 
-def _with_seconds(run: pd.DataFrame) -> pd.DataFrame:
+def with_seconds(run: pd.DataFrame) -> pd.DataFrame:
     """A run's validation lines in order, the seconds taken from the training lines around them."""
     run = run.sort_values("step", kind="stable")
     validations = run[run["val_a_loss"].notna()].drop_duplicates("step", keep="last").copy()
