@@ -79,7 +79,7 @@ def load_study(path: str | Path) -> pd.DataFrame:
 
     Columns: key, arm, one per factor (dotted name), seed, stage ('tune': looks for its arm's
     learning rate; 'confirm': arms are compared by these), state, cause ('' when all went well),
-    pattern, the figures of `FIGURES`, trial_seconds (all phases together), commit, hardware, orphan.
+    pattern, figures (`FIGURES`), trial_seconds (all phases together), commit, hardware, orphan.
     Shares are fractions, losses nats a token, sizes bytes, times seconds. `frame.attrs["study"]` is
     the content of study.json, `attrs["path"]` the folder.
     A run that nothing holds and that never ended has the state 'interrupted'.

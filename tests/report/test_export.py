@@ -122,5 +122,5 @@ def test_a_damaged_export_is_told_in_one_sentence(evaluated, tmp_path):
 def test_a_text_that_names_the_machine_is_refused(evaluated, tmp_path):
     index = read_json(evaluated / "study.json")
     write_json(evaluated / "study.json", {**index, "question": f"Does {HOST} work?"})
-    with pytest.raises(UserError, match=rf"names this machine \('{HOST}'\\)"):
+    with pytest.raises(UserError, match=rf"names this machine \('{HOST}'\)"):
         export_study(evaluated, tmp_path / "results")
