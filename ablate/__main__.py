@@ -100,7 +100,8 @@ CSV, Parquet and Markdown. Works on an unfinished study and says what is missing
 usage: python -m ablate rerun RUN_FOLDER
 
 Trains a finished trial again from its own config.yaml, in a temporary folder, and compares the
-losses. Exit code 0 when they agree within the stated tolerance, 1 when not.
+losses. Exit code 0 when they agree within the stated tolerance, 1 when not. The comparison is kept
+in RUN_FOLDER/evaluation/rerun.json, beside those of earlier reruns.
 """,
     "evaluate": """\
 usage: python -m ablate evaluate RUN_FOLDER | MODEL [name=value ...]

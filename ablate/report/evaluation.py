@@ -89,7 +89,7 @@ class Evaluations:
             axes = figure.subplots(len(tasks), 1, squeeze=False)[:, 0]
             for ax, (task, arms) in zip(axes, tasks.items(), strict=True):
                 for i, (arm, contents) in enumerate(arms.items()):
-                    sizes, found = _by_size(contents)
+                    sizes, found = by_size(contents)
                     y = [e.value for e in found]
                     bars = [
                         [max(0.0, e.value - e.low) if e.low == e.low else 0.0 for e in found],
@@ -286,7 +286,7 @@ def _row(
     }
 
 
-def _by_size(contents: list[dict[str, Any]]) -> tuple[list[int], list[Estimate]]:
+def by_size(contents: list[dict[str, Any]]) -> tuple[list[int], list[Estimate]]:
     """Accuracy at each size of a task, cells of one size together."""
     cells = contents[0]["cells"]
     sizes = sorted({int(cell["x"]) for cell in cells.values()})

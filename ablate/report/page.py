@@ -72,12 +72,14 @@ def write_report(
     *,
     reference: str | None = None,
     say: Callable[[str], object] = print,
+    shown: Path | None = None,
 ) -> Path:
     """Write `<path>/report/` from the run folders at `path`; returns the page's path.
 
     Works on an unfinished study and says what is missing. `reference`: the arm that the others are
     compared with (default: the lowest on a numeric axis, else the first). `say` gets one line where
-    Parquet files cannot be written. Raises UserError where no run folder is.
+    Parquet files cannot be written; `shown`: how the page calls the folder, if not `path`. Raises
+    UserError where no run folder is.
     """
     path = Path(path)
     frame = load_study(path)
@@ -109,7 +111,7 @@ def write_report(
     details = load_details(path)
     found = confounds(frame, details)
     plots += evaluations.plots(folder)
-    text = _page(analysis, [p for p in plots if p], found, details, tables, path)
+    text = _page(analysis, [p for p in plots if p], found, details, tables, shown or path)
     page = folder / "index.html"
     atomic_write(page, text)
     return page

@@ -23,7 +23,7 @@ _NO_PARQUET = "pyarrow is not installed: the tables are written as CSV and Markd
 
 def arm_table(analysis: Analysis) -> pd.DataFrame:
     """One row an arm: where it stands, its architecture and cost, and each metric's mean with the
-    95% interval (`<metric>`, `<metric>_low`, `<metric>_high`, `<metric>_n`)."""
+    95% interval (`<metric>`, `<metric>_low`, `<metric>_high`, `<metric>_n`); `keys`: its runs."""
     table = analysis.arms.drop(columns=["series"]).rename(columns={"n": "runs"})
     for column, comparison in analysis.comparisons.items():
         fit = comparison.fit
@@ -32,6 +32,7 @@ def arm_table(analysis: Analysis) -> pd.DataFrame:
         table[f"{column}_low"] = pd.Series({a: m.low for a, m in means.items()})
         table[f"{column}_high"] = pd.Series({a: m.high for a, m in means.items()})
         table[f"{column}_n"] = pd.Series(dict(zip(fit.arms, fit.counts, strict=True)))
+    table["keys"] = analysis.runs.groupby("arm")["key"].agg(" ".join)
     return table.reset_index()
 
 

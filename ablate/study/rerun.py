@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -68,9 +68,13 @@ def compare(folder: Path | str) -> Rerun:
 
 
 def rerun(folder: Path | str, console: Console | None = None) -> int:
-    """`compare`, printed; 0 when the losses agree within the tolerance, 1 when not."""
+    """`compare`, printed and kept in the run folder (evaluation/rerun.json: every rerun so far); 0
+    when the losses agree within the tolerance, 1 when not."""
     console = console or Console()
-    found = compare(folder)
+    found, run = compare(folder), RunFolder(Path(folder))
+    before = (run.evaluation("rerun") or {}).get("reruns", {})
+    reruns = {**before, str(len(before) + 1): {**asdict(found), "same": found.same}}
+    run.write_evaluation("rerun", {"task": "rerun", "reruns": reruns})
     for name, old in found.old.items():
         new = found.new[name]
         console.print(f"{name} loss: {old!r} then, {new!r} now, difference {new - old:+.3g}")
