@@ -79,15 +79,13 @@ def put(path: Path, name: str, block: str) -> None:
 
 
 def _findings(table: pd.DataFrame) -> str:
-    lines = [
-        "| published claim | published figure | ours (95%) | what follows |",
-        "|---|---|---|---|",
-    ]
+    lines = ["| published claim | published | ours (95%) | what follows | study |"]
+    lines.append("|---|---|---|---|---|")
     for row in table.itertuples():
-        ours = str(row.ours)
-        if row.study:
-            ours = f"{ours} [{row.study}](analysis/results/{row.study}/README.md)"
-        lines.append(f"| {row.claim} | {row.published} | {ours} | {row.follows or '–'} |")
+        link = f"[{row.study}](analysis/results/{row.study}/README.md)" if row.study else "–"
+        lines.append(
+            f"| {row.claim} | {row.published} | {row.ours} | {row.follows or '–'} | {link} |"
+        )
     return "\n".join(lines) + "\n"
 
 

@@ -112,7 +112,11 @@ def recall(study: Study | None, folder: Path) -> Plot | None:
         first = figure.axes[0]
         first.set_ylabel("exact match")
         figure.legend(*first.get_legend_handles_labels(), loc="outside lower center", ncols=5)
-        caption = "Exact match by size of the task, seeds together, with 95% intervals over texts."
+        state = f"{study.analysis.arms['x'].max():.0f}"
+        caption = (
+            f"Exact match by size of the task, Mamba-2 layers with a state of {state}, seeds "
+            "together, with 95% intervals over texts."
+        )
         return save(figure, folder, "recall", "; ".join(told) + ".", caption)
 
 

@@ -240,7 +240,8 @@ def _arms(
     runs: pd.DataFrame, order: Sequence[str], axis: Axis, x: pd.Series, factors: list[str]
 ) -> pd.DataFrame:
     """One row an arm: x, series (the other factors that vary), n, figures of its architecture."""
-    others = [f for f in factors if f != axis.field and f in runs and varies(runs[f])]
+    others = [f for f in factors if f != axis.field and f in runs]
+    others = [f for f in others if len(set(runs[f].map(repr))) > 1]  # null is a value too
     rows = []
     for arm in order:
         own = runs[runs["arm"] == arm]
