@@ -8,6 +8,7 @@ that of docs/reproduction.md (between markers), findings.csv, and the notebooks,
 
 from __future__ import annotations
 
+import math
 import sys
 from pathlib import Path
 
@@ -101,18 +102,22 @@ def _cost(found: dict[str, Study]) -> str:
 
 
 def _costs(found: dict[str, Study]) -> str:
-    lines = [
-        "| study | trials | tokens a trial | minutes a trial | hours | on |",
-        "|---|---|---|---|---|---|",
-    ]
+    """What each study took, and its noise over seeds, with what of it all arms share."""
+    header = ["study", "trials", "tokens a trial", "minutes a trial", "hours", "on"]
+    header += ["seed noise, nats (SD)", "shared by arms (95%)"]
+    lines = [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
     for study in found.values():
         frame = study.analysis.frame
         done = frame[frame["state"] == "done"]
-        minutes = done["trial_seconds"].median() / 60
-        lines.append(
-            f"| {study.name} | {len(done)} | {done['tokens'].median():,.0f} | {minutes:.1f} | "
-            f"{gpu_hours(frame):.2f} | {', '.join(sorted(set(done['hardware'])))} |"
-        )
+        noise, shared = "–", "–"
+        if study.loss is not None and study.loss.has_interval:
+            noise, own = f"{study.loss.fit.total_sigma():.4f}", study.loss.fit.seed_correlation()
+            if math.isfinite(own.value):
+                shared = f"{own.value:.2f} ({own.low:.2f} to {own.high:.2f})".replace("-", "−")
+        cells = [study.name, str(len(done)), f"{done['tokens'].median():,.0f}"]
+        cells += [f"{done['trial_seconds'].median() / 60:.1f}", f"{gpu_hours(frame):.2f}"]
+        cells += [", ".join(sorted(set(done["hardware"]))), noise, shared]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 

@@ -327,7 +327,7 @@ def _readme(folder: Path, study: Mapping[str, Any], trials: pd.DataFrame) -> str
     rows = {
         "trials": ", ".join(f"{n} {s}" for s, n in trials["state"].value_counts().items()),
         "hardware (trials)": each("hardware"),
-        "hours, all phases": f"{gpu_hours(trials):.2f}",
+        "device hours, all phases": f"{gpu_hours(trials):.2f}",
         "training tokens a trial": one("tokens", "{:,.0f}"),
         "unique tokens": one("unique_tokens", "{:,.0f}"),
         "epochs": one("epochs", "{:.2f}"),

@@ -167,7 +167,7 @@ class Analysis:
         if not self.axis.numeric:
             return f"with {arm}" if "=" in arm else f"in {arm}"
         x, series = float(self.arms["x"].to_dict()[arm]), self.arms["series"].to_dict()[arm]
-        named = f" and {series}" if "=" in series else f" ({series})"
+        named = f" and {series}" if "=" in series else f", {series}"
         rest = {"": "", "matched": "", "unmatched": ", unmatched"}.get(series, named)
         if not self.axis.share:
             return f"at {self.axis.label} {x:.6g}{rest}"
@@ -184,9 +184,9 @@ class Analysis:
             return arm.removeprefix(self._prefix())
         x, series = float(self.arms["x"].to_dict()[arm]), self.arms["series"].to_dict()[arm]
         name = _percent(x) if self.axis.share else f"{x:.6g}"
-        if series in ("", "matched"):
-            return name
-        return f"{name} at {series}" if "=" in series else f"{name}, {series}"
+        if series in ("", "matched", "unmatched"):
+            return f"{name}, unmatched" if series == "unmatched" else name
+        return f"{name} at {series}" if "=" in series else f"{name} ({series})"
 
     def _prefix(self) -> str:
         """'placement=' when every arm's name is that and a value."""
