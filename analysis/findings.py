@@ -294,7 +294,7 @@ def rows(found: dict[str, Study]) -> list[Row]:
     def heads(text: str) -> Callable[[Study], list[str]]:
         return lambda s: [a for a in s.analysis.arms.index if str(a).endswith(f"n_kv_heads={text}")]
 
-    none, half = curve[0.0] - eighth, curve[0.5] - eighth
+    none, half, behind = (v - eighth for v in (curve[0.0], curve[0.5], TRANSFORMER))
     hybrid = "hybrid, attention_share=0.0833"
     return [
         best_share(share),
@@ -302,9 +302,11 @@ def rows(found: dict[str, Study]) -> list[Row]:
                 none, at(0.0), at(2 / 24)),
         of_loss(share, "Half of the layers as attention cost loss, against 8%",
                 f"{signed(half)} nats (350M)", half, at(0.5), at(2 / 24)),
+        of_loss(found.get("attn_ratio_60m"), "The same with 60M parameters: none, against 8%",
+                f"{signed(none)} nats (350M)", none, at(0.0), at(2 / 24)),
         of_loss(mlps, "A Transformer is behind an 8% hybrid with MLPs",
-                f"{signed(TRANSFORMER)} nats, against the best hybrid (350M)",
-                TRANSFORMER, lambda s: s.arms(name="transformer"),
+                f"{signed(behind)} nats (350M, without MLPs in the hybrid)",
+                behind, lambda s: s.arms(name="transformer"),
                 lambda s: s.arms(name=hybrid)),
         of_loss(found.get("mlp_ratio"), "30 to 50% of the layers can be MLPs", "no cost (130M)",
                 0.0, lambda s: s.arms(mlp_of_layers=0.5), lambda s: s.arms(mlp_of_layers=0.0)),

@@ -74,6 +74,13 @@ class Evaluations:
     def _shades(self) -> dict[str, str]:
         return colours(self.analysis, [str(a) for a in self.analysis.arms.index])
 
+    def _marks(self) -> dict[str, str]:
+        """A marker a series where there are several, as colour tells the place then."""
+        series = self.analysis.arms["series"]
+        own = series if len(set(series)) > 1 else series.index.to_series()
+        names = list(dict.fromkeys(own))
+        return {str(a): MARKERS[names.index(s) % len(MARKERS)] for a, s in own.items()}
+
     def _recall(self, folder: Path) -> Plot | None:
         """Accuracy by size of the task, one panel a task, one line an arm."""
         tasks = {
@@ -83,12 +90,12 @@ class Evaluations:
         }
         if not tasks:
             return None
-        shades, told = self._shades(), []
+        shades, marks, told = self._shades(), self._marks(), []
         with mpl.rc_context(STYLE):
             figure = Figure(figsize=(COLUMN, 1.9 * len(tasks) + 0.5), layout="constrained")
             axes = figure.subplots(len(tasks), 1, squeeze=False)[:, 0]
             for ax, (task, arms) in zip(axes, tasks.items(), strict=True):
-                for i, (arm, contents) in enumerate(arms.items()):
+                for arm, contents in arms.items():
                     sizes, found = by_size(contents)
                     y = [e.value for e in found]
                     bars = [
@@ -100,7 +107,7 @@ class Evaluations:
                         y,
                         yerr=bars,
                         color=shades[arm],
-                        marker=MARKERS[i % len(MARKERS)],
+                        marker=marks[arm],
                         markersize=4,
                         label=self.analysis.short(arm),
                     )

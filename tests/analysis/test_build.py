@@ -164,8 +164,10 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     again = {"old": {"val_b": 3.1}, "new": {"val_b": 3.1}, "tolerance": 0.0, "why": "bit for bit"}
     rerun = {"task": "rerun", "reruns": {"1": {**again, "same": True}}}
     write_json(folder / "0000aaaaaaaa" / "evaluation" / "rerun.json", rerun)
+    shares, same["losses"] = [0.0, 2 / 24, 0.5], [3.03, 3.0, 3.02]
+    large = synthetic.write_study(runs / "attn_ratio_60m", shares=shares, seeds=(0, 1), **same)
     made = [
-        *(folder, by_mlps(runs / "attn_ratio_mlp"), mlps(runs / "mlp_ratio")),
+        *(folder, large, by_mlps(runs / "attn_ratio_mlp"), mlps(runs / "mlp_ratio")),
         choice(runs / "gqa", "arch.attention.n_kv_heads", [None, 2, 1], lambda *_: {}),
         choice(runs / "rope", "arch.attention.rope_base", [10000.0, None], lengths),
         recall_study(runs / "recall"),
