@@ -5,7 +5,7 @@ BIN := .venv/bin
 FIND_LINKS := $(shell $(PYTHON) -m pip config get global.find-links 2>/dev/null)
 INSTALL = $(if $(FIND_LINKS),UV_FIND_LINKS="$(FIND_LINKS)") $(BIN)/uv pip install -q --compile-bytecode --python $(BIN)/python -c constraints.txt
 
-.PHONY: sweep test test-all lint format clean
+.PHONY: sweep test analysis lint format clean
 
 sweep: .venv/run.stamp
 	$(BIN)/python -m ablate +sweep=attn_ratio
@@ -14,14 +14,18 @@ test: .venv/dev.stamp
 	$(BIN)/python -m pytest
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m interpret tests/kernels
 
+# Every page, picture, notebook and table again, from the frames in analysis/results alone.
+analysis: .venv/dev.stamp
+	$(BIN)/python analysis/build.py
+
 lint: .venv/dev.stamp
-	$(BIN)/ruff format --check ablate tests
-	$(BIN)/ruff check ablate tests
+	$(BIN)/ruff format --check ablate tests analysis
+	$(BIN)/ruff check ablate tests analysis
 	$(BIN)/mypy
 
 format: .venv/dev.stamp
-	$(BIN)/ruff format ablate tests
-	$(BIN)/ruff check --fix ablate tests
+	$(BIN)/ruff format ablate tests analysis
+	$(BIN)/ruff check --fix ablate tests analysis
 
 .venv/uv.stamp:
 	$(PYTHON) -c 'import sys; sys.exit("ablate needs Python 3.11 or newer, this is " + sys.version.split()[0] + "; set PYTHON=...") if sys.version_info < (3, 11) else None'

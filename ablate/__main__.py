@@ -87,18 +87,22 @@ usage: python -m ablate status FOLDER...
 Prints the state of every trial in a study's folder (runs/NAME) and the cause of each failure.
 """,
     "report": """\
-usage: python -m ablate report FOLDER...
+usage: python -m ablate report FOLDER... [export=DIR]
 
 Writes FOLDER/report/: index.html (one page, everything inside), plots as PNG and SVG, tables as
 CSV, Parquet and Markdown. Works on an unfinished study and says what is missing.
+
+  export=DIR   write DIR/<name of FOLDER>/ first: a small folder of frames that can be committed,
+               without checkpoints, machine paths and host names, and report on that. `report` reads
+               such a folder as it reads run folders.
 """,
     "rerun": """\
 usage: python -m ablate rerun RUN_FOLDER [times=5]
 
 Trains a finished trial again from its own config.yaml, in a temporary folder, and compares the
 losses. Exit code 0 when they agree within the stated tolerance, 1 when not. The tolerance is zero
-where train.deterministic is true and all else is equal. Where it is false, the losses are kept in
-the run folder, and after five reruns their spread is the tolerance.
+where train.deterministic is true and all else is equal; where it is false, the spread of five
+reruns. Comparisons are kept in RUN_FOLDER/evaluation/rerun.json.
 """,
     "evaluate": """\
 usage: python -m ablate evaluate RUN_FOLDER | MODEL [name=value ...]
@@ -291,9 +295,16 @@ def _status(args: list[str]) -> int:
 
 
 def _report(args: list[str]) -> int:
+    from ablate.report.export import export_study
     from ablate.report.page import write_report
 
-    for folder in _folders(args, "report"):
+    exports = [a.partition("=")[2] for a in args if a.startswith("export=")]
+    if len(exports) > 1 or "" in exports:
+        raise UserError("report takes one export=DIR, such as export=analysis/results")
+    for folder in _folders([a for a in args if not a.startswith("export=")], "report"):
+        if exports:
+            folder = export_study(folder, Path(exports[0]))
+            print(f"exported: {folder}")
         page = write_report(folder)
         _print_summary(folder)
         print(f"report: {page}")

@@ -8,7 +8,6 @@
         result.json        final figures; written last and atomically
         checkpoint/        safetensors + training state
         evaluation/        one JSON per task, with per-item scores
-        reruns.json        losses of later runs of the same config, to know their spread
         log.txt            what the process that trains printed, tracebacks included
         lock               held by the process that works here, freed by its death
 
@@ -138,10 +137,6 @@ class RunFolder:
                 parts.append("-")
         return " ".join(parts)
 
-    def reruns(self) -> list[dict[str, float]]:
-        """Losses by split, of each."""
-        return read_json(self.path / "reruns.json") or []
-
     def evaluation(self, task: str) -> dict[str, Any] | None:
         return read_json(self.path / "evaluation" / f"{task}.json")
 
@@ -219,9 +214,6 @@ class RunFolder:
 
     def write_evaluation(self, task: str, value: Mapping[str, Any]) -> None:
         write_json(self.path / "evaluation" / f"{task}.json", value)
-
-    def write_reruns(self, reruns: list[dict[str, float]]) -> None:
-        write_json(self.path / "reruns.json", reruns)
 
     def write_result(self, result: Mapping[str, Any], generation: int) -> None:
         """The last write of a run: from here on it is finished."""

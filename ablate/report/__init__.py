@@ -7,10 +7,12 @@ confounds.py  what differs between arms besides the factors
 verdicts.py   the sentences that the statistics allow
 plots.py      figures in one style
 page.py       the page, its tables and files
+export.py     a study as a folder of frames that can be committed
 """
 
 from __future__ import annotations
 
 from ablate.report.frames import load_metrics, load_study
+from ablate.report.verdicts import analyse, verdicts
 
-__all__ = ["load_metrics", "load_study"]
+__all__ = ["analyse", "load_metrics", "load_study", "verdicts"]

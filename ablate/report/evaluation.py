@@ -17,11 +17,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator, PercentFormatter
 
 from ablate.report.confounds import si
-from ablate.report.frames import records
+from ablate.report.frames import evaluated, load_evaluation, records
 from ablate.report.plots import COLUMN, MARKERS, STYLE, Plot, colours, save
 from ablate.report.stats import NAN, Estimate, bootstrap_ratio, mcnemar, paired_items
 from ablate.report.verdicts import Analysis
-from ablate.run import find_runs
 
 _OF_TRAINING = {"val_a", "val_b", "mqar"}  # shown elsewhere on the page
 _HEAT = ("passkey", "needle", "needle_multivalue")
@@ -40,13 +39,12 @@ class Evaluations:
         arms = {row["key"]: str(row["arm"]) for row in records(analysis.runs)}
         order = {str(arm): i for i, arm in enumerate(analysis.arms.index)}
         tasks: dict[str, dict[str, list[dict[str, Any]]]] = {}
-        for run in find_runs(path):
-            if run.key not in arms:
+        for name in evaluated(path):
+            if name in _OF_TRAINING:
                 continue
-            for name in run.evaluations():
-                content = run.evaluation(name)
-                if name not in _OF_TRAINING and content and "items" in content:
-                    tasks.setdefault(name, {}).setdefault(arms[run.key], []).append(content)
+            for key, content in load_evaluation(path, name).items():
+                if key in arms and "items" in content:
+                    tasks.setdefault(name, {}).setdefault(arms[key], []).append(content)
         ordered = {
             name: dict(sorted(found.items(), key=lambda p: order.get(p[0], len(order))))
             for name, found in sorted(tasks.items())
@@ -76,6 +74,13 @@ class Evaluations:
     def _shades(self) -> dict[str, str]:
         return colours(self.analysis, [str(a) for a in self.analysis.arms.index])
 
+    def _marks(self) -> dict[str, str]:
+        """A marker a series where there are several, as colour tells the place then."""
+        series = self.analysis.arms["series"]
+        own = series if len(set(series)) > 1 else series.index.to_series()
+        names = list(dict.fromkeys(own))
+        return {str(a): MARKERS[names.index(s) % len(MARKERS)] for a, s in own.items()}
+
     def _recall(self, folder: Path) -> Plot | None:
         """Accuracy by size of the task, one panel a task, one line an arm."""
         tasks = {
@@ -85,13 +90,13 @@ class Evaluations:
         }
         if not tasks:
             return None
-        shades, told = self._shades(), []
+        shades, marks, told = self._shades(), self._marks(), []
         with mpl.rc_context(STYLE):
             figure = Figure(figsize=(COLUMN, 1.9 * len(tasks) + 0.5), layout="constrained")
             axes = figure.subplots(len(tasks), 1, squeeze=False)[:, 0]
             for ax, (task, arms) in zip(axes, tasks.items(), strict=True):
-                for i, (arm, contents) in enumerate(arms.items()):
-                    sizes, found = _by_size(contents)
+                for arm, contents in arms.items():
+                    sizes, found = by_size(contents)
                     y = [e.value for e in found]
                     bars = [
                         [max(0.0, e.value - e.low) if e.low == e.low else 0.0 for e in found],
@@ -102,7 +107,7 @@ class Evaluations:
                         y,
                         yerr=bars,
                         color=shades[arm],
-                        marker=MARKERS[i % len(MARKERS)],
+                        marker=marks[arm],
                         markersize=4,
                         label=self.analysis.short(arm),
                     )
@@ -288,7 +293,7 @@ def _row(
     }
 
 
-def _by_size(contents: list[dict[str, Any]]) -> tuple[list[int], list[Estimate]]:
+def by_size(contents: list[dict[str, Any]]) -> tuple[list[int], list[Estimate]]:
     """Accuracy at each size of a task, cells of one size together."""
     cells = contents[0]["cells"]
     sizes = sorted({int(cell["x"]) for cell in cells.values()})

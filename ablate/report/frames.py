@@ -3,6 +3,8 @@
 `load_study` gives one row a run folder, `load_metrics` one row a logged line, `load_details` the
 flat configs and environments. What was read is kept in `index.parquet` beside the run folders, row
 by row under the stamp of the run's files: a large study loads fast, and a stale row is read again.
+
+A folder that was exported (`ablate/report/export.py`) is read the same way, from its own files.
 """
 
 from __future__ import annotations
@@ -17,11 +19,16 @@ import pandas as pd
 
 from ablate import config as config_tree
 from ablate.errors import UserError
+from ablate.report import export
 from ablate.run import RunFolder, find_runs, read_json
 
 INDEX = "index.parquet"
 SCHEMA = 2  # part of each row's stamp: raise it when the columns below change
 
+PHASES = (
+    *("start_up", "data", "build", "first_step"),
+    *("train", "validation", "evaluation", "checkpoint"),
+)
 # column of the frame <- place in result.json
 FIGURES = {
     "n_layers": "architecture.n_layers",
@@ -59,6 +66,7 @@ FIGURES = {
     "out_of_memory": "train.out_of_memory.from",  # rows a pass that did not fit
     "unique_tokens": "data.unique_tokens",
     "epochs": "data.epochs",
+    **{f"seconds_{phase}": f"seconds.{phase}" for phase in PHASES},
 }
 TEXTS = {
     "pattern": "architecture.pattern",
@@ -72,9 +80,9 @@ def load_study(path: str | Path) -> pd.DataFrame:
 
     Columns: key, arm, one per factor (dotted name), seed, stage ('tune': looks for its arm's
     learning rate; 'confirm': arms are compared by these), state, cause ('' when all went well),
-    pattern, the figures of `FIGURES`, commit, hardware, orphan. Shares are fractions, losses nats a
-    token, sizes bytes, times seconds. `frame.attrs["study"]` is the content of study.json,
-    `attrs["path"]` the folder.
+    pattern, figures (`FIGURES`), trial_seconds (all phases together), commit, hardware, orphan.
+    Shares are fractions, losses nats a token, sizes bytes, times seconds. `frame.attrs["study"]` is
+    the content of study.json, `attrs["path"]` the folder.
     A run that nothing holds and that never ended has the state 'interrupted'.
     Raises `UserError` where no run folder is.
     """
@@ -106,6 +114,7 @@ def load_study(path: str | Path) -> pd.DataFrame:
                 **{name: record[name] for name in FIGURES},
                 "fingerprint": record["fingerprint"],
                 "tokenizer": record["tokenizer"],
+                "trial_seconds": _together(record),
                 "mqar_share": _number(config_tree.get(tree, "data.mqar.share")),
                 "commit": record["commit"],
                 "hardware": record["hardware"],
@@ -126,10 +135,13 @@ def load_metrics(path: str | Path) -> pd.DataFrame:
     times the training FLOPs a token of the run's architecture.
     """
     runs = load_study(path)
-    folders = {run.key: run for run in find_runs(Path(path))}
+    if export.is_export(Path(path)):
+        logged = export.read_curves(Path(path))
+    else:
+        logged = {run.key: run.metrics() for run in find_runs(Path(path))}
     parts = []
     for row in records(runs):
-        lines = folders[row["key"]].metrics()
+        lines = logged.get(row["key"])
         if not lines:
             continue
         part = pd.DataFrame(lines)
@@ -159,8 +171,17 @@ def load_details(path: str | Path) -> pd.DataFrame:
 
 def load_evaluation(path: str | Path, task: str) -> dict[str, dict[str, Any]]:
     """Per-item scores of `evaluation/<task>.json` by run key, for the runs that have them."""
+    if export.is_export(Path(path)):
+        return export.read_evaluation(Path(path), task)
     found = {run.key: run.evaluation(task) for run in find_runs(Path(path))}
     return {key: value for key, value in found.items() if value}
+
+
+def evaluated(path: str | Path) -> list[str]:
+    """Names of the tasks that any run was evaluated on."""
+    if export.is_export(Path(path)):
+        return export.tasks_of(Path(path))
+    return sorted({name for run in find_runs(Path(path)) for name in run.evaluations()})
 
 
 def load_certificates(path: str | Path) -> dict[str, dict[str, Any]]:
@@ -236,6 +257,8 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, An
 
 def _index(folder: Path) -> pd.DataFrame:
     """What the run folders say, from `index.parquet` where their stamps are unchanged."""
+    if export.is_export(folder):
+        return export.read_index(folder, list(FIGURES))
     runs = list(find_runs(folder))
     if not runs:
         raise UserError(f"'{folder}' has no run folders (folders with a config.yaml)")
@@ -302,6 +325,13 @@ def _state(run: RunFolder, record: Mapping[str, Any]) -> tuple[str, str]:
             return state, "finished without a finite validation loss"
         return state, ""
     return state, cause
+
+
+def _together(record: Mapping[str, Any]) -> float:
+    """Seconds of all phases; NaN where none was recorded."""
+    seconds = [record[f"seconds_{phase}"] for phase in PHASES]
+    known = [s for s in seconds if math.isfinite(s)]
+    return math.fsum(known) if known else math.nan
 
 
 def _commit(environment: Mapping[str, Any]) -> str:

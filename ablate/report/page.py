@@ -22,7 +22,6 @@ from __future__ import annotations
 import base64
 import html
 import math
-import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,6 +33,7 @@ from rich.table import Table
 from ablate.arch.certificate import QUANTITIES
 from ablate.report.confounds import Confound, confounds, si
 from ablate.report.evaluation import Evaluations
+from ablate.report.export import command_of
 from ablate.report.frames import load_details, load_metrics, load_study, missing_cells, records
 from ablate.report.plots import Plot, plot_curves, plot_outcomes, plot_rates
 from ablate.report.stats import Estimate
@@ -72,12 +72,14 @@ def write_report(
     *,
     reference: str | None = None,
     say: Callable[[str], object] = print,
+    shown: Path | None = None,
 ) -> Path:
     """Write `<path>/report/` from the run folders at `path`; returns the page's path.
 
     Works on an unfinished study and says what is missing. `reference`: the arm that the others are
     compared with (default: the lowest on a numeric axis, else the first). `say` gets one line where
-    Parquet files cannot be written. Raises UserError where no run folder is.
+    Parquet files cannot be written; `shown`: how the page calls the folder, if not `path`. Raises
+    UserError where no run folder is.
     """
     path = Path(path)
     frame = load_study(path)
@@ -109,7 +111,7 @@ def write_report(
     details = load_details(path)
     found = confounds(frame, details)
     plots += evaluations.plots(folder)
-    text = _page(analysis, [p for p in plots if p], found, details, tables, path)
+    text = _page(analysis, [p for p in plots if p], found, details, tables, shown or path)
     page = folder / "index.html"
     atomic_write(page, text)
     return page
@@ -588,10 +590,8 @@ def _environment(details: pd.DataFrame) -> str:
 
 
 def _reproduce(study: dict[str, Any], name: str, path: Path) -> str:
-    command = study.get("command")
-    if isinstance(command, list):
-        command = shlex.join(map(str, command))
-    lines = [str(command or f"python -m ablate +sweep={name}"), f"python -m ablate report {path}"]
+    shown = path.name if path.is_absolute() else path.as_posix()
+    lines = [command_of({"name": name, **study}), f"python -m ablate report {shown}"]
     return f"<pre>{_e(chr(10).join(lines))}</pre>"
 
 

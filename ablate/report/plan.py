@@ -24,6 +24,7 @@ from ablate.data.tokens import usable_cores
 from ablate.errors import UserError
 from ablate.report import estimate as estimates
 from ablate.report.estimate import Estimate, Machine, Speed, run_flops, run_tokens
+from ablate.report.published import ATTENTION_SHARE, GROUPED_QUERIES
 from ablate.report.stats import (
     ArmFit,
     fit_arms,
@@ -41,13 +42,6 @@ from ablate.train.stop import TrialFailed
 ASSUMED_NOISE = (0.004, 0.3)  # nats a token between seeds, and the share a seed carries to all arms
 BYTES_A_TOKEN = {"byte": 1.0, "bpe": 4.0, "file": 4.0}  # of text that is not tokenised yet
 SEEDS = (2, 3, 4, 6, 8, 12)
-
-# Nats a token above the best arm, by share of attention: the Mamba-2 paper's ablation (Dao and Gu
-# 2024, arXiv 2405.21060; 350M parameters, validation perplexities). GQA: 0.04% of perplexity
-# (Waleffe et al. 2024, arXiv 2406.07887).
-_CURVE = {0 / 48: 0.0403, 2 / 48: 0.0072, 4 / 48: 0.0036, 6 / 48: 0.0, 8 / 48: 0.002,
-          12 / 48: 0.006, 16 / 48: 0.012, 24 / 48: 0.029}  # fmt: skip
-_GQA = 0.0004
 
 
 @dataclass(frozen=True)
@@ -379,11 +373,11 @@ def _effects(cfg: config.Config, arms: Sequence[Cell]) -> dict[str, float]:
     """Published differences that the study is about, nats a token by name."""
     if cfg.study.finding == "attention_share":
         shares = {c.trial.architecture.shares()["attention_of_layers"] for c in arms}
-        at, excess = np.array(list(_CURVE)), np.array(list(_CURVE.values()))
+        at, excess = np.array(list(ATTENTION_SHARE)), np.array(list(ATTENTION_SHARE.values()))
         found = {s: float(np.interp(s, at, excess)) for s in sorted(shares)}
         return {f"{100 * s:.3g}% attention": e for s, e in found.items() if e > 5e-4}
     if cfg.study.finding == "gqa":
-        return {"grouped queries": _GQA}
+        return {"grouped queries": GROUPED_QUERIES}
     return {}
 
 

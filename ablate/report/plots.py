@@ -188,7 +188,8 @@ def _outcome(ax: Axes, analysis: Analysis, comparison: Comparison, lay: _Layout)
             label=name or None,
         )
     for curve, dash in zip(comparison.curves, ("--", ":"), strict=False):
-        s = np.linspace(min(lay.x.values()), max(lay.x.values()), 300)
+        places = [lay.x[arm] for arm in comparison.drawn]
+        s = np.linspace(min(places), max(places), 300)
         ax.plot(s, curve(s), dash, color="#555555", linewidth=1.0, zorder=1)
     if comparison.curves and fit.omnibus() < 0.05:
         ax.axvspan(*comparison.flat(), color=BLUE, alpha=0.08, linewidth=0, zorder=0)

@@ -23,7 +23,7 @@ _NO_PARQUET = "pyarrow is not installed: the tables are written as CSV and Markd
 
 def arm_table(analysis: Analysis) -> pd.DataFrame:
     """One row an arm: where it stands, its architecture and cost, and each metric's mean with the
-    95% interval (`<metric>`, `<metric>_low`, `<metric>_high`, `<metric>_n`)."""
+    95% interval (`<metric>`, `<metric>_low`, `<metric>_high`, `<metric>_n`); `keys`: its runs."""
     table = analysis.arms.drop(columns=["series"]).rename(columns={"n": "runs"})
     for column, comparison in analysis.comparisons.items():
         fit = comparison.fit
@@ -32,6 +32,7 @@ def arm_table(analysis: Analysis) -> pd.DataFrame:
         table[f"{column}_low"] = pd.Series({a: m.low for a, m in means.items()})
         table[f"{column}_high"] = pd.Series({a: m.high for a, m in means.items()})
         table[f"{column}_n"] = pd.Series(dict(zip(fit.arms, fit.counts, strict=True)))
+    table["keys"] = analysis.runs.groupby("arm")["key"].agg(" ".join)
     return table.reset_index()
 
 
@@ -118,7 +119,7 @@ def equal_budgets(analysis: Analysis, metrics: pd.DataFrame) -> pd.DataFrame:
     lines = metrics[metrics["key"].isin(set(analysis.runs["key"]))]
     if "val_a_loss" not in lines or len(analysis.arms) < 2:
         return pd.DataFrame(columns=["budget", "at", "arm", "loss", "low", "high"])
-    curves = {key: _with_seconds(run) for key, run in lines.groupby("key")}
+    curves = {key: with_seconds(run) for key, run in lines.groupby("key")}
     runs = analysis.runs[analysis.runs["key"].isin(set(curves))]
     for budget in ("tokens", "flops", "seconds"):
         tracks = {}
@@ -180,7 +181,7 @@ def certificate_table(analysis: Analysis, path: Path) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=list(rows[0]) if rows else ["arm"])
 
 
-def _with_seconds(run: pd.DataFrame) -> pd.DataFrame:
+def with_seconds(run: pd.DataFrame) -> pd.DataFrame:
     """A run's validation lines in order, the seconds taken from the training lines around them."""
     run = run.sort_values("step", kind="stable")
     validations = run[run["val_a_loss"].notna()].drop_duplicates("step", keep="last").copy()

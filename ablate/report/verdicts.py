@@ -118,6 +118,7 @@ class Comparison:
     table: pd.DataFrame  # `ArmFit.against(reference)`
     best: list[str]  # not distinguishable from the best
     curves: list[Curve] = field(default_factory=list)
+    drawn: list[str] = field(default_factory=list)  # the arms that the curves go through
 
     @property
     def has_interval(self) -> bool:
@@ -166,7 +167,8 @@ class Analysis:
         if not self.axis.numeric:
             return f"with {arm}" if "=" in arm else f"in {arm}"
         x, series = float(self.arms["x"].to_dict()[arm]), self.arms["series"].to_dict()[arm]
-        rest = {"": "", "matched": "", "unmatched": ", unmatched"}.get(series, f" and {series}")
+        named = f" and {series}" if "=" in series else f", {series}"
+        rest = {"": "", "matched": "", "unmatched": ", unmatched"}.get(series, named)
         if not self.axis.share:
             return f"at {self.axis.label} {x:.6g}{rest}"
         kind, layers = self.axis.kind, int(self.arms["n_layers"].to_dict()[arm])
@@ -182,9 +184,9 @@ class Analysis:
             return arm.removeprefix(self._prefix())
         x, series = float(self.arms["x"].to_dict()[arm]), self.arms["series"].to_dict()[arm]
         name = _percent(x) if self.axis.share else f"{x:.6g}"
-        if series in ("matched", "unmatched"):
-            return name if series == "matched" else f"{name}, unmatched"
-        return f"{name} at {series}" if series else name
+        if series in ("", "matched", "unmatched"):
+            return f"{name}, unmatched" if series == "unmatched" else name
+        return f"{name} at {series}" if "=" in series else f"{name} ({series})"
 
     def _prefix(self) -> str:
         """'placement=' when every arm's name is that and a value."""
@@ -238,11 +240,12 @@ def _arms(
     runs: pd.DataFrame, order: Sequence[str], axis: Axis, x: pd.Series, factors: list[str]
 ) -> pd.DataFrame:
     """One row an arm: x, series (the other factors that vary), n, figures of its architecture."""
-    others = [f for f in factors if f != axis.field and f in runs and varies(runs[f])]
+    others = [f for f in factors if f != axis.field and f in runs]
+    others = [f for f in others if len(set(runs[f].map(repr))) > 1]  # null is a value too
     rows = []
     for arm in order:
         own = runs[runs["arm"] == arm]
-        series = arm_label({f: own[f].iloc[0] for f in others}) if axis.numeric and others else ""
+        series = _series(arm, axis, {f: own[f].iloc[0] for f in others}) if axis.numeric else ""
         row = {"arm": arm, "x": float(x[own.index].mean()), "series": series, "n": len(own)}
         row["pattern"] = own["pattern"].iloc[0]
         for column in (
@@ -261,6 +264,26 @@ def _arms(
     return table
 
 
+def _series(arm: str, axis: Axis, others: dict[str, Any]) -> str:
+    """What tells arms at one place of the axis apart: the arm's name without its place there."""
+    place = f"{str(axis.field).rpartition('.')[2]}="
+    parts = arm.split(", ")
+    rest = [part for part in parts if not part.startswith(place)]
+    if not others or list(others) == ["match.arms"] or len(rest) == len(parts):
+        return arm_label(others) if others else ""
+    return ", ".join(rest)
+
+
+def _main_series(series: pd.Series) -> list[str]:
+    """The arms that a curve can go through: all of one series, beside single arms (anchors) and
+    unmatched swaps; none where several series are drawn."""
+    sizes = series.value_counts()
+    if set(sizes.index) == {"matched", "unmatched"}:
+        return [str(a) for a in series.index[series == "matched"]]
+    large = sizes.index[sizes > 1]
+    return [str(a) for a in series.index[series == large[0]]] if len(large) == 1 else []
+
+
 def _compare(
     runs: pd.DataFrame, arms: pd.DataFrame, axis: Axis, metric: Metric, reference: str | None
 ) -> Comparison | None:
@@ -272,16 +295,13 @@ def _compare(
     fit = fit_arms(rows["arm"].tolist(), rows["seed"].tolist(), rows[metric.column])
     first = reference if reference in present else present[0]
     curves = []
-    # One curve for one series; beside matched arms their unmatched swaps have none.
-    series = set(arms["series"][present])
-    drawn = [a for a in present if len(series) == 1 or arms["series"][a] == "matched"]
-    single = series <= {"matched", "unmatched"} or len(series) == 1
-    if axis.share and single and metric is LOSS and arms["x"][drawn].nunique() >= 5:
+    drawn = _main_series(arms["series"][present])
+    if axis.share and metric is LOSS and arms["x"][drawn].nunique() >= 5:
         places = {arm: float(arms["x"][arm]) for arm in drawn}
         forms = ("exponential", "hyperbolic")
         curves = [fit_curve(fit.only(drawn), places, form=form) for form in forms]
     best = fit.not_worse_than_best(metric.lower_is_better) if fit.sigma > 0 else list(fit.arms)
-    return Comparison(metric, fit, str(first), fit.against(str(first)), best, curves)
+    return Comparison(metric, fit, str(first), fit.against(str(first)), best, curves, drawn)
 
 
 # --- sentences -----------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +37,8 @@ class Rerun:
 def compare(folder: Path | str) -> Rerun:
     """Train a run folder's config once more, in a process and folder of its own.
 
-    With train.deterministic=false the losses are kept in the run folder, and once there are
-    `ENOUGH` of them their spread is the tolerance of later ones. The micro-batch is the recorded
+    What is found is kept in the run folder (`kept`); with train.deterministic=false, once there are
+    `ENOUGH` reruns their spread is the tolerance of later ones. The micro-batch is the recorded
     one, whatever would be chosen today.
 
     Raises UserError when the run is not finished or its config is missing.
@@ -67,12 +67,22 @@ def compare(folder: Path | str) -> Rerun:
     splits: list[str] = [name for name in ("val_a", "val_b") if name in result and name in new]
     old_losses = {name: float(result[name]["loss"]) for name in splits}
     new_losses = {name: float(new[name]["loss"]) for name in splits}
-    if why == _VARIES:
-        before = run.reruns()
-        if len(before) >= ENOUGH:
-            tolerance, why = spread(old_losses, before), f"the spread of {len(before)} reruns"
-        run.write_reruns([*before, new_losses])
-    return Rerun(old_losses, new_losses, tolerance, why)
+    reruns = kept(run)
+    before = [r["new"] for r in reruns if r["alike"]]
+    alike = why == _VARIES
+    if alike and len(before) >= ENOUGH:
+        tolerance, why = spread(old_losses, before), f"the spread of {len(before)} reruns"
+    found = Rerun(old_losses, new_losses, tolerance, why)
+    reruns.append({**asdict(found), "same": found.same, "alike": alike})
+    by_number = {str(i): r for i, r in enumerate(reruns, 1)}
+    run.write_evaluation("rerun", {"task": "rerun", "reruns": by_number})
+    return found
+
+
+def kept(run: RunFolder) -> list[dict[str, Any]]:
+    """Every rerun so far (evaluation/rerun.json), oldest first: the fields of `Rerun`, whether it
+    was the same, and whether it was alike but for what train.deterministic=false leaves open."""
+    return list((run.evaluation("rerun") or {}).get("reruns", {}).values())
 
 
 def spread(old: dict[str, float], reruns: list[dict[str, float]]) -> float:
@@ -93,7 +103,7 @@ def rerun(folder: Path | str, console: Console | None = None, times: int = 1) ->
         console.print(f"tolerance: {found.tolerance:g} ({found.why})", highlight=False)
         console.print("the same" if found.same else "NOT the same", style="bold")
         same = same and found.same
-    runs = RunFolder(Path(folder)).reruns()
+    runs = [r["new"] for r in kept(RunFolder(Path(folder))) if r["alike"]]
     if runs:
         console.print(f"spread of this run and {len(runs)} reruns: {spread(found.old, runs):g}")
     return 0 if same else 1

@@ -23,6 +23,7 @@ from ablate.study.folder import tuning_name
 from ablate.study.trial import Trial
 
 Resolve = Callable[[dict[str, Any]], Trial]
+_SHARES = {"arch.attention_share": "attention_of_layers", "arch.mlp_share": "mlp_of_layers"}
 
 
 @dataclass(frozen=True)
@@ -125,20 +126,23 @@ def _goal(
     match = cfg.match
     if not _matches(match) or isinstance(match.target, int | float):
         return _stated_goal(match)
-    labels = [label for label, _ in combinations]
-    if len(labels) == 1:
+    named = dict(combinations)
+    if len(named) == 1:
         raise UserError(
             "match.target must be a figure where a study has one arm: it would be matched with "
             "itself"
         )
-    reference = match.target or labels[0]
-    if reference not in labels:
+    reference = match.target or next(iter(named))
+    if reference not in named:  # an arm is also called by the share that came out
+        made = [_cell(base, n, c, fields, seed, resolve, None).arm for n, c in named.items()]
+        named = dict(zip(made, named.values(), strict=True))
+    if reference not in named:
         raise UserError(
             f"match.target is '{reference}', but no arm is called so"
-            f"{did_you_mean(reference, labels)}; there are {', '.join(map(repr, labels))}"
+            f"{did_you_mean(reference, named)}; there are {', '.join(map(repr, named))}"
         )
-    changes = combinations[labels.index(reference)][1]
-    trial = _cell(base, reference, changes, fields, seed, resolve, None).trial
+    cell = _cell(base, reference, named[reference], fields, seed, resolve, None)
+    reference, trial = cell.arm, cell.trial
     seq_len = trial.config.data.seq_len
     target = matching.figures(trial.architecture, seq_len)[match.quantity]
     if not target > 0:
@@ -311,7 +315,18 @@ def _cell(
             raise
         raise UserError(f"cell '{label}': {error}") from None
     factors = {name: config.get(trial.tree, name) for name in fields}
-    return Cell(label, factors, seed, trial)
+    return Cell(_realised(label, changes, trial), factors, seed, trial)
+
+
+def _realised(label: str, changes: Mapping[str, Any], trial: Trial) -> str:
+    """A label with the shares that came out: of 24 layers, 0.17 asked for is 4, 0.167."""
+    shares = trial.architecture.shares()
+    for name, share in _SHARES.items():
+        if changes.get(name) is not None:
+            short = name.partition(".")[2]
+            asked = f"{short}={_text(changes[name])}"
+            label = label.replace(asked, f"{short}={shares[share]:.3g}")
+    return label
 
 
 def _with_options(base: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

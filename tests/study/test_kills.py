@@ -16,7 +16,7 @@ import pytest
 from ablate import config
 from ablate.run import RunFolder, find_runs
 from ablate.study.folder import StudyFolder
-from ablate.study.rerun import OTHER_TOLERANCE, compare
+from ablate.study.rerun import OTHER_TOLERANCE, compare, kept
 from ablate.study.store import Store
 
 from .conftest import start
@@ -153,13 +153,15 @@ def test_the_spread_of_reruns_is_their_tolerance(
     found = compare(run.path)
     assert (found.tolerance, found.same) == (OTHER_TOLERANCE, True)
     assert "times=5 measures the spread" in found.why
-    (losses,) = run.reruns()
-    assert losses == found.new
-    run.write_reruns([{**losses, "val_b": losses["val_b"] + 1e-4 * i} for i in range(5)])
+    (first,) = kept(run)
+    assert first["new"] == found.new
+    apart = [{**first["new"], "val_b": first["new"]["val_b"] + 1e-4 * i} for i in range(5)]
+    reruns = {str(i): {**first, "new": losses} for i, losses in enumerate(apart, 1)}
+    run.write_evaluation("rerun", {"task": "rerun", "reruns": reruns})
     found = compare(run.path)
     assert found.tolerance == pytest.approx(4e-4)
     assert found.why == "the spread of 5 reruns"
-    assert len(run.reruns()) == 6
+    assert len(kept(run)) == 6
 
 
 @pytest.mark.slow

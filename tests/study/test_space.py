@@ -40,10 +40,27 @@ def test_cells_that_are_one_run_are_merged(make: Any) -> None:
     tree = make(**made, **{"study.grid": {"arch.attention_share": shares}, "study.seeds": [0, 1]})
     found = cells(tree)
     assert [(c.arm, c.also) for c in found[:2]] == [
-        ("attention_share=0", ("attention_share=0.1",)),
+        ("attention_share=0", ()),  # 0.1 of two layers is none, and called so
         ("attention_share=0.5", ()),
     ]
     assert len(found) == 4
+    same = {"a": {"arch.mlp_share": 0.0}, "b": {"arch.mlp_share": 0.1}}
+    found = cells(make(**made, **{"study.arms": same, "arch.attention_share": 0.5}))
+    assert [(c.arm, c.also) for c in found] == [("a", ("b",))]
+
+
+def test_arms_are_called_by_the_shares_that_came_out(make: Any) -> None:
+    made = {"arch.pattern": None, "arch.n_layers": 12}
+    grid = {"arch.attention_share": [0.0, 0.17], "arch.mlp_share": [0.25, 0.3]}
+    found = cells(make(**made, **{"study.grid": grid}))
+    assert [c.arm for c in found] == [
+        *("attention_share=0, mlp_share=0.25", "attention_share=0, mlp_share=0.333"),
+        *("attention_share=0.167, mlp_share=0.25", "attention_share=0.167, mlp_share=0.333"),
+    ]
+    assert found[-1].factors["arch.mlp_share"] == 0.3
+    named = {"match.by": "mlp_width", "match.target": "attention_share=0.167, mlp_share=0.25"}
+    matched = cells(make(**made, **named, **{"study.grid": grid, "match.force": True}))
+    assert matched[0].certificate.reference == "'attention_share=0.167, mlp_share=0.25'"
 
 
 def test_labels_tell_like_names_apart(make: Any) -> None:

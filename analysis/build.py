@@ -1,0 +1,161 @@
+"""Every page, picture, notebook and table of the results, again from the committed frames alone.
+
+    make analysis        (or: python analysis/build.py [--no-notebooks])
+
+For each folder of analysis/results: its report. Then the README's pictures (docs/), its table and
+that of docs/reproduction.md (between markers), findings.csv, and the notebooks, executed.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from pathlib import Path
+
+import findings
+import pandas as pd
+import pictures
+from findings import Study
+
+from ablate.errors import UserError
+from ablate.report.export import gpu_hours
+from ablate.report.frames import load_evaluation
+from ablate.report.page import write_report
+from ablate.run import atomic_write
+
+ROOT = Path(__file__).resolve().parents[1]
+NOTEBOOKS = ("attention_share.ipynb", "recall.ipynb")
+NONE_YET = "No study on a GPU is committed yet; `docs/reproduction.md` says how they are run.\n"
+
+
+def main(words: list[str]) -> int:
+    """Build everything; 2 with one sentence where something is missing."""
+    try:
+        build(ROOT, notebooks="--no-notebooks" not in words)
+    except UserError as error:
+        print(f"analysis: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def build(root: Path, *, notebooks: bool = True) -> None:
+    results, docs = root / "analysis" / "results", root / "docs"
+    found = findings.studies(results)
+    for study in found.values():
+        page = write_report(study.path, shown=study.path.relative_to(root))
+        print(f"{study.name}: {page.relative_to(root)}")
+    shown = [
+        plot
+        for plot in (
+            pictures.attention_share(found, docs),
+            pictures.recall(found.get("recall"), docs),
+        )
+        if plot
+    ]
+    table = findings.table(found)
+    atomic_write(results / "findings.csv", table.to_csv(index=False))
+    block = "".join(f"![{p.caption}](docs/{p.png.name})\n\n" for p in shown)
+    block += _findings(table) + "\n" + _cost(found) if found else NONE_YET
+    put(root / "README.md", "results", block)
+    put(docs / "reproduction.md", "cost", _costs(found) if found else NONE_YET)
+    put(docs / "reproduction.md", "reruns", _reruns(found))
+    for name in NOTEBOOKS if notebooks else ():
+        execute(root / "analysis" / name)
+        print(f"executed: analysis/{name}")
+
+
+def put(path: Path, name: str, block: str) -> None:
+    """Replace what stands between a text's markers."""
+    start, end = f"<!-- {name}: made by `make analysis` -->\n", f"<!-- end of {name} -->"
+    text = path.read_text()
+    before, found, rest = text.partition(start)
+    _, closed, after = rest.partition(end)
+    if not found or not closed:
+        raise UserError(f"'{path.name}' lacks the markers '{start.strip()}' and '{end}'")
+    atomic_write(path, f"{before}{start}{block}{end}{after}")
+    path.chmod(0o644)
+
+
+# --- blocks --------------------------------------------------------------------------------------
+
+
+def _findings(table: pd.DataFrame) -> str:
+    lines = ["| published claim | published | ours (95%) | what follows | study |"]
+    lines.append("|---|---|---|---|---|")
+    for row in table.itertuples():
+        link = f"[{row.study}](analysis/results/{row.study}/README.md)" if row.study else "–"
+        lines.append(
+            f"| {row.claim} | {row.published} | {row.ours} | {row.follows or '–'} | {link} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _cost(found: dict[str, Study]) -> str:
+    frames = [study.analysis.frame for study in found.values()]
+    hours = sum(gpu_hours(frame) for frame in frames)
+    where = sorted({str(h) for frame in frames for h in frame["hardware"] if h})
+    trials = sum(int((frame["state"] == "done").sum()) for frame in frames)
+    return (
+        f"{trials} trials, {hours:.2f} hours on {' and '.join(where)}. Which runs a figure is from "
+        "stands in `analysis/results/findings.csv`, by key.\n"
+    )
+
+
+def _costs(found: dict[str, Study]) -> str:
+    """What each study took, and its noise over seeds, with what of it all arms share."""
+    header = ["study", "trials", "tokens a trial", "minutes a trial", "hours", "on"]
+    header += ["seed noise, nats (SD)", "shared by arms (95%)"]
+    lines = [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
+    for study in found.values():
+        frame = study.analysis.frame
+        done = frame[frame["state"] == "done"]
+        noise, shared = "–", "–"
+        if study.loss is not None and study.loss.has_interval:
+            noise, own = f"{study.loss.fit.total_sigma():.4f}", study.loss.fit.seed_correlation()
+            if math.isfinite(own.value):
+                shared = f"{own.value:.2f} ({own.low:.2f} to {own.high:.2f})".replace("-", "−")
+        cells = [study.name, str(len(done)), f"{done['tokens'].median():,.0f}"]
+        cells += [f"{done['trial_seconds'].median() / 60:.1f}", f"{gpu_hours(frame):.2f}"]
+        cells += [", ".join(sorted(set(done["hardware"]))), noise, shared]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _reruns(found: dict[str, Study]) -> str:
+    """Every rerun that a run folder has kept."""
+    lines = [
+        "| study | run | loss on B, then | now | difference | tolerance |",
+        "|---|---|---|---|---|---|",
+    ]
+    for study in found.values():
+        for key, content in load_evaluation(study.path, "rerun").items():
+            for again in content["reruns"].values():
+                old, new = again["old"].get("val_b"), again["new"].get("val_b")
+                if old is not None and new is not None:
+                    lines.append(
+                        f"| {study.name} | `{key}` | {old:.6f} | {new:.6f} | {new - old:+.2g} | "
+                        f"{again['tolerance']:g}: {again['why']} |"
+                    )
+    return "\n".join(lines) + "\n" if len(lines) > 2 else "No trial has been rerun yet.\n"
+
+
+def execute(path: Path) -> None:
+    """Run a notebook in its folder and keep its outputs; nothing that changes from run to run."""
+    try:
+        import nbformat
+        from nbclient import NotebookClient
+    except ImportError:
+        raise UserError(
+            "notebooks need nbclient and ipykernel: pip install 'ablate-hybrids[dev]'"
+        ) from None
+    notebook = nbformat.read(path, as_version=4)
+    client = NotebookClient(notebook, kernel_name="python3", record_timing=False, timeout=600)
+    client.extra_arguments = ["--IPKernelApp.log_level=40"]  # no advice on the way of messages
+    client.execute(cwd=str(path.parent))
+    notebook.metadata = {"kernelspec": {"name": "python3", "display_name": "Python 3"}}
+    atomic_write(path, nbformat.writes(notebook) + "\n")
+    path.chmod(0o644)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

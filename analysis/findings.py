@@ -1,0 +1,336 @@
+"""Published findings beside ours: one row a claim, every figure of ours taken from the frames.
+
+A study that has not been run leaves its rows saying so. What follows from a row is decided by a
+rule on its interval, never by hand.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from ablate.report import analyse, load_study
+from ablate.report.evaluation import Evaluations
+from ablate.report.export import is_export
+from ablate.report.frames import load_evaluation
+from ablate.report.published import ATTENTION_SHARE, GROUPED_QUERIES, TRANSFORMER
+from ablate.report.stats import Estimate, fit_arms
+from ablate.report.verdicts import LOSS, Analysis, Comparison
+
+RESULTS = Path(__file__).parent / "results"
+NOT_RUN = "not run yet"
+
+
+@dataclass(frozen=True)
+class Study:
+    """An exported study with its statistics."""
+
+    path: Path
+    analysis: Analysis
+
+    @classmethod
+    def read(cls, path: Path) -> Study:
+        return cls(path, analyse(load_study(path)))
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    @property
+    def loss(self) -> Comparison | None:
+        return self.analysis.comparisons.get(LOSS.column)
+
+    @cached_property
+    def evaluations(self) -> Evaluations:
+        return Evaluations.read(self.analysis, self.path)
+
+    @cached_property
+    def scores(self) -> pd.DataFrame:
+        """`Evaluations.table`, or an empty frame with its first columns."""
+        table = self.evaluations.table()
+        return table if len(table) else pd.DataFrame(columns=["task", "cell", "arm", "value"])
+
+    def arms(self, **where: float | str) -> list[str]:
+        """Arms whose column is near a share, or whose name starts with a text."""
+        table = self.analysis.arms
+        keep = pd.Series(True, index=table.index)
+        for column, value in where.items():
+            if isinstance(value, str):
+                keep &= table.index.to_series().map(lambda a, v=value: str(a).startswith(v))
+            else:
+                keep &= (table[column] - value).abs() < 0.5 / table["n_layers"]
+        if "match.arms" in self.analysis.runs:
+            keep &= ~table.index.to_series().str.endswith("unmatched")
+        return [str(a) for a in table.index[keep]]
+
+    def keys(self, arms: Iterable[str]) -> str:
+        runs = self.analysis.runs
+        return " ".join(runs.loc[runs["arm"].isin(list(arms)), "key"])
+
+
+def studies(root: Path = RESULTS) -> dict[str, Study]:
+    """Exported studies by name; those without a finished run are left out."""
+    found = [Study.read(p) for p in sorted(root.iterdir()) if is_export(p)] if root.is_dir() else []
+    return {study.name: study for study in found if len(study.analysis.runs)}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One claim. `arms` and `keys` lead a figure back to its runs."""
+
+    claim: str
+    published: str
+    ours: str = NOT_RUN
+    follows: str = ""
+    study: str = ""
+    arms: str = ""
+    keys: str = ""
+
+
+# --- figures and rules ---------------------------------------------------------------------------
+
+
+def signed(value: float, digits: int = 4) -> str:
+    return f"{value:+.{digits}f}".replace("-", "−")
+
+
+def show(e: Estimate, digits: int = 4) -> str:
+    if not math.isfinite(e.low):
+        return f"{signed(e.value, digits)} (no interval)"
+    return f"{signed(e.value, digits)} ({signed(e.low, digits)} to {signed(e.high, digits)})"
+
+
+def verdict(ours: Estimate, published: float, limit: str) -> str:
+    """What an interval says of a published difference. limit: how the end is told, with {}."""
+    if not math.isfinite(ours.low):
+        return "decides nothing: one seed"
+    inside = ours.low <= published <= ours.high
+    if ours.low <= 0 <= ours.high:
+        if published == 0:
+            return f"none found; {limit.format(f'{ours.high:.4f}')} is excluded"
+        if inside:
+            return "decides nothing: zero and the published figure are both inside"
+        return "none found, and the published size is excluded"
+    if published == 0:
+        return "disagrees: more than zero" if ours.value > 0 else "disagrees: less than zero"
+    if inside:
+        return "agrees"
+    if (ours.value > 0) != (published > 0):
+        return "disagrees: the other way"
+    return f"same direction, {'larger' if abs(ours.value) > abs(published) else 'smaller'}"
+
+
+def of_loss(
+    study: Study | None, claim: str, published: str, size: float, arm: Callable[[Study], list[str]],
+    reference: Callable[[Study], list[str]],
+) -> Row:  # fmt: skip
+    """A row about the difference in loss of one arm from another, in nats, paired within seeds."""
+    if study is None or study.loss is None:
+        return Row(claim, published)
+    known = study.loss.fit.arms
+    one, other = ([a for a in pick(study) if a in known] for pick in (arm, reference))
+    if not one or not other or one[0] == other[0]:
+        return Row(claim, published, "its arms are not finished", study=study.name)
+    found = study.loss.fit.difference(one[0], other[0])
+    follows = verdict(found, size, "a cost above {} nats")
+    arms = [one[0], other[0]]
+    ours = f"{show(found)} nats"
+    return Row(claim, published, ours, follows, study.name, "; ".join(arms), study.keys(arms))
+
+
+# --- the rows ------------------------------------------------------------------------------------
+
+
+def best_share(study: Study | None) -> Row:
+    claim = "Loss is lowest with few attention layers: about 8% (130M), 12.5% (350M)"
+    published = "lowest at 12.5%; 4% to 23% within 0.008 nats"
+    if study is None or study.loss is None:
+        return Row(claim, published)
+    loss, analysis = study.loss, study.analysis
+    lowest = loss.fit.arms[int(np.argmin(loss.fit.means))]
+    ours = f"lowest at {analysis.short(lowest)}"
+    if not loss.has_interval:
+        return Row(claim, published, ours, "decides nothing: one seed", study.name)
+    if loss.curves:
+        low, high = loss.flat()
+        ours += f"; by fitted curves, {low:.1%} to {high:.1%} cannot be told from the best"
+    out = [analysis.short(a) for a in loss.fit.arms if a not in loss.best]
+    told = [
+        f"{share:.3g}% is {'' if arm in loss.best else 'not '}among the best"
+        for share in (8.3, 12.5)
+        for arm in study.arms(attention_of_layers=share / 100)
+        if arm in loss.fit.arms
+    ]
+    follows = f"{'; '.join(told)}; excluded: {', '.join(out)}"
+    if not out:
+        follows = "decides nothing: no share is excluded"
+    arms = list(loss.fit.arms)
+    return Row(claim, published, ours, follows, study.name, "all", study.keys(arms))
+
+
+def mlp_speed(study: Study | None) -> Row:
+    claim, published = "Half of the layers as MLPs train faster than 5%", "20% faster"
+    if study is None:
+        return Row(claim, published)
+    runs = study.analysis.runs
+    few = study.analysis.arms["mlp_of_layers"]
+    few = few[few > 0]
+    half = study.arms(mlp_of_layers=0.5)
+    if few.empty or not half or few.idxmin() == half[0]:
+        return Row(claim, published, "its arms are not finished", study=study.name)
+    arms = [half[0], str(few.idxmin())]
+    speed = np.log(runs["tokens_per_second"])
+    found = fit_arms(runs["arm"].tolist(), runs["seed"].tolist(), speed).difference(*arms)
+    value, low, high = (100 * math.expm1(v) for v in (found.value, found.low, found.high))
+    percent = Estimate(value, low=low, high=high)
+    ours = f"{show(percent, 1)} per cent in tokens/s, against {few.min():.0%} MLPs"
+    follows = verdict(percent, 20.0, "")
+    return Row(claim, published, ours, follows, study.name, "; ".join(arms), study.keys(arms))
+
+
+def longer(study: Study | None) -> Row:
+    claim = "Attention without positions holds beyond the training length"
+    published = "16K after 4K: 53.4 without, 52.6 with RoPE (points, 840M)"
+    if study is None:
+        return Row(claim, published)
+    table = study.scores[study.scores["task"] == "length"]
+    none = [a for a in table["arm"] if "null" in str(a)]
+    if table.empty or not none:
+        return Row(claim, published, "its arms are not finished", study=study.name)
+    own = table[table["arm"] == none[0]].set_index("cell")
+    parts = []
+    for cell, r in own.iterrows():
+        found = Estimate(r["difference"], low=r["difference_low"], high=r["difference_high"])
+        parts.append(f"{str(cell).split(' ')[0]}×: {show(found)}")
+    last = own.iloc[-1]
+    if last["difference_high"] < 0:
+        follows = "agrees at the longest: lower loss without RoPE"
+    elif last["difference_low"] > 0:
+        follows = "disagrees at the longest: higher loss without RoPE"
+    else:
+        follows = "decides nothing at the longest"
+    ours = f"loss without less that with RoPE, {'; '.join(parts)} nats"
+    arms = list(dict.fromkeys(table["arm"]))
+    return Row(claim, published, ours, follows, study.name, "; ".join(arms), study.keys(arms))
+
+
+def widest(study: Study, kind: str) -> list[str]:
+    """The arm of a kind with the largest state."""
+    return sorted(study.arms(name=kind), key=lambda a: study.analysis.arms["state_bytes"][a])[-1:]
+
+
+def copy_gap(study: Study | None, task: str, claim: str, published: str) -> Row:
+    """Exact match of the largest Transformer, Mamba-2 and 8% hybrid at one size of the task."""
+    if study is None:
+        return Row(claim, published)
+    table = study.scores[study.scores["task"] == task]
+    arms = [a for kind in ("transformer", "hybrid_8", "mamba2") for a in widest(study, kind)]
+    own = table[table["arm"].isin(arms)].set_index(["cell", "arm"])
+    if len(arms) < 3 or own.empty:
+        return Row(claim, published, "its arms are not finished", study=study.name)
+    cells = list(dict.fromkeys(own.index.get_level_values("cell")))
+    able = [c for c in cells if own.loc[(c, arms[0]), "value"] >= 0.5]
+    cell = able[-1] if able else cells[0]
+
+    def told(arm: str) -> str:
+        r = own.loc[(cell, arm)]
+        name = arm.partition(",")[0]
+        return f"{name} {r['value']:.0%} ({max(0, r['low']):.0%} to {min(1, r['high']):.0%})"
+
+    ours = f"{cell}: " + ", ".join(told(a) for a in arms)
+    one, hybrid, pure = (own.loc[(cell, a)] for a in arms)
+    if not able:
+        follows = "decides nothing: the Transformer does not learn the task"
+    elif pure["high"] < one["low"]:
+        near = hybrid["high"] >= one["low"]
+        follows = f"agrees: Mamba-2 fails, the hybrid {'does not' if near else 'is between'}"
+    else:
+        follows = "disagrees: Mamba-2 cannot be told from the Transformer"
+    return Row(claim, published, ours, follows, study.name, "; ".join(arms), study.keys(arms))
+
+
+def fuzzy(study: Study | None) -> Row:
+    claim, published = (
+        "Wrong numbers of an SSM share digits with the right one",
+        "several digits agree (figure unverified)",
+    )
+    if study is None:
+        return Row(claim, published)
+    contents = load_evaluation(study.path, "phonebook")
+    arms = widest(study, "mamba2")
+    keys = study.keys(arms).split()
+    found = [contents[k].get("fuzzy") or {} for k in keys if k in contents]
+    found = [f for f in found if f.get("wrong") and f.get("agreement") is not None]
+    if not found:
+        return Row(claim, published, "no wrong numbers to look at", study=study.name)
+    mean = {
+        k: float(np.mean([f[k] for f in found])) for k in ("agreement", "permuted", "neighbours")
+    }
+    worst = {k: max(f[f"{k}_p"] for f in found) for k in ("permuted", "neighbours")}
+    ours = (
+        f"{mean['agreement']:.1%} of digits agree; permuted answers {mean['permuted']:.1%}, other "
+        f"numbers of the book {mean['neighbours']:.1%} (p at most {max(worst.values()):.2g})"
+    )
+    beyond = max(worst.values()) < 0.05
+    follows = "agrees: beyond both nulls" if beyond else "not found beyond chance in every seed"
+    return Row(claim, published, ours, follows, study.name, arms[0], " ".join(keys))
+
+
+def rows(found: dict[str, Study]) -> list[Row]:
+    """The table, in the order of the questions."""
+    share, mlps = found.get("attn_ratio"), found.get("attn_ratio_mlp")
+    curve = ATTENTION_SHARE
+    eighth = curve[4 / 48]
+
+    def at(value: float) -> Callable[[Study], list[str]]:
+        return lambda s: s.arms(attention_of_layers=value)
+
+    def heads(text: str) -> Callable[[Study], list[str]]:
+        return lambda s: [a for a in s.analysis.arms.index if str(a).endswith(f"n_kv_heads={text}")]
+
+    none, half, behind = (v - eighth for v in (curve[0.0], curve[0.5], TRANSFORMER))
+    hybrid = "hybrid, attention_share=0.0833"
+    return [
+        best_share(share),
+        of_loss(share, "No attention costs loss, against 8%", f"{signed(none)} nats (350M)",
+                none, at(0.0), at(2 / 24)),
+        of_loss(share, "Half of the layers as attention cost loss, against 8%",
+                f"{signed(half)} nats (350M)", half, at(0.5), at(2 / 24)),
+        of_loss(found.get("attn_ratio_60m"), "The same with 60M parameters: none, against 8%",
+                f"{signed(none)} nats (350M)", none, at(0.0), at(2 / 24)),
+        of_loss(mlps, "A Transformer is behind an 8% hybrid with MLPs",
+                f"{signed(behind)} nats (350M, without MLPs in the hybrid)",
+                behind, lambda s: s.arms(name="transformer"),
+                lambda s: s.arms(name=hybrid)),
+        of_loss(found.get("mlp_ratio"), "30 to 50% of the layers can be MLPs", "no cost (130M)",
+                0.0, lambda s: s.arms(mlp_of_layers=0.5), lambda s: s.arms(mlp_of_layers=0.0)),
+        mlp_speed(found.get("mlp_ratio")),
+        of_loss(found.get("gqa"), "Two key/value heads cost almost nothing",
+                f"{signed(GROUPED_QUERIES)} nats", 0.0, heads("2"), heads("null")),
+        longer(found.get("rope")),
+        copy_gap(found.get("recall"), "phonebook",
+                 "SSMs fail the phonebook, hybrids match the Transformer",
+                 "SSMs fail beyond about 500 tokens (8B)"),
+        copy_gap(found.get("recall"), "phonebook_reversed",
+                 "Naming the query first helps SSMs, who still trail", "figure unverified"),
+        fuzzy(found.get("recall")),
+    ]  # fmt: skip
+
+
+def table(found: dict[str, Study]) -> pd.DataFrame:
+    """`rows` as a frame, with the keys of the runs that each figure is from."""
+    return pd.DataFrame([vars(row) for row in rows(found)])
+
+
+def as_html(found: dict[str, Study]) -> str:
+    """The rows whose studies have been run, for a notebook."""
+    shown = pd.DataFrame([vars(row) for row in rows(found) if row.study])
+    if shown.empty:
+        return "Their studies have not been run yet."
+    return shown[["claim", "published", "ours", "follows"]].to_html(index=False)

@@ -1,0 +1,151 @@
+"""The README's two pictures, from exported studies alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import matplotlib as mpl
+from findings import Study, widest
+from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator, PercentFormatter
+
+from ablate.report.evaluation import by_size
+from ablate.report.plots import BLUE, CYCLE, MARKERS, STYLE, VERMILLION, Plot, save
+from ablate.report.published import ATTENTION_SHARE
+
+KINDS = {
+    "transformer": "Transformer",
+    "mamba2": "Mamba-2",
+    "hybrid_4": "4% attention",
+    "hybrid_8": "8% attention",
+    "hybrid_25": "25% attention",
+}
+TASKS = {
+    "phonebook": "phonebook (entries)",
+    "phonebook_reversed": "phonebook, query first (entries)",
+    "needle": "needle (tokens)",
+    "mqar_text": "associative recall (pairs)",
+}
+
+
+def attention_share(found: dict[str, Study], folder: Path) -> Plot | None:
+    """Loss less that without attention, over the share of attention, beside the published curve."""
+    shown = [
+        (found[name], label, colour, marker)
+        for name, label, colour, marker in (
+            ("attn_ratio", "Mamba-2 and attention", BLUE, "o"),
+            ("attn_ratio_mlp", "the same, half of the layers MLPs", VERMILLION, "s"),
+        )
+        if name in found and found[name].loss is not None
+    ]
+    if not shown:
+        return None
+    told = []
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(5.6, 3.2), layout="constrained")
+        ax = figure.subplots()
+        ax.axhline(0, color="#555555", linewidth=0.8)
+        for k, (study, label, colour, marker) in enumerate(shown):
+            fit, places = study.loss.fit, study.analysis.arms["x"]
+            arms = [a for a in study.loss.drawn or fit.arms if a in fit.arms]
+            reference = min(arms, key=lambda a: places[a])
+            anchors = [a for a in study.arms(name="transformer") if a in fit.arms]
+            for group, form in ((arms, marker), (anchors, "*")):
+                x = [places[a] + 0.003 * (k - (len(shown) - 1) / 2) for a in group]
+                d = [fit.difference(a, reference) for a in group]
+                y = [0.0 if a == reference else e.value for a, e in zip(group, d, strict=True)]
+                half = [
+                    0.0 if a == reference else e.half_width for a, e in zip(group, d, strict=True)
+                ]
+                name = label if form == marker else "Transformer (attention and MLPs in turn)"
+                if group:
+                    line = "-" if form == marker else "none"
+                    ax.errorbar(x, y, yerr=[0 if h != h else h for h in half], label=name,
+                                color=colour, marker=form, markersize=8 if form == "*" else 4.5,
+                                linestyle=line, linewidth=0.9, elinewidth=1.2)  # fmt: skip
+                told += [f"{label}, {p:.1%}: {v:+.4f}" for p, v in zip(x, y, strict=True)]
+        base = ATTENTION_SHARE[0.0]
+        ax.plot(list(ATTENTION_SHARE), [v - base for v in ATTENTION_SHARE.values()], "--",
+                color="#999999", linewidth=1.1, zorder=1,
+                label="published, 350M, 48 layers (Dao and Gu 2024)")  # fmt: skip
+        ax.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+        ax.set_xlabel("share of layers that are attention")
+        ax.set_ylabel("loss less that without attention\n(nats a token)")
+        figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=1)
+        caption = (
+            "Differences within paired seeds, with 95% intervals. Below zero: attention helps."
+        )
+        return save(figure, folder, "attention_share", "; ".join(told) + ".", caption)
+
+
+def recall(study: Study | None, folder: Path) -> Plot | None:
+    """Exact match by size of each task at the largest state, and of one size over the state."""
+    tasks = [t for t in TASKS if study is not None and t in study.evaluations.tasks]
+    if study is None or not tasks:
+        return None
+    told = []
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(7.2, 2.4 * ((len(tasks) + 1) // 2) + 0.6), layout="constrained")
+        axes = figure.subplots((len(tasks) + 1) // 2, 2, squeeze=False, sharey=True).flat
+        for ax, task in zip(axes, tasks, strict=False):
+            arms = study.evaluations.tasks[task]
+            for i, (kind, label) in enumerate(KINDS.items()):
+                for arm in widest(study, kind):
+                    if arm not in arms:
+                        continue
+                    sizes, marks = by_size(arms[arm])
+                    y = [m.value for m in marks]
+                    bars = [[max(0.0, m.value - m.low) for m in marks],
+                            [max(0.0, m.high - m.value) for m in marks]]  # fmt: skip
+                    ax.errorbar(sizes, y, yerr=bars, label=label, color=CYCLE[i], markersize=4,
+                                marker=MARKERS[i], linewidth=1.1, elinewidth=0.9)  # fmt: skip
+                    values = ", ".join(f"{s}: {v:.0%}" for s, v in zip(sizes, y, strict=True))
+                    told.append(f"{TASKS[task]}, {label}: {values}")
+                    ax.set_xscale("log", base=2)
+                    ax.set_xticks(sizes, [str(s) for s in sizes])
+            ax.xaxis.set_minor_locator(NullLocator())
+            ax.set_ylim(-0.04, 1.04)
+            ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+            ax.set_xlabel(TASKS[task])
+        for ax in list(axes):  # an odd number of tasks leaves one panel empty
+            ax.set_visible(False)
+        first = figure.axes[0]
+        first.set_ylabel("exact match")
+        figure.legend(*first.get_legend_handles_labels(), loc="outside lower center", ncols=5)
+        state = f"{study.analysis.arms['x'].max():.0f}"
+        caption = (
+            f"Exact match by size of the task, Mamba-2 layers with a state of {state}, seeds "
+            "together, with 95% intervals over texts."
+        )
+        return save(figure, folder, "recall", "; ".join(told) + ".", caption)
+
+
+def state_size(study: Study | None, folder: Path, task: str = "phonebook") -> Plot | None:
+    """Exact match over all sizes of a task, against the state size of the Mamba-2 layers."""
+    if study is None or task not in study.evaluations.tasks:
+        return None
+    arms, told = study.evaluations.tasks[task], []
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(4.4, 2.6), layout="constrained")
+        ax = figure.subplots()
+        for i, (kind, label) in enumerate(KINDS.items()):
+            own = [a for a in study.arms(name=f"{kind},") if a in arms]
+            if not own:
+                continue
+            y = [sum(c["value"] for c in arms[a]) / len(arms[a]) for a in own]
+            if kind == "transformer":
+                ax.axhline(y[-1], color=CYCLE[i], linestyle="--", linewidth=1.0, label=label)
+            else:
+                x = [study.analysis.arms["x"][a] for a in own]
+                ax.plot(x, y, color=CYCLE[i], marker=MARKERS[i], markersize=4, label=label)
+                ax.set_xscale("log", base=2)
+                ax.set_xticks(x, [f"{v:.0f}" for v in x])
+            told.append(f"{label}: {', '.join(f'{v:.0%}' for v in y)}")
+        ax.xaxis.set_minor_locator(NullLocator())
+        ax.set_ylim(-0.04, 1.04)
+        ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+        ax.set_xlabel("state size of the Mamba-2 layers")
+        ax.set_ylabel(f"{task}, exact match")
+        figure.legend(*ax.get_legend_handles_labels(), loc="outside right center")
+        caption = "Exact match over all sizes of the task; a Transformer has no such state."
+        return save(figure, folder, "state_size", "; ".join(told) + ".", caption)

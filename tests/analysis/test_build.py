@@ -1,0 +1,257 @@
+"""make analysis: the README's table, pictures and notebooks, from exported frames alone."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from ablate.report import analyse, load_study
+from ablate.report.export import export_study
+from ablate.report.published import ATTENTION_SHARE
+from ablate.run import write_json
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def load(name: str, path: Path) -> Any:
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+synthetic = load("report_synthetic", ROOT / "tests" / "report" / "synthetic.py")
+
+
+def published(share: float) -> float:
+    return float(np.interp(share, list(ATTENTION_SHARE), list(ATTENTION_SHARE.values())))
+
+
+def write(
+    path: Path, cells: list[tuple[str, dict[str, Any], int, dict[str, Any], dict[str, Any]]]
+) -> Path:
+    """A study of (arm, factors, seed, result, evaluations)."""
+    index = {}
+    for i, (arm, factors, seed, content, evaluations) in enumerate(cells):
+        key = f"{i:04d}".ljust(16, "b")
+        run = synthetic.write_run(path, key, seed=seed, content=content)
+        for task, evaluation in evaluations.items():
+            run.write_evaluation(task, evaluation)
+        index[key] = {"arm": arm, "factors": factors, "seed": seed}
+    factors = list(dict.fromkeys(name for cell in cells for name in cell[1]))
+    study = {"name": path.name, "question": f"What of {path.name}?", "factors": factors}
+    write_json(path / "study.json", {**study, "x": factors[0], "cells": index, "orphans": []})
+    return path
+
+
+def task(rng: np.random.Generator, name: str, sizes: dict[int, float]) -> dict[str, Any]:
+    """A recall task's file: 40 documents at each size, answered with the accuracy given."""
+    columns: dict[str, list[Any]] = {"cell": [], "x": [], "cluster": [], "exact_match": []}
+    cells = {}
+    for size, accuracy in sizes.items():
+        hits = (rng.random(40) < accuracy).astype(float)
+        columns["cell"] += [f"entries={size}"] * 40
+        columns["x"] += [size] * 40
+        columns["cluster"] += [f"{size}:{i}" for i in range(40)]
+        columns["exact_match"] += hits.tolist()
+        cells[f"entries={size}"] = {"x": size, "items": 40, "exact_match": 0.5, "verdict": None}
+    items = {**columns, "depth": [0.5] * len(columns["x"])}
+    null = {"wrong": 30, "agreement": 0.31, "permuted": 0.1, "neighbours": 0.12}
+    fuzzy = {**null, "permuted_p": 0.001, "neighbours_p": 0.002, "is_fuzzy": True}
+    value = float(np.mean(columns["exact_match"]))
+    content = {"task": name, "metric": "exact_match", "value": value, "cells": cells}
+    return {**content, "items": items, "fuzzy": fuzzy}
+
+
+def recall_study(path: Path) -> Path:
+    rng = np.random.default_rng(3)
+    cells = []
+    kinds = {"transformer": 12, "mamba2": 0, "hybrid_4": 1, "hybrid_8": 2, "hybrid_25": 6}
+    for seed in (0, 1):
+        for kind, attention in kinds.items():
+            for state in (16, 64, 128) if kind != "transformer" else (16,):
+                content = synthetic.result(loss=2.3, attention=attention, layers=24)
+                content["architecture"]["state_bytes"] = 1000 * state + 50_000 * attention
+                level = 0.97 if attention else 0.2 + 0.002 * state
+                sizes = {n: level * (1 if attention > 1 else 0.9**i) for i, n in enumerate((5, 20))}
+                names = ("phonebook", "phonebook_reversed", "needle", "mqar_text")
+                found = {name: task(rng, name, sizes) for name in names}
+                factors = {"arch.mamba2.d_state": state}
+                cells.append((f"{kind}, d_state={state}", factors, seed, content, found))
+    return write(path, cells)
+
+
+def by_mlps(path: Path) -> Path:
+    rng = np.random.default_rng(4)
+    cells = []
+    for seed in (0, 1, 2):
+        for attention in (0, 1, 2, 3, 4, 5, 6, 12):
+            share = attention / 24
+            arm = f"{'transformer' if attention == 12 else 'hybrid'}, attention_share={share:.3g}"
+            loss = 2.9 + published(share)
+            content = synthetic.result(
+                loss=loss + rng.normal(0, 0.003), attention=attention, mlp=12, layers=24
+            )
+            factors = {"arch.attention_share": share}
+            factors |= {"arch.unit": "*-" if attention == 12 else None}
+            cells.append((arm, factors, seed, content, {}))
+    return write(path, cells)
+
+
+def mlps(path: Path) -> Path:
+    rng = np.random.default_rng(5)
+    cells = []
+    for seed in (0, 1, 2):
+        for n in (0, 2, 7, 12):
+            content = synthetic.result(loss=3 + rng.normal(0, 0.003), attention=2, mlp=n, layers=24)
+            content["train"]["tokens_per_second"] *= 1 + 0.015 * n + rng.normal(0, 0.004)
+            cells.append((f"mlp_share={n / 24:.3g}", {"arch.mlp_share": n / 24}, seed, content, {}))
+    return write(path, cells)
+
+
+def choice(path: Path, field: str, values: list[Any], evaluations: Callable[..., Any]) -> Path:
+    rng = np.random.default_rng(6)
+    cells = []
+    for seed in (0, 1, 2):
+        for value in values:
+            content = synthetic.result(loss=3 + rng.normal(0, 0.002), attention=2, layers=24)
+            shown = "null" if value is None else f"{value:g}"
+            arm = f"{field.rpartition('.')[2]}={shown}"
+            cells.append((arm, {field: value}, seed, content, evaluations(rng, value)))
+    return write(path, cells)
+
+
+def lengths(rng: np.random.Generator, base: float | None) -> dict[str, Any]:
+    level = np.linspace(2.8, 3.2, 16)  # the same documents in every run
+    far = 0.5 if base else 0.0
+    items = {m: (level + far * (m == "4") + rng.normal(0, 0.01, 16)).tolist() for m in "124"}
+    means = {m: float(np.mean(v)) for m, v in items.items()}
+    content = {"task": "length", "metric": "loss", "value": means["4"], "documents": 16}
+    position = {"first": [1, 2], "last": [1, 2], "loss": [4.0, 3.0]}
+    return {"length": {**content, "by_multiple": means, "by_position": position, "items": items}}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkout in which every study of the table has been run and exported."""
+    root = tmp_path_factory.mktemp("checkout")
+    results = root / "analysis" / "results"
+    for name in ("findings.py", "pictures.py", "build.py", "attention_share.ipynb", "recall.ipynb"):
+        (root / "analysis").mkdir(exist_ok=True)
+        shutil.copy(ROOT / "analysis" / name, root / "analysis" / name)
+    (root / "docs").mkdir()
+    shutil.copy(ROOT / "docs" / "reproduction.md", root / "docs")
+    shutil.copy(ROOT / "README.md", root)
+    runs = root / "runs"
+    shares = [n / 24 for n in (0, 1, 2, 3, 4, 6, 8, 12)]
+    losses = [3 + published(share) for share in shares]
+    same = {"losses": losses, "layers": 24, "accuracies": None, "noise": 0.003}
+    folder = synthetic.write_study(runs / "attn_ratio", shares=shares, seeds=range(6), **same)
+    again = {"old": {"val_b": 3.1}, "new": {"val_b": 3.1}, "tolerance": 0.0, "why": "bit for bit"}
+    rerun = {"task": "rerun", "reruns": {"1": {**again, "same": True}}}
+    write_json(folder / "0000aaaaaaaa" / "evaluation" / "rerun.json", rerun)
+    shares, same["losses"] = [0.0, 2 / 24, 0.5], [3.03, 3.0, 3.02]
+    large = synthetic.write_study(runs / "attn_ratio_60m", shares=shares, seeds=(0, 1), **same)
+    made = [
+        *(folder, large, by_mlps(runs / "attn_ratio_mlp"), mlps(runs / "mlp_ratio")),
+        choice(runs / "gqa", "arch.attention.n_kv_heads", [None, 2, 1], lambda *_: {}),
+        choice(runs / "rope", "arch.attention.rope_base", [10000.0, None], lengths),
+        recall_study(runs / "recall"),
+    ]
+    for path in made:
+        export_study(path, results)
+    shutil.rmtree(runs)  # the frames are all there is
+    done = build(root)
+    assert done.returncode == 0, done.stderr
+    return root
+
+
+def build(root: Path, what: str = "") -> subprocess.CompletedProcess[str]:
+    """build.py without notebooks, or some Python with its names."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
+    code = what or "sys.exit(main(['--no-notebooks']))"
+    command = [sys.executable, "-c", f"from build import *; {code}"]
+    place = root / "analysis"
+    return subprocess.run(
+        command, env=environment, cwd=place, capture_output=True, text=True, check=False
+    )
+
+
+def snapshot(root: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(root)): p.read_bytes() for p in root.rglob("*") if p.is_file()}
+
+
+def test_everything_is_made_from_the_frames_and_the_second_time_the_same(root: Path) -> None:
+    first = snapshot(root)
+    assert build(root).returncode == 0
+    assert snapshot(root) == first
+    for name in ("docs/attention_share.png", "docs/recall.png"):
+        assert name in first
+    text = (root / "README.md").read_text()
+    assert "not run yet" not in text
+    assert "docs/attention_share.png" in text
+    assert not re.search(r"\bnan\b", text)
+    cost = (root / "docs" / "reproduction.md").read_text()
+    assert "| attn_ratio | 48 | 2,457,600 | 1.0 |" in cost
+    assert "| attn_ratio | `0000aaaaaaaa` | 3.100000 | 3.100000 | +0 | 0: bit for bit |" in cost
+    assert str(root) not in text + cost
+
+
+def test_figures_of_the_table_lead_back_to_their_runs(root: Path) -> None:
+    table = pd.read_csv(root / "analysis" / "results" / "findings.csv", keep_default_na=False)
+    rows = table.set_index("claim")
+    row = rows.loc["No attention costs loss, against 8%"]
+    frame = load_study(root / "analysis" / "results" / "attn_ratio")
+    fit = analyse(frame).comparisons["val_b_loss"].fit
+    found = fit.difference("attention_share=0", "attention_share=0.0833")
+    assert row["ours"].startswith(f"+{found.value:.4f} (+{found.low:.4f} to +{found.high:.4f})")
+    assert row["ours"].split()[0] in (root / "README.md").read_text()
+    arms = ["attention_share=0", "attention_share=0.0833"]
+    assert row["keys"].split() == frame.loc[frame["arm"].isin(arms), "key"].tolist()
+    assert row["follows"] == "agrees"
+    assert rows.loc["30 to 50% of the layers can be MLPs", "follows"].startswith("none found")
+    assert rows.loc["Half of the layers as MLPs train faster than 5%", "ours"].startswith("+1")
+    gap = rows.loc["SSMs fail the phonebook, hybrids match the Transformer"]
+    assert gap["follows"] == "agrees: Mamba-2 fails, the hybrid does not"
+    beyond = rows.loc["Attention without positions holds beyond the training length"]
+    assert beyond["follows"] == "agrees at the longest: lower loss without RoPE"
+    assert all(row["keys"] for _, row in rows.iterrows())
+
+
+def test_a_table_without_its_markers_is_told(root: Path, tmp_path: Path) -> None:
+    shutil.copytree(root, tmp_path / "copy", ignore=shutil.ignore_patterns("results"))
+    (tmp_path / "copy" / "README.md").write_text("# nothing\n")
+    (tmp_path / "copy" / "analysis" / "results").mkdir()
+    done = build(tmp_path / "copy")
+    assert done.returncode == 2
+    assert done.stderr.startswith("analysis: 'README.md' lacks the markers")
+
+
+@pytest.mark.parametrize("full", [True, False])
+def test_notebooks_run_with_and_without_studies(root: Path, tmp_path: Path, full: bool) -> None:
+    pytest.importorskip("nbclient")
+    copy = tmp_path / "copy"
+    shutil.copytree(root, copy, ignore=None if full else shutil.ignore_patterns("results"))
+    (copy / "analysis" / "results").mkdir(exist_ok=True)
+    done = build(copy, "[execute(Path(name)) for name in NOTEBOOKS]")
+    assert done.returncode == 0, done.stderr
+    for name, missing in (("attention_share", "attn_ratio and"), ("recall", "recall has")):
+        notebook = json.loads((copy / "analysis" / f"{name}.ipynb").read_text())
+        outputs = json.dumps([cell.get("outputs") for cell in notebook["cells"]])
+        assert ("image/png" in outputs) == full
+        assert (missing in outputs) == (not full)
+        assert str(tmp_path) not in outputs

@@ -1,0 +1,126 @@
+"""A study exported as frames: the same report, from files that name no machine."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from ablate.__main__ import main
+from ablate.errors import UserError
+from ablate.report import load_study
+from ablate.report.export import export_study
+from ablate.report.page import write_report
+from ablate.run import find_runs, read_json, write_json
+
+HOST = "trainer-17"
+
+
+@pytest.fixture
+def evaluated(study: Path) -> Path:
+    """A study whose runs were evaluated, on a machine that its files name in many places."""
+    for run in find_runs(study):
+        rng = np.random.default_rng(int(run.key[:4]))
+        hits = (rng.random(40) < 0.2 + 0.2 * int(run.key[:2])).astype(float)
+        columns = {
+            "cell": ["entries=5"] * 20 + ["entries=20"] * 20,
+            "x": [5] * 20 + [20] * 20,
+            "depth": [0.5] * 40,
+            "cluster": [f"book:{i}" for i in range(40)],
+            "exact_match": hits.tolist(),
+            "response": ["x"] * 40,
+        }
+        cells = {
+            f"entries={n}": {"x": n, "items": 20, "exact_match": 0.5, "verdict": None}
+            for n in (5, 20)
+        }
+        content = {"task": "phonebook", "metric": "exact_match", "value": hits.mean()}
+        run.write_evaluation("phonebook", {**content, "cells": cells, "items": columns})
+        items = {str(m): rng.normal(3 - 0.1 * m, 0.2, 8).tolist() for m in (1, 2)}
+        content = {"task": "length", "metric": "loss", "documents": 8, "value": 3.0}
+        content["by_multiple"] = {m: float(np.mean(v)) for m, v in items.items()}
+        content["by_position"] = {"first": [1, 2], "last": [1, 2], "loss": [4.0, 3.0]}
+        run.write_evaluation("length", {**content, "items": {**items, "position": [[1.0]] * 8}})
+        config = run.config()
+        config["data"] |= {"source": "files", "path": ["/mnt/disk/text/train.jsonl.zst"]}
+        config["tracker"]["entity"] = "somebody"
+        run.create(config, replace=True)
+        run.write_environment({**run.environment(), "host": HOST})
+    index = read_json(study / "study.json")
+    words = ["+sweep=attn_ratio", "data.path=[/mnt/disk/text/train.jsonl.zst]"]
+    words += ["study.storage=postgresql://me:secret@host/db"]
+    write_json(study / "study.json", {**index, "command": ["python", "-m", "ablate", *words]})
+    (study / "plan.txt").write_text("text: /mnt/disk/text/train.jsonl.zst, 1 hour\n")
+    return study
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in sorted((folder / "report").iterdir())}
+
+
+def test_the_report_of_an_export_is_that_of_the_run_folders(evaluated, tmp_path):
+    write_report(evaluated)
+    folder = export_study(evaluated, tmp_path / "results")
+    write_report(folder)
+    before, after = files(evaluated), files(folder)
+    assert before.keys() == after.keys()
+    assert {"evaluation.csv", "recall.png", "positions.svg"} <= before.keys()
+    differ = {name for name in before if before[name] != after[name]}
+    assert differ == {"index.html"}  # which says where the runs were, there
+
+    def body(page: bytes) -> str:
+        return page.decode().split("<h2>Environment</h2>")[0]
+
+    assert body(before["index.html"]) == body(after["index.html"])
+    write_report(folder)
+    assert files(folder) == after  # the second time the same
+
+
+def test_an_export_names_no_machine_and_is_small(evaluated, tmp_path):
+    folder = export_study(evaluated, tmp_path / "results")
+    write_report(folder)
+    texts = [p for p in folder.rglob("*") if p.suffix in (".csv", ".json", ".yaml", ".md", ".txt")]
+    texts.append(folder / "report" / "index.html")
+    for path in texts:
+        text = path.read_text()
+        assert not re.search(r"/mnt|/home|/tmp|secret|somebody|trainer-17", text), path
+    assert "train.jsonl.zst" in (folder / "README.md").read_text()
+    assert "1 hour" in (folder / "plan.txt").read_text()
+    assert not list(folder.glob("*/config.yaml"))
+    frame = load_study(folder)
+    assert frame["trial_seconds"].tolist() == [59.0] * 8
+    items = pd.read_parquet(folder / "scores" / "phonebook.parquet")
+    assert len(items) == 8 * 40
+    assert "response" not in items
+
+
+def test_an_export_never_loses_finished_trials(evaluated, tmp_path, capsys):
+    folder = export_study(evaluated, tmp_path / "results")
+    assert main(["report", str(evaluated), f"export={tmp_path / 'results'}"]) == 0
+    next(find_runs(evaluated)).path.rename(tmp_path / "gone")
+    with pytest.raises(
+        UserError, match=r"has 1 finished trials that .* lacks, such as 0000aaaaaaaa"
+    ):
+        export_study(evaluated, tmp_path / "results")
+    with pytest.raises(UserError, match="is an exported study already"):
+        export_study(folder, tmp_path / "more")
+    capsys.readouterr()
+    assert main(["report", str(evaluated), "export="]) == 2
+    assert "report takes one export=DIR" in capsys.readouterr().err
+
+
+def test_a_damaged_export_is_told_in_one_sentence(evaluated, tmp_path):
+    folder = export_study(evaluated, tmp_path / "results")
+    (folder / "configs.yaml").write_text("runs: [")
+    with pytest.raises(UserError, match="is an exported study that cannot be read"):
+        load_study(folder)
+
+
+def test_a_text_that_names_the_machine_is_refused(evaluated, tmp_path):
+    index = read_json(evaluated / "study.json")
+    write_json(evaluated / "study.json", {**index, "question": f"Does {HOST} work?"})
+    with pytest.raises(UserError, match=rf"names this machine \('{HOST}'\)"):
+        export_study(evaluated, tmp_path / "results")
