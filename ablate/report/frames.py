@@ -9,6 +9,7 @@ A folder that was exported (`ablate/report/export.py`) is read the same way, fro
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Iterable, Mapping
@@ -23,7 +24,6 @@ from ablate.report import export
 from ablate.run import RunFolder, find_runs, read_json
 
 INDEX = "index.parquet"
-SCHEMA = 2  # part of each row's stamp: raise it when the columns below change
 
 PHASES = (
     *("start_up", "data", "build", "first_step"),
@@ -68,6 +68,9 @@ FIGURES = {
     "epochs": "data.epochs",
     **{f"seconds_{phase}": f"seconds.{phase}" for phase in PHASES},
 }
+# Part of each row's stamp, so that an index of other columns is read anew; the number is raised
+# when a column means something else.
+SCHEMA = f"3-{hashlib.blake2b(repr(FIGURES).encode(), digest_size=4).hexdigest()}"
 TEXTS = {
     "pattern": "architecture.pattern",
     "fingerprint": "data.fingerprint",

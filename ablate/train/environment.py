@@ -86,8 +86,12 @@ def environment(cfg: TrainConfig, device: torch.device) -> dict[str, Any]:
 def commit() -> dict[str, Any]:
     """{"commit": hash, "dirty": bool} of the source checkout that this package runs from.
 
-    Both None when it was installed from a wheel, or git is not there.
+    Both None when it was installed from a wheel, or git is not there; ABLATE_COMMIT=<hash> in the
+    environment says what the code is where it was copied without its repository.
     """
+    told = os.environ.get("ABLATE_COMMIT")
+    if told:
+        return {"commit": told, "dirty": False}
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return {"commit": None, "dirty": None}

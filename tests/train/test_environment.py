@@ -32,6 +32,11 @@ def test_environment_says_what_matters() -> None:
     assert set(env.commit()) == {"commit", "dirty"}
 
 
+def test_a_copy_without_its_repository_is_told_its_commit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ABLATE_COMMIT", "abc123")
+    assert env.commit() == {"commit": "abc123", "dirty": False}
+
+
 def test_precision() -> None:
     auto = load({"train": {"tokens": 1}}).train
     fp32 = load({"train": {"tokens": 1, "precision": "fp32"}}).train
