@@ -259,8 +259,9 @@ class TrainConfig(Section):
     seconds: float | None = Field(None, gt=0, description="budget in seconds of training")
     batch_size: int = Field(16, ge=1, description="rows an optimiser step, over all micro-batches")
     micro_batch: int | Literal["auto"] | None = operational(
-        "auto",
-        "rows a forward pass and device; auto: on a GPU the fewest within 3% of the best speed",
+        None,
+        "rows a forward pass and device; null: all; auto: on a GPU the fewest within 3% of the "
+        "best speed",
     )
     lr: float = Field(3e-3, gt=0, le=10, description="peak learning rate")
     schedule: Literal["cosine", "wsd", "constant"] = Field(

@@ -210,18 +210,19 @@ def test_a_resumed_run_keeps_its_micro_batch(
     def choose(rows: int) -> Any:
         return lambda *args, **kwargs: {"rows": rows, "source": "search"}
 
+    cfg = tiny(train={"micro_batch": "auto"})
     monkeypatch.setattr(Shape, "choose", choose(2))
     with pytest.raises(RuntimeError):
-        train(tiny(), folder, should_prune=lambda step, loss: step >= 8)
+        train(cfg, folder, should_prune=lambda step, loss: step >= 8)
     monkeypatch.setattr(Shape, "choose", choose(1))
-    assert train(tiny(), folder)["train"]["micro_batch"] == 2
+    assert train(cfg, folder)["train"]["micro_batch"] == 2
 
 
 @pytest.mark.gpu
 def test_a_search_on_a_gpu(tiny: Make, folder: RunFolder, tmp_path: Path) -> None:
     cfg = tiny(
         data={"seq_len": 2048, "cache": str(tmp_path), "mqar": {"share": 0}},
-        train={"tokens": 5 * 16 * 2048, "batch_size": 16},
+        train={"tokens": 5 * 16 * 2048, "batch_size": 16, "micro_batch": "auto"},
     )
     result = train(cfg, folder)
     record = folder.environment()["micro_batch"]
