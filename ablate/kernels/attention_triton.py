@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -137,6 +138,7 @@ def forward_kernel(
         acc, total, top = _forward_step(
             acc, total, top, q, k_ptr, v_ptr, key, query, lower, k_row, v_row, length, factor,
             BN, P, False, True, PREC)  # fmt: skip
+    total = tl.where(query < length, total, 1.0)  # rows after the last may see nothing
     y_ptr += b * length * (H * P) + h * P
     _put(y_ptr, acc / total[:, None], first, H * P, length, BM, P, FULL)
     # of rows after the last: what makes their weights zero
@@ -301,17 +303,6 @@ def config(kernel: str, head_dim: int, dtype: torch.dtype, hopper: bool) -> Conf
     return CONFIGS[kernel, hopper][128 if head_dim <= 64 else 256]
 
 
-def supported(q: Tensor, scale: float | None) -> bool:
-    """Heads of 16, 32, 64 or 128 channels; scores of a positive scale (the running maximum is
-    taken before it)."""
-    return (
-        q.dtype in (torch.float32, torch.bfloat16, torch.float16)
-        and q.shape[-1] in (16, 32, 64, 128)
-        and q.numel() > 0
-        and (scale is None or scale > 0)
-    )
-
-
 def _hopper(t: Tensor) -> bool:
     return t.is_cuda and torch.cuda.get_device_capability(t.device)[0] >= 9
 
@@ -430,20 +421,24 @@ def attention_triton(
     doc_start_BL: Tensor | None,
     scale: float | None,
 ) -> Tensor:
-    """See `ablate.kernels.attention`; the cases of `supported`, q, k and v of one type.
+    """See `ablate.kernels.attention`, which tells the cases; k and v are taken in q's type.
 
     Reads (B, L, heads, P) by strides wherever P is dense. Document starts must not fall along a
     row.
     """
-    length = q_BLHP.shape[1]
+    length, head_dim = q_BLHP.shape[1], q_BLHP.shape[3]
     if doc_start_BL is not None:
         doc_start_BL = doc_start_BL.to(torch.int32).contiguous()
+    missing = max(16, triton.next_power_of_2(head_dim)) - head_dim
+    q, k, v = (t.to(q_BLHP.dtype) for t in (q_BLHP, k_BLHP, v_BLHP))
+    if missing:  # zero channels change no score
+        q, k, v = (F.pad(t, (0, missing)) for t in (q, k, v))
     y: Tensor = _Attention.apply(
-        q_BLHP,
-        k_BLHP.to(q_BLHP.dtype),
-        v_BLHP.to(q_BLHP.dtype),
+        q,
+        k,
+        v,
         doc_start_BL,
         length if window is None else min(window, length),
-        q_BLHP.shape[-1] ** -0.5 if scale is None else scale,
+        head_dim**-0.5 if scale is None else scale,
     )
-    return y
+    return y[..., :head_dim] if missing else y
