@@ -281,26 +281,26 @@ class Config:
     stages: int
 
 
-# By kernel, whether for sm_90 (Hopper and later), and the bytes of a head's row, at most.
+# (heads of up to 64 channels, of up to 128), on Hopper and on others, whose mma.sync holds
+# operands in registers and whose shared memory may be 99 KB.
 CONFIGS = {
-    ("forward", True): {128: Config(128, 64, 4, 3), 256: Config(128, 64, 8, 2)},
-    ("query_grad", True): {128: Config(128, 64, 8, 2), 256: Config(128, 64, 8, 2)},
-    ("key_grad", True): {128: Config(64, 128, 8, 2), 256: Config(64, 128, 8, 2)},
-    ("forward", False): {128: Config(128, 64, 4, 3), 256: Config(64, 64, 4, 2)},
-    ("query_grad", False): {128: Config(64, 64, 4, 2), 256: Config(64, 64, 4, 2)},
-    ("key_grad", False): {128: Config(64, 64, 4, 2), 256: Config(64, 64, 8, 1)},
+    ("forward", True): (Config(128, 64, 8, 3), Config(128, 64, 8, 3)),
+    ("query_grad", True): (Config(64, 64, 4, 2), Config(128, 64, 8, 2)),
+    ("key_grad", True): (Config(64, 64, 4, 2), Config(32, 128, 8, 2)),
+    ("forward", False): (Config(64, 64, 4, 2), Config(64, 32, 4, 2)),
+    ("query_grad", False): (Config(64, 32, 4, 2), Config(64, 32, 4, 2)),
+    ("key_grad", False): (Config(32, 64, 4, 2), Config(32, 64, 8, 2)),
 }
 WIDE = {  # float32
-    "forward": Config(64, 32, 4, 1),
-    "query_grad": Config(32, 32, 4, 1),
-    "key_grad": Config(32, 32, 4, 1),
+    "forward": (Config(64, 16, 8, 1), Config(32, 16, 4, 1)),
+    "query_grad": (Config(32, 32, 4, 1), Config(16, 32, 4, 1)),
+    "key_grad": (Config(32, 32, 4, 1), Config(16, 16, 4, 1)),
 }
 
 
 def config(kernel: str, head_dim: int, dtype: torch.dtype, hopper: bool) -> Config:
-    if dtype == torch.float32:
-        return WIDE[kernel]
-    return CONFIGS[kernel, hopper][128 if head_dim <= 64 else 256]
+    narrow, wide = WIDE[kernel] if dtype == torch.float32 else CONFIGS[kernel, hopper]
+    return narrow if head_dim <= 64 else wide
 
 
 def _hopper(t: Tensor) -> bool:
