@@ -14,6 +14,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from ablate.kernels.dispatch import use_triton
+from ablate.kernels.rotary import Table, rotary, rotary_table
+
 QUERY_BLOCK = 256
 
 
@@ -198,26 +201,62 @@ def attention(
 
 
 def attention_step(
-    q_BHP: torch.Tensor,
-    k_BTHP: torch.Tensor,
-    v_BTHP: torch.Tensor,
+    qkv_BE: torch.Tensor,
+    positions_B: torch.Tensor,
+    k_BTKP: torch.Tensor,
+    v_BTKP: torch.Tensor,
     *,
-    valid_BT: torch.Tensor | None = None,
+    base: float | None = None,
+    dim: int | None = None,
+    table: Table | None = None,
     scale: float | None = None,
+    backend: str | None = None,
 ) -> torch.Tensor:
-    """One query a sequence against a cache of T slots; returns (B, H, P).
+    """One token a sequence: rotates its query and key, keeps key and value, attends; (B, H, P).
 
-    k_BTHP, v_BTHP: (B, T, H_kv, P), the current token's key and value among them.
-    valid_BT: bool (B, T) or (1, T), the slots that are visible (None: all). A ring buffer of a
-        window's size needs no order, because keys carry their positions already.
+    qkv_BE: (B, (H + 2 K) P), the fused projection: queries first, values last.
+    positions_B: int64, the token's index in its sequence.
+    k_BTKP, v_BTKP: the caches, (B, T, K, P), updated in place: position i lies in slot i modulo T,
+        so that a cache of one window's size is a ring, which needs no order because keys carry
+        their positions already. Keys and queries are taken in the caches' type.
+    base, dim, table: as in `rotary`; base None: no rotation.
+    scale: of the scores, P^-0.5 when None.
     """
-    mask = None if valid_BT is None else valid_BT[:, None, None, :]
+    batch, slots, kv_heads, head_dim = k_BTKP.shape
+    heads = qkv_BE.shape[1] // head_dim - 2 * kv_heads
+    if heads < 1 or heads % kv_heads or qkv_BE.shape[1] % head_dim:
+        raise ValueError(
+            f"attention_step: a projection of {qkv_BE.shape[1]} channels does not fit a cache of "
+            f"{kv_heads} heads of {head_dim}"
+        )
+    scale = head_dim**-0.5 if scale is None else scale
+    supported = all(t.dtype != torch.float64 and t.numel() > 0 for t in (qkv_BE, k_BTKP))
+    supported = supported and head_dim <= 256 and heads // kv_heads <= 64
+    supported = supported and k_BTKP.is_contiguous() and v_BTKP.is_contiguous()
+    if use_triton(backend, qkv_BE, k_BTKP, supported=supported):
+        from ablate.kernels.step_triton import attention_step_triton
+
+        if base is not None:
+            table = table or rotary_table(
+                positions_B[:, None], base, head_dim if dim is None else dim, torch.float32
+            )
+        return attention_step_triton(
+            qkv_BE, None if base is None else table, positions_B, scale, k_BTKP, v_BTKP
+        )
+    qk, v = qkv_BE.unflatten(-1, (-1, head_dim)).split((heads + kv_heads, kv_heads), dim=1)
+    if base is not None:
+        qk = rotary(qk[:, None], positions_B[:, None], base=base, dim=dim, table=table)[:, 0]
+    q, k = qk.to(k_BTKP.dtype).split((heads, kv_heads), dim=1)
+    rows = torch.arange(batch, device=qkv_BE.device)
+    k_BTKP[rows, positions_B % slots] = k
+    v_BTKP[rows, positions_B % slots] = v.to(v_BTKP.dtype)
+    visible_BT = torch.arange(slots, device=qkv_BE.device) <= positions_B[:, None]
     y = F.scaled_dot_product_attention(
-        q_BHP.unsqueeze(2),
-        k_BTHP.transpose(1, 2),
-        v_BTHP.transpose(1, 2),
-        attn_mask=mask,
+        q.unsqueeze(2),
+        k_BTKP.transpose(1, 2),
+        v_BTKP.transpose(1, 2),
+        attn_mask=visible_BT[:, None, None],
         scale=scale,
-        enable_gqa=q_BHP.shape[1] != k_BTHP.shape[2],
+        enable_gqa=heads != kv_heads,
     )
-    return y.squeeze(2)
+    return y.squeeze(2).to(qkv_BE.dtype)
