@@ -11,6 +11,7 @@ from _compile import ARCHITECTURES, assert_fits, resources  # noqa: E402
 from ablate.kernels import (  # noqa: E402
     conv1d_triton,
     cross_entropy_triton,
+    gelu_triton,
     norm_triton,
     rotary_triton,
     step_triton,
@@ -146,6 +147,21 @@ def test_rotary_qkv(arch, sign):
     constants = {"SIGN": sign, "H": 12, "KV": 4, "P": 64, "BLOCK": 32, "ROWS": rotary_triton.ROWS}
     found = resources(rotary_triton.qkv_kernel, types, constants, arch=arch, num_warps=4)
     assert_fits(found, arch)
+
+
+@architectures
+def test_gelu(arch):
+    flags = {"BLOCK": gelu_triton.BLOCK}
+    for kernel, names in (
+        (gelu_triton.forward_kernel, "x y"),
+        (gelu_triton.backward_kernel, "x dy dx"),
+    ):
+        types = pointers(names, "bf16") | integers("n")
+        found = resources(
+            kernel, types, flags, arch=arch, num_warps=gelu_triton.WARPS, aligned=tuple(types)
+        )  # fmt: skip
+        assert_fits(found, arch)
+        assert "v4.b32" in found.ptx
 
 
 @architectures
