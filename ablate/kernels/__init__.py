@@ -6,7 +6,7 @@ module, and the names below are always the functions. Nothing here imports Trito
 
 from __future__ import annotations
 
-from ablate.kernels.attention import attention, attention_step
+from ablate.kernels.attention import attention, attention_form, attention_step
 from ablate.kernels.conv1d import causal_conv1d, causal_conv1d_step
 from ablate.kernels.cross_entropy import linear_cross_entropy
 from ablate.kernels.gelu import gelu
@@ -18,6 +18,7 @@ from ablate.kernels.ssd import ssd, ssd_step
 
 __all__ = [
     "attention",
+    "attention_form",
     "attention_step",
     "causal_conv1d",
     "causal_conv1d_step",

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend
 
 from ablate.kernels.dispatch import use_triton
 from ablate.kernels.rotary import Table, rotary, rotary_table
@@ -186,18 +187,47 @@ def attention(
         raise ValueError(f"{heads} query heads are not a multiple of {kv_heads} key heads")
     if window is not None and window < 1:
         raise ValueError(f"window={window} must be at least 1")
-    length = q_BLHP.shape[1]
+    form, window = _form(q_BLHP, window, doc_start_BL)
     q, k, v = (t.transpose(1, 2) for t in (q_BLHP, k_BLHP, v_BLHP))
     gqa = heads != kv_heads
-    if window is not None and window >= length:
-        window = None
-    if window is None and doc_start_BL is None:
+    if form == "sdpa":
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=gqa)
-    elif q.is_cuda and q.dtype != torch.float64:
+    elif form == "flex":
         y = _flex(q, k, v, window, doc_start_BL, scale, gqa)
     else:
         y = _blocked(q, k, v, window, doc_start_BL, scale, gqa)
     return y.transpose(1, 2)
+
+
+def _form(
+    q_BLHP: torch.Tensor, window: int | None, doc_start_BL: torch.Tensor | None
+) -> tuple[str, int | None]:
+    """What runs ("sdpa", "flex" or "blocks"), and the window unless all of a sequence is in it."""
+    if window is not None and window >= q_BLHP.shape[1]:
+        window = None
+    if window is None and doc_start_BL is None:
+        return "sdpa", None
+    return ("flex" if q_BLHP.is_cuda and q_BLHP.dtype != torch.float64 else "blocks"), window
+
+
+def attention_form(
+    q_BLHP: torch.Tensor,
+    k_BLHP: torch.Tensor,
+    v_BLHP: torch.Tensor,
+    *,
+    window: int | None = None,
+    doc_start_BL: torch.Tensor | None = None,
+) -> str:
+    """The implementation that `attention` takes for such tensors under the settings in force:
+    "flex", "blocks", or what torch's scaled_dot_product_attention chooses, "cudnn_attention",
+    "flash_attention", "efficient_attention" or "math"."""
+    form, _ = _form(q_BLHP, window, doc_start_BL)
+    if form != "sdpa":
+        return form
+    q, k, v = (t.transpose(1, 2) for t in (q_BLHP, k_BLHP, v_BLHP))
+    gqa = q.shape[1] != k.shape[1]
+    choice = torch._fused_sdp_choice(q, k, v, is_causal=True, enable_gqa=gqa)
+    return SDPBackend(choice).name.lower()
 
 
 def attention_step(
