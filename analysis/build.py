@@ -19,7 +19,7 @@ from findings import Study
 
 from ablate.errors import UserError
 from ablate.report.export import gpu_hours
-from ablate.report.frames import load_evaluation
+from ablate.report.frames import load_evaluation, study_of
 from ablate.report.page import write_report
 from ablate.run import atomic_write
 
@@ -55,7 +55,7 @@ def build(root: Path, *, notebooks: bool = True) -> None:
     table = findings.table(found)
     atomic_write(results / "findings.csv", table.to_csv(index=False))
     block = "".join(f"![{p.caption}](docs/{p.png.name})\n\n" for p in shown)
-    block += _findings(table) + "\n" + _cost(found) if found else NONE_YET
+    block += _findings(table, found) + "\n" + _cost(found) if found else NONE_YET
     put(root / "README.md", "results", block)
     put(docs / "reproduction.md", "cost", _costs(found) if found else NONE_YET)
     put(docs / "reproduction.md", "reruns", _reruns(found))
@@ -79,15 +79,42 @@ def put(path: Path, name: str, block: str) -> None:
 # --- blocks --------------------------------------------------------------------------------------
 
 
-def _findings(table: pd.DataFrame) -> str:
-    lines = ["| published claim | published | ours (95%) | what follows | study |"]
-    lines.append("|---|---|---|---|---|")
-    for row in table.itertuples():
-        link = f"[{row.study}](analysis/results/{row.study}/README.md)" if row.study else "–"
+def _findings(table: pd.DataFrame, found: dict[str, Study]) -> str:
+    """The claims that a study speaks to, in a table; other studies in a sentence each."""
+    run = table[table["ours"] != findings.NOT_RUN]
+    lines = []
+    if len(run):
+        lines += ["| published claim | published | ours (95%) | what follows | study |"]
+        lines += ["|---|---|---|---|---|"]
+    for row in run.itertuples():
         lines.append(
-            f"| {row.claim} | {row.published} | {row.ours} | {row.follows or '–'} | {link} |"
+            f"| {row.claim} | {row.published} | {row.ours} | {row.follows or '–'} | "
+            f"{_link(row.study)} |"
         )
-    return "\n".join(lines) + "\n"
+    for name in sorted(set(found) - set(run["study"])):
+        question = study_of(found[name].path).get("question")
+        lines += ["", f"{_link(name)}: {question} {_best(found[name])}"]
+    if len(run) < len(table):
+        lines += ["", f"{len(table) - len(run)} of the {len(table)} published claims in "]
+        lines[-1] += "`analysis/results/findings.csv` have not been tried here yet."
+    return "\n".join(lines).strip() + "\n"
+
+
+def _link(study: str) -> str:
+    return f"[{study}](analysis/results/{study}/README.md)"
+
+
+def _best(study: Study) -> str:
+    """The arm with the lowest loss of a study that no claim is about."""
+    done = study.analysis.frame
+    means = done[done["state"] == "done"].groupby("arm")["val_b_loss"].mean()
+    if means.empty:
+        return "No trial has ended."
+    seeds = done["seed"].nunique()
+    return (
+        f"Lowest loss: {means.min():.3f} nats at {means.idxmin()}, of {len(means)} arms "
+        f"({seeds} seed{'s' if seeds > 1 else ', no interval'})."
+    )
 
 
 def _cost(found: dict[str, Study]) -> str:

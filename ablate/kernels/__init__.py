@@ -6,9 +6,10 @@ module, and the names below are always the functions. Nothing here imports Trito
 
 from __future__ import annotations
 
-from ablate.kernels.attention import attention, attention_step
+from ablate.kernels.attention import attention, attention_form, attention_step
 from ablate.kernels.conv1d import causal_conv1d, causal_conv1d_step
 from ablate.kernels.cross_entropy import linear_cross_entropy
+from ablate.kernels.gelu import gelu
 from ablate.kernels.mamba2_core import mamba2_core
 from ablate.kernels.norm import gated_rms_norm, rms_norm
 from ablate.kernels.rotary import rotary, rotary_qkv, rotary_table
@@ -17,10 +18,12 @@ from ablate.kernels.ssd import ssd, ssd_step
 
 __all__ = [
     "attention",
+    "attention_form",
     "attention_step",
     "causal_conv1d",
     "causal_conv1d_step",
     "gated_rms_norm",
+    "gelu",
     "linear_cross_entropy",
     "mamba2_core",
     "rms_norm",

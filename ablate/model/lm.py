@@ -287,7 +287,15 @@ class LanguageModel(nn.Module):
         """
         x = F.embedding(tokens_B, self.embedding)
         ctx = self._context(x, state.position_B[:, None])
-        for layer, cache in zip(self.layers, state.layers, strict=True):
-            x = layer.step(x, ctx, cache)
+        u = None  # the stream normalised for the next layer, in one kernel with the addition
+        followers = [*self.layers[1:], None]
+        for layer, following, cache in zip(self.layers, followers, state.layers, strict=True):
+            if not isinstance(layer, ResidualLayer):
+                x, u = layer.step(x, ctx, cache), None
+                continue
+            if u is None:
+                u = pre_norm(x, layer.norm, layer.eps)
+            norm = following.norm if isinstance(following, ResidualLayer) else self.final_norm
+            u, x = layer.chained_step(u, x, norm, ctx, cache)
         state.position_B += 1
-        return self._project(self._final(x))
+        return self._project(self._final(x) if u is None else u)

@@ -14,8 +14,11 @@ from typing import Any
 
 import torch
 
-from ablate.config import TrainConfig
+from ablate.arch.spec import Architecture
+from ablate.config import DataConfig, TrainConfig
 from ablate.errors import UserError
+from ablate.kernels import attention_form
+from ablate.layers.attention import AttentionOptions
 
 _PACKAGES = ("torch", "triton", "numpy", "tokenizers", "safetensors", "optuna", "wandb")
 
@@ -81,6 +84,30 @@ def environment(cfg: TrainConfig, device: torch.device) -> dict[str, Any]:
             "threads": cfg.threads,
         },
     }
+
+
+def attention_forms(
+    arch: Architecture, data: DataConfig, cfg: TrainConfig, device: torch.device
+) -> dict[str, str]:
+    """Which implementation the attention of each letter takes in training, by letter."""
+    dtype = torch.bfloat16 if uses_bf16(cfg, device) else torch.float32
+    doc = None
+    if data.reset_documents:
+        doc = torch.zeros(1, data.seq_len, dtype=torch.int32, device=device)
+    forms = {}
+    for letter, o in zip(arch.letters, arch.layer_options, strict=True):
+        if isinstance(o, AttentionOptions) and letter not in forms:
+            q, k, v = (
+                torch.empty(
+                    (1, data.seq_len, heads, o.head_dim),
+                    dtype=dtype,
+                    device=device,
+                    requires_grad=True,
+                )
+                for heads in (o.n_heads, o.n_kv_heads, o.n_kv_heads)
+            )
+            forms[letter] = attention_form(q, k, v, window=o.window, doc_start_BL=doc)
+    return forms
 
 
 def commit() -> dict[str, Any]:

@@ -42,7 +42,7 @@ from ablate.train import checkpoint
 from ablate.train.budget import Budget
 from ablate.train.clock import Clock, process_age
 from ablate.train.engine import Engine
-from ablate.train.environment import device_of, environment, numerics, uses_bf16
+from ablate.train.environment import attention_forms, device_of, environment, numerics, uses_bf16
 from ablate.train.micro_batch import Shape
 from ablate.train.optim import group_table, load_state_tensors, state_tensors
 from ablate.train.peak import peak_flops
@@ -646,7 +646,12 @@ class _Run:
             commits.append(surroundings["commit"])
         meta = self.token_set.meta
         data = {"fingerprint": self.token_set.fingerprint, "splits": meta.get("splits")}
-        more = {"micro_batch": self.micro_batch, "parameter_groups": self.group_rows}
+        forms = attention_forms(self.arch, self.cfg.data, self.cfg.train, self.device)
+        more = {
+            "micro_batch": self.micro_batch,
+            "attention": forms,
+            "parameter_groups": self.group_rows,
+        }
         self.folder.write_environment({**surroundings, "commits": commits, "data": data, **more})
         for row in self.group_rows:
             log.info(

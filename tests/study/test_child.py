@@ -85,8 +85,8 @@ def test_a_trial_of_two_processes(make: Any, console: Any) -> None:
     assert outcome.exit_code == 0, console.file.getvalue()
     run = RunFolder(outcome.folder / outcome.done[0])
     assert run.environment()["micro_batch"] == {
-        "asked": "auto",
+        "asked": None,
         "devices": 2,
         "rows": 2,
-        "source": "whole batch",
+        "source": "config",
     }
