@@ -1,0 +1,582 @@
+"""Triton kernels of gated linear attention (`ablate.kernels.gla` has the definition, the legend and
+the way decays between pairs are found without overflow).
+
+Everything works on chunks of Q = 64 tokens and on blocks of keys and of values, so that widths which
+are no powers of two cost nothing. Forward, three launches:
+
+1. `_pairs_kernel`, per chunk and head: the scores of all pairs, the queries decayed from the chunk's
+   start, the keys decayed to its end, and what the chunk keeps of the state. Sums of log decays are
+   products with matrices of 0 and 1, exact but for the order of addition. Documents and the scale
+   of the queries end here: what follows is matrix products.
+2. `_state_kernel`: walks the chunks of one head in order with a block of the state in registers and
+   writes the state that enters each chunk. Short of parallel work it runs twice over segments of
+   the sequence: first only their end states, then, started from the states before them, the whole.
+3. `_mix_kernel`: y = decayed queries times the state + scores times the values.
+
+Only the inputs are kept. Backward: 1 and 2 again; `_state_kernel` in reverse over (decayed queries,
+dy) gives the gradient of the state that leaves each chunk; `_mix_kernel` the gradient of the values;
+`_grad_kernel`, per chunk and block of keys, those of queries, keys and decays. An exponent's gradient
+goes back through the product that made it, within its chunk, so the gradient of the decays is free
+of the cancellation of a sum over the sequence. Nothing needs atomics: two runs agree bit for bit.
+"""
+
+# mypy: disallow-untyped-defs=False
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ablate.kernels.dispatch import define_op
+from ablate.kernels.gla import FORGET
+
+Q = 64
+
+
+@dataclass(frozen=True)
+class Config:
+    """Keys and values of a block, warps of a program, stages of its pipelined loads."""
+
+    keys: int
+    values: int
+    warps: int
+    stages: int
+
+
+# By kernel and bytes per element, for every architecture: within the shared memory of sm_86.
+CONFIGS = {
+    ("pairs", 2): Config(64, 0, 4, 1),
+    ("state", 2): Config(64, 128, 4, 3),
+    ("mix", 2): Config(64, 128, 4, 3),
+    ("grad", 2): Config(64, 64, 8, 2),
+    ("pairs", 4): Config(32, 0, 4, 1),
+    ("state", 4): Config(64, 64, 4, 2),
+    ("mix", 4): Config(32, 64, 4, 2),
+    ("grad", 4): Config(32, 32, 8, 1),
+}
+STATE_PROGRAMS = 384  # programs that fill a large GPU; fewer, and the sequence is cut into segments
+
+
+@triton.jit
+def _load(
+    ptr, rows, cols, n_rows, n_cols, stride, FULL_ROWS: tl.constexpr, FULL_COLS: tl.constexpr
+):
+    """A tile of a row-major matrix, zero outside; masks only where the tile can stick out."""
+    ptrs = ptr + rows[:, None] * stride + cols[None, :]
+    if FULL_ROWS and FULL_COLS:
+        return tl.load(ptrs)
+    elif FULL_COLS:
+        return tl.load(ptrs, mask=rows[:, None] < n_rows, other=0.0)
+    elif FULL_ROWS:
+        return tl.load(ptrs, mask=cols[None, :] < n_cols, other=0.0)
+    else:
+        return tl.load(ptrs, mask=(rows[:, None] < n_rows) & (cols[None, :] < n_cols), other=0.0)
+
+
+@triton.jit
+def _store(
+    ptr, value, rows, cols, n_rows, n_cols, stride, FULL_ROWS: tl.constexpr, FULL_COLS: tl.constexpr
+):
+    ptrs = ptr + rows[:, None] * stride + cols[None, :]
+    value = value.to(ptr.dtype.element_ty)
+    if FULL_ROWS and FULL_COLS:
+        tl.store(ptrs, value)
+    else:
+        tl.store(ptrs, value, mask=(rows[:, None] < n_rows) & (cols[None, :] < n_cols))
+
+
+@triton.jit
+def _upper(t, bit):
+    """Whether token t of a chunk lies in the upper half of its block of 2^(bit + 1)."""
+    return ((t >> bit) & 1) == 1
+
+
+@triton.jit
+def _summed(t, r, bit):
+    """Whether the exponent of token t for this bit has the log decay of token r in it."""
+    return (((t ^ r) >> bit) == 0) & ((r <= t) == _upper(t, bit))
+
+
+@triton.jit
+def _decay(summed, g, PREC: tl.constexpr):
+    """exp of sums of g, which are at most zero."""
+    return tl.exp2(tl.dot(summed.to(g.dtype), g, input_precision=PREC) * 1.4426950408889634)
+
+
+@triton.jit
+def _pairs_kernel(
+    q_ptr, k_ptr, g_ptr, doc_ptr, scores_ptr, seen_ptr, leaving_ptr, keep_ptr,
+    q_batch, k_batch, g_batch, length, n_chunks, scale,
+    UNIT: tl.constexpr, Q_ROW: tl.constexpr, K_ROW: tl.constexpr, G_ROW: tl.constexpr,
+    H: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, Q: tl.constexpr, BITS: tl.constexpr,
+    FORGET: tl.constexpr, HAS_DOC: tl.constexpr, FULL: tl.constexpr,
+    PREC: tl.constexpr, PREC_G: tl.constexpr,
+):  # fmt: skip
+    """scores (Q, Q) of one chunk and head, [t, s]; queries decayed from the start of the chunk
+    where they see the state, keys decayed to its end where they reach it, and what it keeps."""
+    chunk = tl.program_id(0)
+    b = (tl.program_id(1) // H).to(tl.int64)
+    h = tl.program_id(1) % H
+    start = chunk * Q
+    left = length - start
+    wide = start.to(tl.int64)
+    rows = tl.arange(0, Q)
+    t, r = rows[:, None], rows[None, :]
+    FULL_K: tl.constexpr = K % BK == 0
+    q_ptr += b * q_batch * UNIT + wide * Q_ROW + h * K
+    k_ptr += b * k_batch * UNIT + wide * K_ROW + h * K
+    g_ptr += b * g_batch * UNIT + wide * G_ROW + h * K
+    seen_ptr += ((b * length + wide) * H + h) * K
+    leaving_ptr += ((b * length + wide) * H + h) * K
+    at = (b * n_chunks + chunk) * H + h
+
+    allowed = r < t
+    if HAS_DOC:
+        doc = tl.load(doc_ptr + b * length + start + rows, mask=rows < left, other=0)
+        doc_last = tl.load(doc_ptr + b * length + tl.minimum(start + Q, length) - 1)
+        allowed = allowed & (start + r >= doc[:, None])
+    scores = tl.zeros((Q, Q), tl.float32)
+    own = tl.zeros((Q,), tl.float32)
+    for first in range(0, K, BK):
+        cols = first + tl.arange(0, BK)
+        g = _load(g_ptr, rows, cols, left, K, G_ROW, FULL, FULL_K)
+        g = tl.maximum(g, FORGET)
+        q = _load(q_ptr, rows, cols, left, K, Q_ROW, FULL, FULL_K)
+        k = _load(k_ptr, rows, cols, left, K, K_ROW, FULL, FULL_K)
+        dtype = q.dtype
+        q = q.to(tl.float32) * scale
+        k = k.to(tl.float32)
+        keep = tl.exp2(tl.sum(g.to(tl.float32), axis=0) * 1.4426950408889634)
+        seen = q * _decay(r <= t, g, PREC_G)
+        leaving = k * _decay(r > t, g, PREC_G)
+        if HAS_DOC:
+            keep = tl.where(doc_last < start, keep, 0.0)
+            seen = tl.where((doc < start)[:, None], seen, 0.0)
+            leaving = tl.where((start + rows >= doc_last)[:, None], leaving, 0.0)
+        _store(seen_ptr, seen, rows, cols, left, K, H * K, FULL, FULL_K)
+        _store(leaving_ptr, leaving, rows, cols, left, K, H * K, FULL, FULL_K)
+        tl.store(keep_ptr + at * K + cols, keep, mask=cols < K)
+        own += tl.sum(q * k, axis=1)
+        for bit in range(BITS):
+            half = tl.where(_upper(t, bit), q, k) * _decay(_summed(t, r, bit), g, PREC_G)
+            half = half.to(dtype)
+            products = tl.dot(half, tl.trans(half), input_precision=PREC)
+            scores += tl.where(((t ^ r) >> bit) == 1, products, 0.0)
+    scores = tl.where(allowed, scores, tl.where(t == r, own[:, None], 0.0))
+    tl.store(scores_ptr + at * (Q * Q) + t * Q + r, scores.to(scores_ptr.dtype.element_ty))
+
+
+@triton.jit
+def _state_kernel(
+    x_ptr, m_ptr, keep_ptr, first_ptr, states_ptr, segment_ptr, kept_ptr, last_ptr,
+    m_batch, length, n_chunks, per_segment, n_segments,
+    UNIT: tl.constexpr, M_ROW: tl.constexpr,
+    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    Q: tl.constexpr, REVERSE: tl.constexpr, HAS_FIRST: tl.constexpr, FULL: tl.constexpr,
+    PASS: tl.constexpr, PREC: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """The state before each chunk (REVERSE: the gradient of the state after it), K x V, from
+    sources x (B, L, H, K) and m (B, L, H, V).
+
+    PASS 0: one segment, the whole sequence. PASS 1: the end state of each segment started from
+    zero, and what it keeps of a state before it. PASS 2: all, from the results of PASS 1.
+    """
+    TILES: tl.constexpr = (V + BV - 1) // BV
+    h = tl.program_id(1) % H
+    b = (tl.program_id(1) // H).to(tl.int64)
+    segment = tl.program_id(2)
+    rows = tl.arange(0, Q)
+    k = tl.program_id(0) // TILES * BK + tl.arange(0, BK)
+    v = tl.program_id(0) % TILES * BV + tl.arange(0, BV)
+    FULL_K: tl.constexpr = K % BK == 0
+    FULL_V: tl.constexpr = V % BV == 0
+    tile = k[:, None] * V + v[None, :]
+    inside = (k[:, None] < K) & (v[None, :] < V)
+    x_ptr += (b * length * H + h) * K
+    m_ptr += b * m_batch * UNIT + h * V
+
+    state = tl.zeros((BK, BV), tl.float32)
+    if HAS_FIRST:
+        mine = inside & (segment == 0)
+        state += tl.load(first_ptr + (b * H + h) * K * V + tile, mask=mine, other=0.0).to(tl.float32)
+    if PASS == 2:
+        for j in range(segment):
+            at = (b * H + h) * n_segments + j
+            kept = tl.load(kept_ptr + at * K + k, mask=k < K, other=0.0)
+            end = tl.load(segment_ptr + at * K * V + tile, mask=inside, other=0.0)
+            state = state * kept[:, None] + end
+    total = tl.full((BK,), 1.0, tl.float32)
+    begin = segment * per_segment
+    end = tl.minimum(begin + per_segment, n_chunks)
+    for i in tl.range(begin, end, num_stages=STAGES):
+        c = n_chunks - 1 - i if REVERSE else i
+        start = c * Q
+        left = length - start
+        wide = start.to(tl.int64)
+        x = _load(x_ptr + wide * (H * K), rows, k, left, K, H * K, FULL, FULL_K)
+        m = _load(m_ptr + wide * M_ROW, rows, v, left, V, M_ROW, FULL, FULL_V)
+        at = (b * n_chunks + c) * H + h
+        keep = tl.load(keep_ptr + at * K + k, mask=k < K, other=0.0)
+        if PASS != 1:
+            _store(states_ptr + at * (K * V), state, k, v, K, V, V, FULL_K, FULL_V)
+        state = tl.dot(tl.trans(x), m, state * keep[:, None], input_precision=PREC)
+        total *= keep
+    if PASS == 1:
+        at = (b * H + h) * n_segments + segment
+        tl.store(segment_ptr + at * K * V + tile, state, mask=inside)
+        tl.store(kept_ptr + at * K + k, total, mask=k < K)
+    elif segment == n_segments - 1:
+        tl.store(last_ptr + (b * H + h) * K * V + tile, state, mask=inside)
+
+
+@triton.jit
+def _mix_kernel(
+    x_ptr, states_ptr, scores_ptr, m_ptr, y_ptr, m_batch, length, n_chunks,
+    UNIT: tl.constexpr, M_ROW: tl.constexpr,
+    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    Q: tl.constexpr, TRANSPOSE: tl.constexpr, FULL: tl.constexpr, PREC: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    """y = x S + scores m for one chunk, head and block of values (TRANSPOSE: scores^T m)."""
+    TILES: tl.constexpr = (V + BV - 1) // BV
+    chunk = tl.program_id(0) // TILES
+    b = (tl.program_id(1) // H).to(tl.int64)
+    h = tl.program_id(1) % H
+    start = chunk * Q
+    left = length - start
+    wide = start.to(tl.int64)
+    rows = tl.arange(0, Q)
+    v = tl.program_id(0) % TILES * BV + tl.arange(0, BV)
+    FULL_K: tl.constexpr = K % BK == 0
+    FULL_V: tl.constexpr = V % BV == 0
+    at = (b * n_chunks + chunk) * H + h
+    x_ptr += ((b * length + wide) * H + h) * K
+    y_ptr += ((b * length + wide) * H + h) * V
+    m_ptr += b * m_batch * UNIT + wide * M_ROW + h * V
+    states_ptr += at * (K * V)
+
+    y = tl.zeros((Q, BV), tl.float32)
+    for first in tl.range(0, K, BK, num_stages=STAGES):
+        k = first + tl.arange(0, BK)
+        x = _load(x_ptr, rows, k, left, K, H * K, FULL, FULL_K)
+        state = _load(states_ptr, k, v, K, V, V, FULL_K, FULL_V)
+        y = tl.dot(x, state, y, input_precision=PREC)
+    scores = tl.load(scores_ptr + at * (Q * Q) + rows[:, None] * Q + rows[None, :])
+    m = _load(m_ptr, rows, v, left, V, M_ROW, FULL, FULL_V)
+    if TRANSPOSE:
+        scores = tl.trans(scores)
+    y = tl.dot(scores, m, y, input_precision=PREC)
+    _store(y_ptr, y, rows, v, left, V, H * V, FULL, FULL_V)
+
+
+@triton.jit
+def _grad_kernel(
+    q_ptr, k_ptr, g_ptr, v_ptr, dy_ptr, doc_ptr, states_ptr, dstates_ptr, keep_ptr,
+    dq_ptr, dk_ptr, dg_ptr, q_batch, k_batch, g_batch, v_batch, length, n_chunks, scale,
+    UNIT: tl.constexpr, Q_ROW: tl.constexpr, K_ROW: tl.constexpr, G_ROW: tl.constexpr,
+    V_ROW: tl.constexpr,
+    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    Q: tl.constexpr, BITS: tl.constexpr,
+    FORGET: tl.constexpr, HAS_DOC: tl.constexpr, FULL: tl.constexpr,
+    PREC: tl.constexpr, PREC_G: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """dq, dk and dg of one chunk, head and block of keys."""
+    TILES: tl.constexpr = (K + BK - 1) // BK
+    chunk = tl.program_id(0) // TILES
+    b = (tl.program_id(1) // H).to(tl.int64)
+    h = tl.program_id(1) % H
+    start = chunk * Q
+    left = length - start
+    wide = start.to(tl.int64)
+    rows = tl.arange(0, Q)
+    t, r = rows[:, None], rows[None, :]
+    cols = tl.program_id(0) % TILES * BK + tl.arange(0, BK)
+    FULL_K: tl.constexpr = K % BK == 0
+    FULL_V: tl.constexpr = V % BV == 0
+    at = (b * n_chunks + chunk) * H + h
+    q_ptr += b * q_batch * UNIT + wide * Q_ROW + h * K
+    k_ptr += b * k_batch * UNIT + wide * K_ROW + h * K
+    g_ptr += b * g_batch * UNIT + wide * G_ROW + h * K
+    v_ptr += b * v_batch * UNIT + wide * V_ROW + h * V
+    dy_ptr += ((b * length + wide) * H + h) * V
+    states_ptr += at * (K * V)
+    dstates_ptr += at * (K * V)
+
+    dscores = tl.zeros((Q, Q), tl.float32)  # of a pair [t, s]
+    dq = tl.zeros((Q, BK), tl.float32)
+    dk = tl.zeros((Q, BK), tl.float32)
+    through = tl.zeros((BK,), tl.float32)  # what the state carries through the whole chunk
+    for first in tl.range(0, V, BV, num_stages=STAGES):
+        n = first + tl.arange(0, BV)
+        dy = _load(dy_ptr, rows, n, left, V, H * V, FULL, FULL_V)
+        v = _load(v_ptr, rows, n, left, V, V_ROW, FULL, FULL_V)
+        state = _load(states_ptr, cols, n, K, V, V, FULL_K, FULL_V)
+        dstate = _load(dstates_ptr, cols, n, K, V, V, FULL_K, FULL_V)
+        dscores = tl.dot(dy, tl.trans(v), dscores, input_precision=PREC)
+        dq = tl.dot(dy, tl.trans(state), dq, input_precision=PREC)
+        dk = tl.dot(v, tl.trans(dstate), dk, input_precision=PREC)
+        through += tl.sum(state.to(tl.float32) * dstate.to(tl.float32), axis=1)
+
+    g = _load(g_ptr, rows, cols, left, K, G_ROW, FULL, FULL_K)
+    g = tl.maximum(g, FORGET)
+    q = _load(q_ptr, rows, cols, left, K, Q_ROW, FULL, FULL_K)
+    k = _load(k_ptr, rows, cols, left, K, K_ROW, FULL, FULL_K)
+    dtype = q.dtype
+    # float16 has not the range of a gradient
+    span = tl.float32 if g.dtype == tl.float32 else tl.bfloat16
+    q = q.to(tl.float32) * scale
+    k = k.to(tl.float32)
+    dq *= _decay(r <= t, g, PREC_G)
+    dk *= _decay(r > t, g, PREC_G)
+    allowed = r < t
+    if HAS_DOC:
+        doc = tl.load(doc_ptr + b * length + start + rows, mask=rows < left, other=0)
+        doc_last = tl.load(doc_ptr + b * length + tl.minimum(start + Q, length) - 1)
+        allowed = allowed & (start + r >= doc[:, None])
+        dq = tl.where((doc < start)[:, None], dq, 0.0)
+        dk = tl.where((start + rows >= doc_last)[:, None], dk, 0.0)
+    keep = tl.load(keep_ptr + at * K + cols, mask=cols < K, other=0.0)
+    dg = tl.dot((t <= r).to(span), (q * dq).to(span), input_precision=PREC_G)
+    dg = tl.dot((t > r).to(span), (k * dk).to(span), dg, input_precision=PREC_G)
+    dg += (keep * through)[None, :]
+    own = tl.sum(tl.where(t == r, dscores, 0.0), axis=1)[:, None]
+    dq += own * k
+    dk += own * q
+    # both halves of a pair need its gradient: one product serves the two
+    half = tl.where(allowed, dscores, 0.0).to(dtype)
+    both = half + tl.trans(half)
+    for bit in range(BITS):
+        decay = _decay(_summed(t, r, bit), g, PREC_G)
+        upper = _upper(t, bit)
+        x = tl.where(upper, q, k)
+        weight = tl.where(((t ^ r) >> bit) == 1, both, 0.0)
+        dx = tl.dot(weight.to(dtype), (x * decay).to(dtype), input_precision=PREC) * decay
+        dq += tl.where(upper, dx, 0.0)
+        dk += tl.where(upper, 0.0, dx)
+        dg = tl.dot(_summed(r, t, bit).to(span), (x * dx).to(span), dg, input_precision=PREC_G)
+    out = ((b * length + wide) * H + h) * K
+    _store(dq_ptr + out, dq * scale, rows, cols, left, K, H * K, FULL, FULL_K)
+    _store(dk_ptr + out, dk, rows, cols, left, K, H * K, FULL, FULL_K)
+    _store(dg_ptr + out, dg, rows, cols, left, K, H * K, FULL, FULL_K)
+
+
+def _block(width: int, limit: int) -> int:
+    """A block of up to `limit`, which divides the width if a block of 32 or more does."""
+    block = max(16, min(limit, triton.next_power_of_2(width)))
+    while block > 32 and width % block:
+        block //= 2
+    return block
+
+
+def _precision(dtype: torch.dtype) -> str:
+    return "tf32x3" if dtype == torch.float32 else "ieee"
+
+
+def _rows(v: Tensor) -> Tensor:
+    """v (B, L, H, channels) with its last two axes dense; a copy only where they are not."""
+    dense = v.stride(3) == 1 and v.stride(2) == v.shape[3]
+    return v if dense else v.contiguous()
+
+
+def _unit(*tensors: Tensor) -> int:
+    """8 if every batch stride is a multiple of 8 elements, which wide loads need to know, or 1."""
+    return 8 if all(v.stride(0) % 8 == 0 for v in tensors) else 1
+
+
+def _pairs(
+    q: Tensor, k: Tensor, g: Tensor, doc: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """scores (B, c, H, Q, Q), decayed queries and keys (B, L, H, K), kept shares (B, c, H, K)."""
+    b, length, heads, width = q.shape
+    n_chunks = triton.cdiv(length, Q)
+    scores = q.new_empty((b, n_chunks, heads, Q, Q))
+    seen, leaving = (q.new_empty((b, length, heads, width)) for _ in range(2))
+    keep = q.new_empty((b, n_chunks, heads, width), dtype=torch.float32)
+    config = CONFIGS["pairs", q.element_size()]
+    unit = _unit(q, k, g)
+    _pairs_kernel[(n_chunks, b * heads)](
+        q, k, g, doc, scores, seen, leaving, keep,
+        q.stride(0) // unit, k.stride(0) // unit, g.stride(0) // unit, length, n_chunks, scale,
+        UNIT=unit, Q_ROW=q.stride(1), K_ROW=k.stride(1), G_ROW=g.stride(1),
+        H=heads, K=width, BK=_block(width, config.keys), Q=Q, BITS=Q.bit_length() - 1,
+        FORGET=FORGET, HAS_DOC=doc is not None, FULL=length % Q == 0,
+        PREC=_precision(q.dtype), PREC_G=_precision(g.dtype), num_warps=config.warps,
+    )  # fmt: skip
+    return scores, seen, leaving, keep
+
+
+def _states(
+    x: Tensor, m: Tensor, keep: Tensor, first: Tensor | None, reverse: bool
+) -> tuple[Tensor, Tensor]:
+    """The state before each chunk (B, c, H, K, V) in x's type and the last one in float32, from
+    decayed keys and values; in reverse the gradients, from decayed queries and dy."""
+    b, length, heads, width = x.shape
+    values = m.shape[3]
+    n_chunks = keep.shape[1]
+    config = CONFIGS["state", x.element_size()]
+    bk, bv = _block(width, config.keys), _block(values, config.values)
+    states = x.new_empty((b, n_chunks, heads, width, values))
+    last = x.new_empty((b, heads, width, values), dtype=torch.float32)
+    tiles = triton.cdiv(width, bk) * triton.cdiv(values, bv)
+    segments = max(1, min(STATE_PROGRAMS // (tiles * heads * b), n_chunks // 8, 32))
+    per_segment = triton.cdiv(n_chunks, segments)
+    segments = triton.cdiv(n_chunks, per_segment)
+    ends = kept = None
+    if segments > 1:
+        ends = last.new_empty((b, heads, segments, width, values))
+        kept = last.new_empty((b, heads, segments, width))
+    unit = _unit(m)
+    for number in (0,) if segments == 1 else (1, 2):
+        _state_kernel[(tiles, b * heads, segments)](
+            x, m, keep, first, states, ends, kept, last,
+            m.stride(0) // unit, length, n_chunks, per_segment, segments,
+            UNIT=unit, M_ROW=m.stride(1), H=heads, K=width, V=values, BK=bk, BV=bv, Q=Q,
+            REVERSE=reverse, HAS_FIRST=first is not None, FULL=length % Q == 0, PASS=number,
+            PREC=_precision(x.dtype), STAGES=config.stages, num_warps=config.warps,
+        )  # fmt: skip
+    return states, last
+
+
+def _mix(x: Tensor, states: Tensor, scores: Tensor, m: Tensor, transpose: bool) -> Tensor:
+    b, length, heads, width = x.shape
+    values = m.shape[3]
+    n_chunks = states.shape[1]
+    config = CONFIGS["mix", x.element_size()]
+    bv = _block(values, config.values)
+    y = x.new_empty((b, length, heads, values))
+    unit = _unit(m)
+    _mix_kernel[(n_chunks * triton.cdiv(values, bv), b * heads)](
+        x, states, scores, m, y, m.stride(0) // unit, length, n_chunks,
+        UNIT=unit, M_ROW=m.stride(1), H=heads, K=width, V=values,
+        BK=_block(width, config.keys), BV=bv, Q=Q, TRANSPOSE=transpose, FULL=length % Q == 0,
+        PREC=_precision(x.dtype), STAGES=config.stages, num_warps=config.warps,
+    )  # fmt: skip
+    return y
+
+
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, first: Tensor | None, doc: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    q, k, v, g = _rows(q), _rows(k), _rows(v), _rows(g)
+    scores, seen, leaving, keep = _pairs(q, k, g, doc, scale)
+    states, last = _states(leaving, v, keep, first, reverse=False)
+    return _mix(seen, states, scores, v, transpose=False), last
+
+
+def _forward_fake(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, first: Tensor | None, doc: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    b, _, heads, width = q.shape
+    last = q.new_empty((b, heads, width, v.shape[3]), dtype=torch.float32)
+    return q.new_empty(v.shape), last
+
+
+def _backward(
+    dy: Tensor, dlast: Tensor | None, q: Tensor, k: Tensor, v: Tensor, g: Tensor,
+    first: Tensor | None, doc: Tensor | None, scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    q, k, v, g = _rows(q), _rows(k), _rows(v), _rows(g)
+    dy = dy.contiguous()
+    dlast = None if dlast is None else dlast.contiguous()
+    scores, seen, leaving, keep = _pairs(q, k, g, doc, scale)
+    dstates, dfirst = _states(seen, dy, keep, dlast, reverse=True)
+    dv = _mix(leaving, dstates, scores, dy, transpose=True)
+    states, _ = _states(leaving, v, keep, first, reverse=False)
+    b, length, heads, width = q.shape
+    values = v.shape[3]
+    dq, dk, dg = (t.new_empty(t.shape) for t in (q, k, g))
+    config = CONFIGS["grad", q.element_size()]
+    bk = _block(width, config.keys)
+    unit = _unit(q, k, g, v)
+    _grad_kernel[(keep.shape[1] * triton.cdiv(width, bk), b * heads)](
+        q, k, g, v, dy, doc, states, dstates, keep, dq, dk, dg,
+        *(t.stride(0) // unit for t in (q, k, g, v)), length, keep.shape[1], scale,
+        UNIT=unit, Q_ROW=q.stride(1), K_ROW=k.stride(1), G_ROW=g.stride(1), V_ROW=v.stride(1),
+        H=heads, K=width, V=values, BK=bk, BV=_block(values, config.values),
+        Q=Q, BITS=Q.bit_length() - 1,
+        FORGET=FORGET, HAS_DOC=doc is not None, FULL=length % Q == 0,
+        PREC=_precision(q.dtype), PREC_G=_precision(g.dtype), STAGES=config.stages,
+        num_warps=config.warps,
+    )  # fmt: skip
+    return dq, dk, dv, dg, dfirst
+
+
+def _backward_fake(
+    dy: Tensor, dlast: Tensor | None, q: Tensor, k: Tensor, v: Tensor, g: Tensor,
+    first: Tensor | None, doc: Tensor | None, scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    b, _, heads, width = q.shape
+    dfirst = q.new_empty((b, heads, width, v.shape[3]), dtype=torch.float32)
+    dq, dk, dv, dg = (t.new_empty(t.shape) for t in (q, k, v, g))
+    return dq, dk, dv, dg, dfirst
+
+
+_forward_op = define_op(
+    "gla_forward(Tensor q, Tensor k, Tensor v, Tensor g, Tensor? first, Tensor? doc, float scale) "
+    "-> (Tensor, Tensor)",
+    _forward,
+    _forward_fake,
+)
+_backward_op = define_op(
+    "gla_backward(Tensor dy, Tensor? dlast, Tensor q, Tensor k, Tensor v, Tensor g, "
+    "Tensor? first, Tensor? doc, float scale) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _backward,
+    _backward_fake,
+)
+
+
+class _GLA(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, g: Tensor, first: Tensor | None,
+        doc: Tensor | None, scale: float,
+    ) -> Any:  # fmt: skip
+        y, last = _forward_op(q, k, v, g, first, doc, scale)
+        ctx.save_for_backward(q, k, v, g, first, doc)
+        ctx.scale = scale
+        ctx.set_materialize_grads(False)
+        return y, last
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        q, k, v, g, first, doc = ctx.saved_tensors
+        dy = torch.zeros_like(v) if grads[0] is None else grads[0]
+        dq, dk, dv, dg, dfirst = _backward_op(dy, grads[1], q, k, v, g, first, doc, ctx.scale)
+        dfirst = None if first is None else dfirst.to(first.dtype)
+        return dq, dk, dv, dg, dfirst, None, None
+
+
+def gla_triton(
+    q_BLHK: Tensor,
+    k_BLHK: Tensor,
+    v_BLHV: Tensor,
+    log_decay_BLHK: Tensor,
+    *,
+    scale: float | None = None,
+    initial_state_BHKV: Tensor | None = None,
+    return_final_state: bool = False,
+    doc_start_BL: Tensor | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`ablate.kernels.gla` on a GPU. Queries, keys and values share one type, and states between
+    chunks keep it; log decays keep theirs."""
+    if initial_state_BHKV is not None:
+        initial_state_BHKV = initial_state_BHKV.contiguous()
+    if doc_start_BL is not None:
+        doc_start_BL = doc_start_BL.to(torch.int32).contiguous()
+    y, last = _GLA.apply(
+        q_BLHK,
+        k_BLHK.to(q_BLHK.dtype),
+        v_BLHV.to(q_BLHK.dtype),
+        log_decay_BLHK,
+        initial_state_BHKV,
+        doc_start_BL,
+        q_BLHK.shape[3] ** -0.5 if scale is None else scale,
+    )
+    return (y, last) if return_final_state else y
