@@ -59,6 +59,7 @@ CONFIGS = {
     ("mix", 4): Config(32, 64, 4, 2),
     ("grad", 4): Config(32, 32, 8, 1),
 }
+PIECES = {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}  # of 8 bits
 STATE_PROGRAMS = 384  # programs that fill a large GPU; fewer, and the sequence is cut into segments
 
 
@@ -91,31 +92,53 @@ def _store(
 
 
 @triton.jit
-def _upper(t, bit):
-    """Whether token t of a chunk lies in the upper half of its block of 2^(bit + 1)."""
-    return ((t >> bit) & 1) == 1
+def _spans_kernel(spans_ptr, Q: tl.constexpr, BITS: tl.constexpr):
+    """Matrices of 0 and 1 whose products with log decays are exponents (BITS + 2, Q, Q): for each
+    bit of an index, of a token in an upper half those of the half up to itself, of a token in a
+    lower half those of the half after itself; then so for the chunk as an upper and a lower half.
+
+    Read from memory they cost a load; made where they are used, they would hold registers and be
+    stored number by number.
+    """
+    bit = tl.program_id(0)
+    rows = tl.arange(0, Q)
+    t, r = rows[:, None], rows[None, :]
+    upper = ((t >> bit) & 1) == 1
+    inside = ((t ^ r) >> bit) == 0
+    if bit >= BITS:
+        upper = (t >= 0) & (bit == BITS)
+        inside = t >= 0
+    ones = tl.where(inside & ((r <= t) == upper), 1.0, 0.0)
+    tl.store(spans_ptr + bit * Q * Q + t * Q + r, ones.to(tl.bfloat16))
 
 
 @triton.jit
-def _summed(t, r, bit):
-    """Whether the exponent of token t for this bit has the log decay of token r in it."""
-    return (((t ^ r) >> bit) == 0) & ((r <= t) == _upper(t, bit))
+def _sums(spans, x, acc, PIECES: tl.constexpr):
+    """acc + spans x, of which spans are 0 or 1, to PIECES times the 8 bits of bfloat16."""
+    piece = x.to(tl.bfloat16)
+    acc = tl.dot(spans, piece, acc)
+    for i in tl.static_range(1, PIECES):
+        x = x.to(tl.float32) - piece.to(tl.float32)
+        piece = x.to(tl.bfloat16)
+        acc = tl.dot(spans, piece, acc)
+    return acc
 
 
 @triton.jit
-def _decay(summed, g, PREC: tl.constexpr):
+def _decay(spans, g, PIECES: tl.constexpr):
     """exp of sums of g, which are at most zero."""
-    return tl.exp2(tl.dot(summed.to(g.dtype), g, input_precision=PREC) * 1.4426950408889634)
+    zero = tl.zeros(g.shape, tl.float32)
+    return tl.exp2(_sums(spans, g, zero, PIECES) * 1.4426950408889634)
 
 
 @triton.jit
 def _pairs_kernel(
-    q_ptr, k_ptr, g_ptr, doc_ptr, scores_ptr, seen_ptr, leaving_ptr, keep_ptr,
+    q_ptr, k_ptr, g_ptr, spans_ptr, doc_ptr, scores_ptr, seen_ptr, leaving_ptr, keep_ptr,
     q_batch, k_batch, g_batch, length, n_chunks, scale,
     UNIT: tl.constexpr, Q_ROW: tl.constexpr, K_ROW: tl.constexpr, G_ROW: tl.constexpr,
     H: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, Q: tl.constexpr, BITS: tl.constexpr,
-    FORGET: tl.constexpr, HAS_DOC: tl.constexpr, FULL: tl.constexpr,
-    PREC: tl.constexpr, PREC_G: tl.constexpr,
+    FORGET: tl.constexpr, SAFE: tl.constexpr, HAS_DOC: tl.constexpr, FULL: tl.constexpr,
+    PREC: tl.constexpr, PIECES: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """scores (Q, Q) of one chunk and head, [t, s]; queries decayed from the start of the chunk
     where they see the state, keys decayed to its end where they reach it, and what it keeps."""
@@ -135,6 +158,7 @@ def _pairs_kernel(
     leaving_ptr += ((b * length + wide) * H + h) * K
     at = (b * n_chunks + chunk) * H + h
 
+    spans = spans_ptr + t * Q + r
     allowed = r < t
     if HAS_DOC:
         doc = tl.load(doc_ptr + b * length + start + rows, mask=rows < left, other=0)
@@ -142,32 +166,37 @@ def _pairs_kernel(
         allowed = allowed & (start + r >= doc[:, None])
     scores = tl.zeros((Q, Q), tl.float32)
     own = tl.zeros((Q,), tl.float32)
-    for first in range(0, K, BK):
+    for first in tl.range(0, K, BK, num_stages=STAGES):
         cols = first + tl.arange(0, BK)
         g = _load(g_ptr, rows, cols, left, K, G_ROW, FULL, FULL_K)
-        g = tl.maximum(g, FORGET)
+        g = tl.maximum(g.to(tl.float32), FORGET).to(g.dtype)
         q = _load(q_ptr, rows, cols, left, K, Q_ROW, FULL, FULL_K)
         k = _load(k_ptr, rows, cols, left, K, K_ROW, FULL, FULL_K)
-        dtype = q.dtype
-        q = q.to(tl.float32) * scale
-        k = k.to(tl.float32)
         keep = tl.exp2(tl.sum(g.to(tl.float32), axis=0) * 1.4426950408889634)
-        seen = q * _decay(r <= t, g, PREC_G)
-        leaving = k * _decay(r > t, g, PREC_G)
+        late = (k.to(tl.float32) * _decay(tl.load(spans + (BITS + 1) * Q * Q), g, PIECES)).to(q.dtype)
+        seen = q.to(tl.float32) * (_decay(tl.load(spans + BITS * Q * Q), g, PIECES) * scale)
+        kept, visible, leaving = keep, seen, late
         if HAS_DOC:
-            keep = tl.where(doc_last < start, keep, 0.0)
-            seen = tl.where((doc < start)[:, None], seen, 0.0)
-            leaving = tl.where((start + rows >= doc_last)[:, None], leaving, 0.0)
-        _store(seen_ptr, seen, rows, cols, left, K, H * K, FULL, FULL_K)
+            kept = tl.where(doc_last < start, keep, 0.0)
+            visible = tl.where((doc < start)[:, None], seen, 0.0)
+            leaving = tl.where((start + rows >= doc_last)[:, None], late, 0.0)
+        tl.store(keep_ptr + at * K + cols, kept, mask=cols < K)
+        _store(seen_ptr, visible, rows, cols, left, K, H * K, FULL, FULL_K)
         _store(leaving_ptr, leaving, rows, cols, left, K, H * K, FULL, FULL_K)
-        tl.store(keep_ptr + at * K + cols, keep, mask=cols < K)
-        own += tl.sum(q * k, axis=1)
-        for bit in range(BITS):
-            half = tl.where(_upper(t, bit), q, k) * _decay(_summed(t, r, bit), g, PREC_G)
-            half = half.to(dtype)
-            products = tl.dot(half, tl.trans(half), input_precision=PREC)
-            scores += tl.where(((t ^ r) >> bit) == 1, products, 0.0)
-    scores = tl.where(allowed, scores, tl.where(t == r, own[:, None], 0.0))
+        own += tl.sum(q.to(tl.float32) * k.to(tl.float32), axis=1)
+        if tl.min(keep) > SAFE:
+            early = (seen / keep[None, :]).to(q.dtype)
+            scores = tl.dot(early, tl.trans(late), scores, input_precision=PREC)
+        else:
+            for bit in tl.range(BITS, num_stages=2):
+                half = rows >> bit
+                upper = (half & 1) == 1
+                x = tl.where(upper[:, None], q, k).to(tl.float32)
+                x *= tl.where(upper, scale, 1.0)[:, None]
+                x = (x * _decay(tl.load(spans + bit * Q * Q), g, PIECES)).to(q.dtype)
+                products = tl.dot(x, tl.trans(x), input_precision=PREC)
+                scores += tl.where((half ^ 1)[:, None] == half[None, :], products, 0.0)
+    scores = tl.where(allowed, scores, tl.where(t == r, (own * scale)[:, None], 0.0))
     tl.store(scores_ptr + at * (Q * Q) + t * Q + r, scores.to(scores_ptr.dtype.element_ty))
 
 
@@ -276,14 +305,14 @@ def _mix_kernel(
 
 @triton.jit
 def _grad_kernel(
-    q_ptr, k_ptr, g_ptr, v_ptr, dy_ptr, doc_ptr, states_ptr, dstates_ptr, keep_ptr,
+    q_ptr, k_ptr, g_ptr, v_ptr, dy_ptr, spans_ptr, doc_ptr, states_ptr, dstates_ptr,
     dq_ptr, dk_ptr, dg_ptr, q_batch, k_batch, g_batch, v_batch, length, n_chunks, scale,
     UNIT: tl.constexpr, Q_ROW: tl.constexpr, K_ROW: tl.constexpr, G_ROW: tl.constexpr,
     V_ROW: tl.constexpr,
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     Q: tl.constexpr, BITS: tl.constexpr,
-    FORGET: tl.constexpr, HAS_DOC: tl.constexpr, FULL: tl.constexpr,
-    PREC: tl.constexpr, PREC_G: tl.constexpr, STAGES: tl.constexpr,
+    FORGET: tl.constexpr, SAFE: tl.constexpr, HAS_DOC: tl.constexpr, FULL: tl.constexpr,
+    PREC: tl.constexpr, PIECES: tl.constexpr, DPIECES: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """dq, dk and dg of one chunk, head and block of keys."""
     TILES: tl.constexpr = (K + BK - 1) // BK
@@ -323,16 +352,15 @@ def _grad_kernel(
         through += tl.sum(state.to(tl.float32) * dstate.to(tl.float32), axis=1)
 
     g = _load(g_ptr, rows, cols, left, K, G_ROW, FULL, FULL_K)
-    g = tl.maximum(g, FORGET)
+    g = tl.maximum(g.to(tl.float32), FORGET).to(g.dtype)
     q = _load(q_ptr, rows, cols, left, K, Q_ROW, FULL, FULL_K)
     k = _load(k_ptr, rows, cols, left, K, K_ROW, FULL, FULL_K)
-    dtype = q.dtype
-    # float16 has not the range of a gradient
-    span = tl.float32 if g.dtype == tl.float32 else tl.bfloat16
-    q = q.to(tl.float32) * scale
-    k = k.to(tl.float32)
-    dq *= _decay(r <= t, g, PREC_G)
-    dk *= _decay(r > t, g, PREC_G)
+    keep = tl.exp2(tl.sum(g.to(tl.float32), axis=0) * 1.4426950408889634)
+    spans = spans_ptr + t * Q + r
+    until, beyond = tl.load(spans + BITS * Q * Q), tl.load(spans + (BITS + 1) * Q * Q)
+    before, after = _decay(until, g, PIECES), _decay(beyond, g, PIECES)
+    dq *= before * scale
+    dk *= after
     allowed = r < t
     if HAS_DOC:
         doc = tl.load(doc_ptr + b * length + start + rows, mask=rows < left, other=0)
@@ -340,27 +368,41 @@ def _grad_kernel(
         allowed = allowed & (start + r >= doc[:, None])
         dq = tl.where((doc < start)[:, None], dq, 0.0)
         dk = tl.where((start + rows >= doc_last)[:, None], dk, 0.0)
-    keep = tl.load(keep_ptr + at * K + cols, mask=cols < K, other=0.0)
-    dg = tl.dot((t <= r).to(span), (q * dq).to(span), input_precision=PREC_G)
-    dg = tl.dot((t > r).to(span), (k * dk).to(span), dg, input_precision=PREC_G)
-    dg += (keep * through)[None, :]
-    own = tl.sum(tl.where(t == r, dscores, 0.0), axis=1)[:, None]
-    dq += own * k
-    dk += own * q
-    # both halves of a pair need its gradient: one product serves the two
-    half = tl.where(allowed, dscores, 0.0).to(dtype)
-    both = half + tl.trans(half)
-    for bit in range(BITS):
-        decay = _decay(_summed(t, r, bit), g, PREC_G)
-        upper = _upper(t, bit)
-        x = tl.where(upper, q, k)
-        weight = tl.where(((t ^ r) >> bit) == 1, both, 0.0)
-        dx = tl.dot(weight.to(dtype), (x * decay).to(dtype), input_precision=PREC) * decay
-        dq += tl.where(upper, dx, 0.0)
-        dk += tl.where(upper, 0.0, dx)
-        dg = tl.dot(_summed(r, t, bit).to(span), (x * dx).to(span), dg, input_precision=PREC_G)
+        through = tl.where(doc_last < start, through, 0.0)
+    # exponents: of the whole chunk, of its parts up to a token and after a token
+    dg = tl.zeros((Q, BK), tl.float32) + (keep * through)[None, :]
+    dg = _sums(tl.trans(until), q.to(tl.float32) * dq, dg, DPIECES)
+    dafter = k.to(tl.float32) * dk
+    own = tl.sum(tl.where(t == r, dscores, 0.0), axis=1)[:, None] * scale
+    pairs = tl.where(allowed, dscores, 0.0).to(q.dtype)
+    if tl.min(keep) > SAFE:
+        early = (q.to(tl.float32) * (before * scale) / keep[None, :]).to(q.dtype)
+        late = (k.to(tl.float32) * after).to(q.dtype)
+        dearly = tl.dot(pairs, late, input_precision=PREC)
+        dlate = tl.dot(tl.trans(pairs), early, input_precision=PREC)
+        dq += dearly * (before * scale) / keep[None, :]
+        dk += dlate * after
+        # with the rounded factors, so that pairs on one side of a decay cancel in its sum
+        dafter += late.to(tl.float32) * dlate - early.to(tl.float32) * dearly
+    else:
+        both = pairs + tl.trans(pairs)  # one product serves the two tokens of a pair
+        for bit in tl.range(BITS, num_stages=2):
+            half = rows >> bit
+            upper = (half & 1) == 1
+            x = tl.where(upper[:, None], q, k).to(tl.float32)
+            x *= tl.where(upper, scale, 1.0)[:, None]
+            span = tl.load(spans + bit * Q * Q)
+            decay = _decay(span, g, PIECES)
+            weight = tl.where((half ^ 1)[:, None] == half[None, :], both, 0.0).to(q.dtype)
+            dx = tl.dot(weight, (x * decay).to(q.dtype), input_precision=PREC) * decay
+            dq += tl.where(upper, scale, 0.0)[:, None] * dx
+            dk += tl.where(upper, 0.0, 1.0)[:, None] * dx
+            dg = _sums(tl.trans(span), x * dx, dg, DPIECES)
+    dq += own * k.to(tl.float32)
+    dk += own * q.to(tl.float32)
+    dg = _sums(tl.trans(beyond), dafter, dg, DPIECES)
     out = ((b * length + wide) * H + h) * K
-    _store(dq_ptr + out, dq * scale, rows, cols, left, K, H * K, FULL, FULL_K)
+    _store(dq_ptr + out, dq, rows, cols, left, K, H * K, FULL, FULL_K)
     _store(dk_ptr + out, dk, rows, cols, left, K, H * K, FULL, FULL_K)
     _store(dg_ptr + out, dg, rows, cols, left, K, H * K, FULL, FULL_K)
 
@@ -371,6 +413,12 @@ def _block(width: int, limit: int) -> int:
     while block > 32 and width % block:
         block //= 2
     return block
+
+
+def _safe(dtype: torch.dtype) -> float:
+    """What a chunk must keep of the state for products with its inverse: an exponent of 8 bits has
+    room for it, that of float16 has not."""
+    return 1.0 if dtype == torch.float16 else 2.0**-72
 
 
 def _precision(dtype: torch.dtype) -> str:
@@ -388,8 +436,15 @@ def _unit(*tensors: Tensor) -> int:
     return 8 if all(v.stride(0) % 8 == 0 for v in tensors) else 1
 
 
+def _spans(like: Tensor) -> Tensor:
+    bits = Q.bit_length() - 1
+    spans = like.new_empty((bits + 2, Q, Q), dtype=torch.bfloat16)
+    _spans_kernel[(bits + 2,)](spans, Q=Q, BITS=bits, num_warps=4)
+    return spans
+
+
 def _pairs(
-    q: Tensor, k: Tensor, g: Tensor, doc: Tensor | None, scale: float
+    q: Tensor, k: Tensor, g: Tensor, spans: Tensor, doc: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """scores (B, c, H, Q, Q), decayed queries and keys (B, L, H, K), kept shares (B, c, H, K)."""
     b, length, heads, width = q.shape
@@ -400,12 +455,13 @@ def _pairs(
     config = CONFIGS["pairs", q.element_size()]
     unit = _unit(q, k, g)
     _pairs_kernel[(n_chunks, b * heads)](
-        q, k, g, doc, scores, seen, leaving, keep,
+        q, k, g, spans, doc, scores, seen, leaving, keep,
         q.stride(0) // unit, k.stride(0) // unit, g.stride(0) // unit, length, n_chunks, scale,
         UNIT=unit, Q_ROW=q.stride(1), K_ROW=k.stride(1), G_ROW=g.stride(1),
         H=heads, K=width, BK=_block(width, config.keys), Q=Q, BITS=Q.bit_length() - 1,
-        FORGET=FORGET, HAS_DOC=doc is not None, FULL=length % Q == 0,
-        PREC=_precision(q.dtype), PREC_G=_precision(g.dtype), num_warps=config.warps,
+        FORGET=FORGET, SAFE=_safe(q.dtype), HAS_DOC=doc is not None, FULL=length % Q == 0,
+        PREC=_precision(q.dtype), PIECES=PIECES[g.dtype], STAGES=config.stages,
+        num_warps=config.warps,
     )  # fmt: skip
     return scores, seen, leaving, keep
 
@@ -464,7 +520,8 @@ def _forward(
     scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     q, k, v, g = _rows(q), _rows(k), _rows(v), _rows(g)
-    scores, seen, leaving, keep = _pairs(q, k, g, doc, scale)
+    spans = _spans(q)
+    scores, seen, leaving, keep = _pairs(q, k, g, spans, doc, scale)
     states, last = _states(leaving, v, keep, first, reverse=False)
     return _mix(seen, states, scores, v, transpose=False), last
 
@@ -485,7 +542,8 @@ def _backward(
     q, k, v, g = _rows(q), _rows(k), _rows(v), _rows(g)
     dy = dy.contiguous()
     dlast = None if dlast is None else dlast.contiguous()
-    scores, seen, leaving, keep = _pairs(q, k, g, doc, scale)
+    spans = _spans(q)
+    scores, seen, leaving, keep = _pairs(q, k, g, spans, doc, scale)
     dstates, dfirst = _states(seen, dy, keep, dlast, reverse=True)
     dv = _mix(leaving, dstates, scores, dy, transpose=True)
     states, _ = _states(leaving, v, keep, first, reverse=False)
@@ -496,13 +554,14 @@ def _backward(
     bk = _block(width, config.keys)
     unit = _unit(q, k, g, v)
     _grad_kernel[(keep.shape[1] * triton.cdiv(width, bk), b * heads)](
-        q, k, g, v, dy, doc, states, dstates, keep, dq, dk, dg,
+        q, k, g, v, dy, spans, doc, states, dstates, dq, dk, dg,
         *(t.stride(0) // unit for t in (q, k, g, v)), length, keep.shape[1], scale,
         UNIT=unit, Q_ROW=q.stride(1), K_ROW=k.stride(1), G_ROW=g.stride(1), V_ROW=v.stride(1),
         H=heads, K=width, V=values, BK=bk, BV=_block(values, config.values),
         Q=Q, BITS=Q.bit_length() - 1,
-        FORGET=FORGET, HAS_DOC=doc is not None, FULL=length % Q == 0,
-        PREC=_precision(q.dtype), PREC_G=_precision(g.dtype), STAGES=config.stages,
+        FORGET=FORGET, SAFE=_safe(q.dtype), HAS_DOC=doc is not None, FULL=length % Q == 0,
+        PREC=_precision(q.dtype), PIECES=PIECES[g.dtype],
+        DPIECES=PIECES[torch.float32] if q.dtype == torch.float32 else 2, STAGES=config.stages,
         num_warps=config.warps,
     )  # fmt: skip
     return dq, dk, dv, dg, dfirst
