@@ -50,14 +50,16 @@ class Config:
 
 # By kernel and bytes per element, for every architecture: within the shared memory of sm_86.
 CONFIGS = {
-    ("pairs", 2): Config(64, 0, 4, 1),
+    ("pairs", 2): Config(32, 0, 4, 2),
     ("state", 2): Config(64, 128, 4, 3),
-    ("mix", 2): Config(64, 128, 4, 3),
-    ("grad", 2): Config(64, 64, 8, 2),
-    ("pairs", 4): Config(32, 0, 4, 1),
-    ("state", 4): Config(64, 64, 4, 2),
+    ("mix", 2): Config(64, 128, 4, 2),
+    ("passed", 2): Config(64, 64, 4, 2),
+    ("grad", 2): Config(32, 0, 4, 1),
+    ("pairs", 4): Config(16, 0, 4, 2),
+    ("state", 4): Config(32, 64, 4, 2),
     ("mix", 4): Config(32, 64, 4, 2),
-    ("grad", 4): Config(32, 32, 8, 1),
+    ("passed", 4): Config(32, 32, 4, 2),
+    ("grad", 4): Config(16, 0, 4, 1),
 }
 PIECES = {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}  # of 8 bits
 STATE_PROGRAMS = 384  # programs that fill a large GPU; fewer, and the sequence is cut into segments
@@ -159,13 +161,12 @@ def _pairs_kernel(
     at = (b * n_chunks + chunk) * H + h
 
     spans = spans_ptr + t * Q + r
-    allowed = r < t
+    allowed = r <= t
     if HAS_DOC:
         doc = tl.load(doc_ptr + b * length + start + rows, mask=rows < left, other=0)
         doc_last = tl.load(doc_ptr + b * length + tl.minimum(start + Q, length) - 1)
         allowed = allowed & (start + r >= doc[:, None])
     scores = tl.zeros((Q, Q), tl.float32)
-    own = tl.zeros((Q,), tl.float32)
     for first in tl.range(0, K, BK, num_stages=STAGES):
         cols = first + tl.arange(0, BK)
         g = _load(g_ptr, rows, cols, left, K, G_ROW, FULL, FULL_K)
@@ -183,20 +184,21 @@ def _pairs_kernel(
         tl.store(keep_ptr + at * K + cols, kept, mask=cols < K)
         _store(seen_ptr, visible, rows, cols, left, K, H * K, FULL, FULL_K)
         _store(leaving_ptr, leaving, rows, cols, left, K, H * K, FULL, FULL_K)
-        own += tl.sum(q.to(tl.float32) * k.to(tl.float32), axis=1)
         if tl.min(keep) > SAFE:
             early = (seen / keep[None, :]).to(q.dtype)
             scores = tl.dot(early, tl.trans(late), scores, input_precision=PREC)
         else:
+            own = tl.sum(q.to(tl.float32) * k.to(tl.float32), axis=1) * scale
+            scores += tl.where(t == r, own[:, None], 0.0)
             for bit in tl.range(BITS, num_stages=2):
                 half = rows >> bit
                 upper = (half & 1) == 1
-                x = tl.where(upper[:, None], q, k).to(tl.float32)
-                x *= tl.where(upper, scale, 1.0)[:, None]
-                x = (x * _decay(tl.load(spans + bit * Q * Q), g, PIECES)).to(q.dtype)
+                decay = _decay(tl.load(spans + bit * Q * Q), g, PIECES)
+                decay *= tl.where(upper, scale, 1.0)[:, None]
+                x = (tl.where(upper[:, None], q, k).to(tl.float32) * decay).to(q.dtype)
                 products = tl.dot(x, tl.trans(x), input_precision=PREC)
                 scores += tl.where((half ^ 1)[:, None] == half[None, :], products, 0.0)
-    scores = tl.where(allowed, scores, tl.where(t == r, (own * scale)[:, None], 0.0))
+    scores = tl.where(allowed, scores, 0.0)
     tl.store(scores_ptr + at * (Q * Q) + t * Q + r, scores.to(scores_ptr.dtype.element_ty))
 
 
@@ -265,14 +267,19 @@ def _state_kernel(
 
 @triton.jit
 def _mix_kernel(
-    x_ptr, states_ptr, scores_ptr, m_ptr, y_ptr, m_batch, length, n_chunks,
-    UNIT: tl.constexpr, M_ROW: tl.constexpr,
+    x_ptr, states_ptr, scores_ptr, m_ptr, v_ptr, y_ptr, dscores_ptr,
+    m_batch, v_batch, length, n_chunks,
+    UNIT: tl.constexpr, M_ROW: tl.constexpr, V_ROW: tl.constexpr,
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    Q: tl.constexpr, TRANSPOSE: tl.constexpr, FULL: tl.constexpr, PREC: tl.constexpr,
+    Q: tl.constexpr, BACKWARD: tl.constexpr, FULL: tl.constexpr, PREC: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
-    """y = x S + scores m for one chunk, head and block of values (TRANSPOSE: scores^T m)."""
-    TILES: tl.constexpr = (V + BV - 1) // BV
+    """y = x S + scores m for one chunk and head, of one block of values.
+
+    BACKWARD: of all values, y = x S + scores^T m, which is dv for m = dy; and the gradient of
+    scores, m v^T, symmetric: [t, s] and [s, t] are that of the pair.
+    """
+    TILES: tl.constexpr = 1 if BACKWARD else (V + BV - 1) // BV
     chunk = tl.program_id(0) // TILES
     b = (tl.program_id(1) // H).to(tl.int64)
     h = tl.program_id(1) % H
@@ -280,7 +287,7 @@ def _mix_kernel(
     left = length - start
     wide = start.to(tl.int64)
     rows = tl.arange(0, Q)
-    v = tl.program_id(0) % TILES * BV + tl.arange(0, BV)
+    t, r = rows[:, None], rows[None, :]
     FULL_K: tl.constexpr = K % BK == 0
     FULL_V: tl.constexpr = V % BV == 0
     at = (b * n_chunks + chunk) * H + h
@@ -288,31 +295,86 @@ def _mix_kernel(
     y_ptr += ((b * length + wide) * H + h) * V
     m_ptr += b * m_batch * UNIT + wide * M_ROW + h * V
     states_ptr += at * (K * V)
+    if BACKWARD:
+        v_ptr += b * v_batch * UNIT + wide * V_ROW + h * V
 
-    y = tl.zeros((Q, BV), tl.float32)
-    for first in tl.range(0, K, BK, num_stages=STAGES):
-        k = first + tl.arange(0, BK)
-        x = _load(x_ptr, rows, k, left, K, H * K, FULL, FULL_K)
-        state = _load(states_ptr, k, v, K, V, V, FULL_K, FULL_V)
-        y = tl.dot(x, state, y, input_precision=PREC)
-    scores = tl.load(scores_ptr + at * (Q * Q) + rows[:, None] * Q + rows[None, :])
-    m = _load(m_ptr, rows, v, left, V, M_ROW, FULL, FULL_V)
-    if TRANSPOSE:
+    scores = tl.load(scores_ptr + at * (Q * Q) + t * Q + r)
+    if BACKWARD:
         scores = tl.trans(scores)
-    y = tl.dot(scores, m, y, input_precision=PREC)
-    _store(y_ptr, y, rows, v, left, V, H * V, FULL, FULL_V)
+    dscores = tl.zeros((Q, Q), tl.float32)
+    first = tl.program_id(0) % TILES * BV
+    for begin in range(first, V if BACKWARD else first + BV, BV):
+        n = begin + tl.arange(0, BV)
+        m = _load(m_ptr, rows, n, left, V, M_ROW, FULL, FULL_V)
+        y = tl.dot(scores, m, input_precision=PREC)
+        for k_begin in tl.range(0, K, BK, num_stages=STAGES):
+            k = k_begin + tl.arange(0, BK)
+            x = _load(x_ptr, rows, k, left, K, H * K, FULL, FULL_K)
+            state = _load(states_ptr, k, n, K, V, V, FULL_K, FULL_V)
+            y = tl.dot(x, state, y, input_precision=PREC)
+        _store(y_ptr, y, rows, n, left, V, H * V, FULL, FULL_V)
+        if BACKWARD:
+            v = _load(v_ptr, rows, n, left, V, V_ROW, FULL, FULL_V)
+            dscores = tl.dot(m, tl.trans(v), dscores, input_precision=PREC)
+    if BACKWARD:
+        half = dscores.to(dscores_ptr.dtype.element_ty)
+        out = dscores_ptr + at * (Q * Q) + t * Q + r
+        tl.store(out, tl.where(r <= t, half, tl.trans(half)))
+
+
+@triton.jit
+def _passed_kernel(
+    v_ptr, dy_ptr, states_ptr, dstates_ptr, dseen_ptr, dleaving_ptr, through_ptr,
+    v_batch, length, n_chunks,
+    UNIT: tl.constexpr, V_ROW: tl.constexpr,
+    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    Q: tl.constexpr, FULL: tl.constexpr, PREC: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """What passes between chunks, for one chunk, head and block of keys: the gradients of decayed
+    queries and keys, and <state before, gradient of the state after> of each key, (B, c, H, K)."""
+    TILES: tl.constexpr = (K + BK - 1) // BK
+    chunk = tl.program_id(0) // TILES
+    b = (tl.program_id(1) // H).to(tl.int64)
+    h = tl.program_id(1) % H
+    start = chunk * Q
+    left = length - start
+    wide = start.to(tl.int64)
+    rows = tl.arange(0, Q)
+    k = tl.program_id(0) % TILES * BK + tl.arange(0, BK)
+    FULL_K: tl.constexpr = K % BK == 0
+    FULL_V: tl.constexpr = V % BV == 0
+    at = (b * n_chunks + chunk) * H + h
+    row = (b * length + wide) * H + h
+    v_ptr += b * v_batch * UNIT + wide * V_ROW + h * V
+    dy_ptr += row * V
+    states_ptr += at * (K * V)
+    dstates_ptr += at * (K * V)
+
+    dseen = tl.zeros((Q, BK), tl.float32)
+    dleaving = tl.zeros((Q, BK), tl.float32)
+    through = tl.zeros((BK,), tl.float32)
+    for begin in tl.range(0, V, BV, num_stages=STAGES):
+        n = begin + tl.arange(0, BV)
+        dy = _load(dy_ptr, rows, n, left, V, H * V, FULL, FULL_V)
+        v = _load(v_ptr, rows, n, left, V, V_ROW, FULL, FULL_V)
+        state = _load(states_ptr, k, n, K, V, V, FULL_K, FULL_V)
+        dstate = _load(dstates_ptr, k, n, K, V, V, FULL_K, FULL_V)
+        dseen = tl.dot(dy, tl.trans(state), dseen, input_precision=PREC)
+        dleaving = tl.dot(v, tl.trans(dstate), dleaving, input_precision=PREC)
+        through += tl.sum(state.to(tl.float32) * dstate.to(tl.float32), axis=1)
+    _store(dseen_ptr + row * K, dseen, rows, k, left, K, H * K, FULL, FULL_K)
+    _store(dleaving_ptr + row * K, dleaving, rows, k, left, K, H * K, FULL, FULL_K)
+    tl.store(through_ptr + at * K + k, through, mask=k < K)
 
 
 @triton.jit
 def _grad_kernel(
-    q_ptr, k_ptr, g_ptr, v_ptr, dy_ptr, spans_ptr, doc_ptr, states_ptr, dstates_ptr,
-    dq_ptr, dk_ptr, dg_ptr, q_batch, k_batch, g_batch, v_batch, length, n_chunks, scale,
+    q_ptr, k_ptr, g_ptr, spans_ptr, doc_ptr, dscores_ptr, dseen_ptr, dleaving_ptr, through_ptr,
+    dq_ptr, dk_ptr, dg_ptr, q_batch, k_batch, g_batch, length, n_chunks, scale,
     UNIT: tl.constexpr, Q_ROW: tl.constexpr, K_ROW: tl.constexpr, G_ROW: tl.constexpr,
-    V_ROW: tl.constexpr,
-    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    Q: tl.constexpr, BITS: tl.constexpr,
+    H: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, Q: tl.constexpr, BITS: tl.constexpr,
     FORGET: tl.constexpr, SAFE: tl.constexpr, HAS_DOC: tl.constexpr, FULL: tl.constexpr,
-    PREC: tl.constexpr, PIECES: tl.constexpr, DPIECES: tl.constexpr, STAGES: tl.constexpr,
+    PREC: tl.constexpr, PIECES: tl.constexpr, DPIECES: tl.constexpr,
 ):  # fmt: skip
     """dq, dk and dg of one chunk, head and block of keys."""
     TILES: tl.constexpr = (K + BK - 1) // BK
@@ -326,42 +388,27 @@ def _grad_kernel(
     t, r = rows[:, None], rows[None, :]
     cols = tl.program_id(0) % TILES * BK + tl.arange(0, BK)
     FULL_K: tl.constexpr = K % BK == 0
-    FULL_V: tl.constexpr = V % BV == 0
     at = (b * n_chunks + chunk) * H + h
+    out = ((b * length + wide) * H + h) * K
     q_ptr += b * q_batch * UNIT + wide * Q_ROW + h * K
     k_ptr += b * k_batch * UNIT + wide * K_ROW + h * K
     g_ptr += b * g_batch * UNIT + wide * G_ROW + h * K
-    v_ptr += b * v_batch * UNIT + wide * V_ROW + h * V
-    dy_ptr += ((b * length + wide) * H + h) * V
-    states_ptr += at * (K * V)
-    dstates_ptr += at * (K * V)
-
-    dscores = tl.zeros((Q, Q), tl.float32)  # of a pair [t, s]
-    dq = tl.zeros((Q, BK), tl.float32)
-    dk = tl.zeros((Q, BK), tl.float32)
-    through = tl.zeros((BK,), tl.float32)  # what the state carries through the whole chunk
-    for first in tl.range(0, V, BV, num_stages=STAGES):
-        n = first + tl.arange(0, BV)
-        dy = _load(dy_ptr, rows, n, left, V, H * V, FULL, FULL_V)
-        v = _load(v_ptr, rows, n, left, V, V_ROW, FULL, FULL_V)
-        state = _load(states_ptr, cols, n, K, V, V, FULL_K, FULL_V)
-        dstate = _load(dstates_ptr, cols, n, K, V, V, FULL_K, FULL_V)
-        dscores = tl.dot(dy, tl.trans(v), dscores, input_precision=PREC)
-        dq = tl.dot(dy, tl.trans(state), dq, input_precision=PREC)
-        dk = tl.dot(v, tl.trans(dstate), dk, input_precision=PREC)
-        through += tl.sum(state.to(tl.float32) * dstate.to(tl.float32), axis=1)
+    dscores_ptr += at * (Q * Q)
 
     g = _load(g_ptr, rows, cols, left, K, G_ROW, FULL, FULL_K)
     g = tl.maximum(g.to(tl.float32), FORGET).to(g.dtype)
     q = _load(q_ptr, rows, cols, left, K, Q_ROW, FULL, FULL_K)
     k = _load(k_ptr, rows, cols, left, K, K_ROW, FULL, FULL_K)
+    dq = _load(dseen_ptr + out, rows, cols, left, K, H * K, FULL, FULL_K).to(tl.float32)
+    dk = _load(dleaving_ptr + out, rows, cols, left, K, H * K, FULL, FULL_K).to(tl.float32)
+    through = tl.load(through_ptr + at * K + cols, mask=cols < K, other=0.0)
     keep = tl.exp2(tl.sum(g.to(tl.float32), axis=0) * 1.4426950408889634)
     spans = spans_ptr + t * Q + r
     until, beyond = tl.load(spans + BITS * Q * Q), tl.load(spans + (BITS + 1) * Q * Q)
-    before, after = _decay(until, g, PIECES), _decay(beyond, g, PIECES)
-    dq *= before * scale
+    before, after = _decay(until, g, PIECES) * scale, _decay(beyond, g, PIECES)
+    dq *= before
     dk *= after
-    allowed = r < t
+    allowed = r <= t
     if HAS_DOC:
         doc = tl.load(doc_ptr + b * length + start + rows, mask=rows < left, other=0)
         doc_last = tl.load(doc_ptr + b * length + tl.minimum(start + Q, length) - 1)
@@ -373,35 +420,38 @@ def _grad_kernel(
     dg = tl.zeros((Q, BK), tl.float32) + (keep * through)[None, :]
     dg = _sums(tl.trans(until), q.to(tl.float32) * dq, dg, DPIECES)
     dafter = k.to(tl.float32) * dk
-    own = tl.sum(tl.where(t == r, dscores, 0.0), axis=1)[:, None] * scale
-    pairs = tl.where(allowed, dscores, 0.0).to(q.dtype)
+    dscores = tl.load(dscores_ptr + t * Q + r)
     if tl.min(keep) > SAFE:
-        early = (q.to(tl.float32) * (before * scale) / keep[None, :]).to(q.dtype)
+        pairs = tl.where(allowed, dscores, 0.0).to(q.dtype)
+        early = (q.to(tl.float32) * before / keep[None, :]).to(q.dtype)
         late = (k.to(tl.float32) * after).to(q.dtype)
         dearly = tl.dot(pairs, late, input_precision=PREC)
         dlate = tl.dot(tl.trans(pairs), early, input_precision=PREC)
-        dq += dearly * (before * scale) / keep[None, :]
+        dq += dearly * before / keep[None, :]
         dk += dlate * after
         # with the rounded factors, so that pairs on one side of a decay cancel in its sum
         dafter += late.to(tl.float32) * dlate - early.to(tl.float32) * dearly
     else:
-        both = pairs + tl.trans(pairs)  # one product serves the two tokens of a pair
-        for bit in tl.range(BITS, num_stages=2):
+        own = tl.sum(tl.where(t == r, dscores, 0.0).to(tl.float32), axis=1)[:, None] * scale
+        dq += own * k.to(tl.float32)
+        dk += own * q.to(tl.float32)
+        if HAS_DOC:
+            first = tl.load(doc_ptr + b * length + start + rows, mask=rows < left, other=0)
+            both = (start + r >= first[:, None]) & (start + t >= first[None, :])
+            dscores = tl.where(both, dscores, 0.0)
+        for bit in tl.range(BITS, num_stages=1):
             half = rows >> bit
             upper = (half & 1) == 1
-            x = tl.where(upper[:, None], q, k).to(tl.float32)
-            x *= tl.where(upper, scale, 1.0)[:, None]
             span = tl.load(spans + bit * Q * Q)
             decay = _decay(span, g, PIECES)
-            weight = tl.where((half ^ 1)[:, None] == half[None, :], both, 0.0).to(q.dtype)
+            weight = tl.where((half ^ 1)[:, None] == half[None, :], dscores, 0.0).to(q.dtype)
+            x = tl.where(upper[:, None], q, k).to(tl.float32) * tl.where(upper, scale, 1.0)[:, None]
+            # one product serves the two tokens of a pair
             dx = tl.dot(weight, (x * decay).to(q.dtype), input_precision=PREC) * decay
             dq += tl.where(upper, scale, 0.0)[:, None] * dx
             dk += tl.where(upper, 0.0, 1.0)[:, None] * dx
             dg = _sums(tl.trans(span), x * dx, dg, DPIECES)
-    dq += own * k.to(tl.float32)
-    dk += own * q.to(tl.float32)
     dg = _sums(tl.trans(beyond), dafter, dg, DPIECES)
-    out = ((b * length + wide) * H + h) * K
     _store(dq_ptr + out, dq, rows, cols, left, K, H * K, FULL, FULL_K)
     _store(dk_ptr + out, dk, rows, cols, left, K, H * K, FULL, FULL_K)
     _store(dg_ptr + out, dg, rows, cols, left, K, H * K, FULL, FULL_K)
@@ -498,21 +548,72 @@ def _states(
     return states, last
 
 
-def _mix(x: Tensor, states: Tensor, scores: Tensor, m: Tensor, transpose: bool) -> Tensor:
+def _mix(
+    x: Tensor, states: Tensor, scores: Tensor, m: Tensor, v: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """y (B, L, H, V); with v, the gradients of values and of scores."""
     b, length, heads, width = x.shape
     values = m.shape[3]
     n_chunks = states.shape[1]
     config = CONFIGS["mix", x.element_size()]
     bv = _block(values, config.values)
     y = x.new_empty((b, length, heads, values))
-    unit = _unit(m)
-    _mix_kernel[(n_chunks * triton.cdiv(values, bv), b * heads)](
-        x, states, scores, m, y, m.stride(0) // unit, length, n_chunks,
-        UNIT=unit, M_ROW=m.stride(1), H=heads, K=width, V=values,
-        BK=_block(width, config.keys), BV=bv, Q=Q, TRANSPOSE=transpose, FULL=length % Q == 0,
+    dscores = None if v is None else torch.empty_like(scores)
+    other = m if v is None else v
+    unit = _unit(m, other)
+    tiles = triton.cdiv(values, bv) if v is None else 1
+    _mix_kernel[(n_chunks * tiles, b * heads)](
+        x, states, scores, m, v, y, dscores,
+        m.stride(0) // unit, other.stride(0) // unit, length, n_chunks,
+        UNIT=unit, M_ROW=m.stride(1), V_ROW=other.stride(1), H=heads, K=width, V=values,
+        BK=_block(width, config.keys), BV=bv, Q=Q, BACKWARD=v is not None, FULL=length % Q == 0,
         PREC=_precision(x.dtype), STAGES=config.stages, num_warps=config.warps,
     )  # fmt: skip
-    return y
+    return y, dscores
+
+
+def _passed(
+    v: Tensor, dy: Tensor, states: Tensor, dstates: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of decayed queries and keys (B, L, H, K), of what chunks keep (B, c, H, K)."""
+    b, length, heads, values = v.shape
+    n_chunks, width = states.shape[1], states.shape[3]
+    # float16 has not the range
+    dtype = torch.bfloat16 if v.dtype == torch.bfloat16 else torch.float32
+    dseen, dleaving = (v.new_empty((b, length, heads, width), dtype=dtype) for _ in range(2))
+    through = v.new_empty((b, n_chunks, heads, width), dtype=torch.float32)
+    config = CONFIGS["passed", v.element_size()]
+    bk = _block(width, config.keys)
+    unit = _unit(v)
+    _passed_kernel[(n_chunks * triton.cdiv(width, bk), b * heads)](
+        v, dy, states, dstates, dseen, dleaving, through, v.stride(0) // unit, length, n_chunks,
+        UNIT=unit, V_ROW=v.stride(1), H=heads, K=width, V=values, BK=bk,
+        BV=_block(values, config.values), Q=Q, FULL=length % Q == 0, PREC=_precision(v.dtype),
+        STAGES=config.stages, num_warps=config.warps,
+    )  # fmt: skip
+    return dseen, dleaving, through
+
+
+def _grad(
+    q: Tensor, k: Tensor, g: Tensor, spans: Tensor, doc: Tensor | None, dscores: Tensor,
+    dseen: Tensor, dleaving: Tensor, through: Tensor, scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    b, length, heads, width = q.shape
+    n_chunks = through.shape[1]
+    dq, dk, dg = (t.new_empty(t.shape) for t in (q, k, g))
+    config = CONFIGS["grad", q.element_size()]
+    bk = _block(width, config.keys)
+    unit = _unit(q, k, g)
+    _grad_kernel[(n_chunks * triton.cdiv(width, bk), b * heads)](
+        q, k, g, spans, doc, dscores, dseen, dleaving, through, dq, dk, dg,
+        q.stride(0) // unit, k.stride(0) // unit, g.stride(0) // unit, length, n_chunks, scale,
+        UNIT=unit, Q_ROW=q.stride(1), K_ROW=k.stride(1), G_ROW=g.stride(1),
+        H=heads, K=width, BK=bk, Q=Q, BITS=Q.bit_length() - 1,
+        FORGET=FORGET, SAFE=_safe(q.dtype), HAS_DOC=doc is not None, FULL=length % Q == 0,
+        PREC=_precision(q.dtype), PIECES=PIECES[g.dtype],
+        DPIECES=3 if q.dtype == torch.float32 else 2, num_warps=config.warps,
+    )  # fmt: skip
+    return dq, dk, dg
 
 
 def _forward(
@@ -523,7 +624,7 @@ def _forward(
     spans = _spans(q)
     scores, seen, leaving, keep = _pairs(q, k, g, spans, doc, scale)
     states, last = _states(leaving, v, keep, first, reverse=False)
-    return _mix(seen, states, scores, v, transpose=False), last
+    return _mix(seen, states, scores, v)[0], last
 
 
 def _forward_fake(
@@ -545,25 +646,10 @@ def _backward(
     spans = _spans(q)
     scores, seen, leaving, keep = _pairs(q, k, g, spans, doc, scale)
     dstates, dfirst = _states(seen, dy, keep, dlast, reverse=True)
-    dv = _mix(leaving, dstates, scores, dy, transpose=True)
+    dv, dscores = _mix(leaving, dstates, scores, dy, v)
     states, _ = _states(leaving, v, keep, first, reverse=False)
-    b, length, heads, width = q.shape
-    values = v.shape[3]
-    dq, dk, dg = (t.new_empty(t.shape) for t in (q, k, g))
-    config = CONFIGS["grad", q.element_size()]
-    bk = _block(width, config.keys)
-    unit = _unit(q, k, g, v)
-    _grad_kernel[(keep.shape[1] * triton.cdiv(width, bk), b * heads)](
-        q, k, g, v, dy, spans, doc, states, dstates, dq, dk, dg,
-        *(t.stride(0) // unit for t in (q, k, g, v)), length, keep.shape[1], scale,
-        UNIT=unit, Q_ROW=q.stride(1), K_ROW=k.stride(1), G_ROW=g.stride(1), V_ROW=v.stride(1),
-        H=heads, K=width, V=values, BK=bk, BV=_block(values, config.values),
-        Q=Q, BITS=Q.bit_length() - 1,
-        FORGET=FORGET, SAFE=_safe(q.dtype), HAS_DOC=doc is not None, FULL=length % Q == 0,
-        PREC=_precision(q.dtype), PIECES=PIECES[g.dtype],
-        DPIECES=PIECES[torch.float32] if q.dtype == torch.float32 else 2, STAGES=config.stages,
-        num_warps=config.warps,
-    )  # fmt: skip
+    passed = _passed(v, dy, states, dstates)
+    dq, dk, dg = _grad(q, k, g, spans, doc, dscores, *passed, scale)
     return dq, dk, dv, dg, dfirst
 
 
