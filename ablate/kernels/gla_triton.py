@@ -1,7 +1,7 @@
 """Triton kernels of gated linear attention (`ablate.kernels.gla` has the definition, the legend and
 the way decays between pairs are found without overflow).
 
-Everything works on chunks of Q = 64 tokens and on blocks of keys and of values, so that widths which
+Everything works on chunks of Q = 64 tokens (32 in float32) and on blocks of keys and of values, so that widths which
 are no powers of two cost nothing. Forward, three launches:
 
 1. `_pairs_kernel`, per chunk and head: the scores of all pairs, the queries decayed from the chunk's
@@ -33,9 +33,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ablate.kernels.dispatch import define_op
-from ablate.kernels.gla import FORGET
-
-Q = 64
+from ablate.kernels.gla import CHUNK, FORGET
 
 
 @dataclass(frozen=True)
@@ -48,19 +46,23 @@ class Config:
     stages: int
 
 
-# By kernel and bytes per element, for every architecture: within the shared memory of sm_86.
+CHUNKS = {2: CHUNK, 4: 32}  # tokens of a chunk by bytes per element
+# By kernel and bytes per element, for sm_90; within the shared memory of every architecture.
 CONFIGS = {
     ("pairs", 2): Config(32, 0, 4, 2),
-    ("state", 2): Config(64, 128, 4, 3),
+    ("state", 2): Config(64, 64, 4, 2),
     ("mix", 2): Config(64, 128, 4, 2),
+    ("dmix", 2): Config(64, 64, 4, 2),
     ("passed", 2): Config(64, 64, 4, 2),
     ("grad", 2): Config(32, 0, 4, 1),
-    ("pairs", 4): Config(16, 0, 4, 2),
+    ("pairs", 4): Config(32, 0, 4, 2),
     ("state", 4): Config(32, 64, 4, 2),
     ("mix", 4): Config(32, 64, 4, 2),
+    ("dmix", 4): Config(32, 32, 4, 2),
     ("passed", 4): Config(32, 32, 4, 2),
     ("grad", 4): Config(16, 0, 4, 1),
 }
+BEFORE_90 = {("grad", 2): Config(16, 0, 4, 1)}  # where the same would spill
 PIECES = {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}  # of 8 bits
 STATE_PROGRAMS = 384  # programs that fill a large GPU; fewer, and the sequence is cut into segments
 
@@ -174,7 +176,9 @@ def _pairs_kernel(
         q = _load(q_ptr, rows, cols, left, K, Q_ROW, FULL, FULL_K)
         k = _load(k_ptr, rows, cols, left, K, K_ROW, FULL, FULL_K)
         keep = tl.exp2(tl.sum(g.to(tl.float32), axis=0) * 1.4426950408889634)
-        late = (k.to(tl.float32) * _decay(tl.load(spans + (BITS + 1) * Q * Q), g, PIECES)).to(q.dtype)
+        late = (k.to(tl.float32) * _decay(tl.load(spans + (BITS + 1) * Q * Q), g, PIECES)).to(
+            q.dtype
+        )
         seen = q.to(tl.float32) * (_decay(tl.load(spans + BITS * Q * Q), g, PIECES) * scale)
         kept, visible, leaving = keep, seen, late
         if HAS_DOC:
@@ -234,7 +238,9 @@ def _state_kernel(
     state = tl.zeros((BK, BV), tl.float32)
     if HAS_FIRST:
         mine = inside & (segment == 0)
-        state += tl.load(first_ptr + (b * H + h) * K * V + tile, mask=mine, other=0.0).to(tl.float32)
+        state += tl.load(first_ptr + (b * H + h) * K * V + tile, mask=mine, other=0.0).to(
+            tl.float32
+        )
     if PASS == 2:
         for j in range(segment):
             at = (b * H + h) * n_segments + j
@@ -267,12 +273,12 @@ def _state_kernel(
 
 @triton.jit
 def _mix_kernel(
-    x_ptr, states_ptr, scores_ptr, m_ptr, v_ptr, y_ptr, dscores_ptr,
+    x_ptr, states_ptr, scores_ptr, m_ptr, v_ptr, doc_ptr, y_ptr, dscores_ptr,
     m_batch, v_batch, length, n_chunks,
     UNIT: tl.constexpr, M_ROW: tl.constexpr, V_ROW: tl.constexpr,
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    Q: tl.constexpr, BACKWARD: tl.constexpr, FULL: tl.constexpr, PREC: tl.constexpr,
-    STAGES: tl.constexpr,
+    Q: tl.constexpr, BACKWARD: tl.constexpr, HAS_DOC: tl.constexpr, FULL: tl.constexpr,
+    PREC: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """y = x S + scores m for one chunk and head, of one block of values.
 
@@ -317,6 +323,9 @@ def _mix_kernel(
             v = _load(v_ptr, rows, n, left, V, V_ROW, FULL, FULL_V)
             dscores = tl.dot(m, tl.trans(v), dscores, input_precision=PREC)
     if BACKWARD:
+        if HAS_DOC:
+            doc = tl.load(doc_ptr + b * length + start + rows, mask=rows < left, other=0)
+            dscores = tl.where(start + r >= doc[:, None], dscores, 0.0)
         half = dscores.to(dscores_ptr.dtype.element_ty)
         out = dscores_ptr + at * (Q * Q) + t * Q + r
         tl.store(out, tl.where(r <= t, half, tl.trans(half)))
@@ -393,65 +402,62 @@ def _grad_kernel(
     q_ptr += b * q_batch * UNIT + wide * Q_ROW + h * K
     k_ptr += b * k_batch * UNIT + wide * K_ROW + h * K
     g_ptr += b * g_batch * UNIT + wide * G_ROW + h * K
-    dscores_ptr += at * (Q * Q)
 
     g = _load(g_ptr, rows, cols, left, K, G_ROW, FULL, FULL_K)
     g = tl.maximum(g.to(tl.float32), FORGET).to(g.dtype)
     q = _load(q_ptr, rows, cols, left, K, Q_ROW, FULL, FULL_K)
     k = _load(k_ptr, rows, cols, left, K, K_ROW, FULL, FULL_K)
-    dq = _load(dseen_ptr + out, rows, cols, left, K, H * K, FULL, FULL_K).to(tl.float32)
-    dk = _load(dleaving_ptr + out, rows, cols, left, K, H * K, FULL, FULL_K).to(tl.float32)
     through = tl.load(through_ptr + at * K + cols, mask=cols < K, other=0.0)
     keep = tl.exp2(tl.sum(g.to(tl.float32), axis=0) * 1.4426950408889634)
     spans = spans_ptr + t * Q + r
     until, beyond = tl.load(spans + BITS * Q * Q), tl.load(spans + (BITS + 1) * Q * Q)
     before, after = _decay(until, g, PIECES) * scale, _decay(beyond, g, PIECES)
+    dq = _load(dseen_ptr + out, rows, cols, left, K, H * K, FULL, FULL_K).to(tl.float32)
+    dk = _load(dleaving_ptr + out, rows, cols, left, K, H * K, FULL, FULL_K).to(tl.float32)
     dq *= before
     dk *= after
-    allowed = r <= t
     if HAS_DOC:
         doc = tl.load(doc_ptr + b * length + start + rows, mask=rows < left, other=0)
         doc_last = tl.load(doc_ptr + b * length + tl.minimum(start + Q, length) - 1)
-        allowed = allowed & (start + r >= doc[:, None])
         dq = tl.where((doc < start)[:, None], dq, 0.0)
         dk = tl.where((start + rows >= doc_last)[:, None], dk, 0.0)
         through = tl.where(doc_last < start, through, 0.0)
     # exponents: of the whole chunk, of its parts up to a token and after a token
     dg = tl.zeros((Q, BK), tl.float32) + (keep * through)[None, :]
     dg = _sums(tl.trans(until), q.to(tl.float32) * dq, dg, DPIECES)
-    dafter = k.to(tl.float32) * dk
-    dscores = tl.load(dscores_ptr + t * Q + r)
+    dg = _sums(tl.trans(beyond), k.to(tl.float32) * dk, dg, DPIECES)
+    dscores_ptr += at * (Q * Q)
     if tl.min(keep) > SAFE:
-        pairs = tl.where(allowed, dscores, 0.0).to(q.dtype)
-        early = (q.to(tl.float32) * before / keep[None, :]).to(q.dtype)
+        dscores = tl.load(dscores_ptr + t * Q + r)
+        pairs = tl.where(r <= t, dscores, 0.0).to(q.dtype)
+        before /= keep[None, :]
+        early = (q.to(tl.float32) * before).to(q.dtype)
         late = (k.to(tl.float32) * after).to(q.dtype)
         dearly = tl.dot(pairs, late, input_precision=PREC)
         dlate = tl.dot(tl.trans(pairs), early, input_precision=PREC)
-        dq += dearly * before / keep[None, :]
+        dq += dearly * before
         dk += dlate * after
         # with the rounded factors, so that pairs on one side of a decay cancel in its sum
-        dafter += late.to(tl.float32) * dlate - early.to(tl.float32) * dearly
+        dafter = late.to(tl.float32) * dlate - early.to(tl.float32) * dearly
+        dg = _sums(tl.trans(beyond), dafter, dg, DPIECES)
     else:
-        own = tl.sum(tl.where(t == r, dscores, 0.0).to(tl.float32), axis=1)[:, None] * scale
-        dq += own * k.to(tl.float32)
-        dk += own * q.to(tl.float32)
-        if HAS_DOC:
-            first = tl.load(doc_ptr + b * length + start + rows, mask=rows < left, other=0)
-            both = (start + r >= first[:, None]) & (start + t >= first[None, :])
-            dscores = tl.where(both, dscores, 0.0)
+        own = tl.load(dscores_ptr + rows * (Q + 1)).to(tl.float32) * scale
+        dq += own[:, None] * k.to(tl.float32)
+        dk += own[:, None] * q.to(tl.float32)
         for bit in tl.range(BITS, num_stages=1):
             half = rows >> bit
             upper = (half & 1) == 1
             span = tl.load(spans + bit * Q * Q)
-            decay = _decay(span, g, PIECES)
+            decay = _decay(span, g, PIECES) * tl.where(upper, scale, 1.0)[:, None]
+            dscores = tl.load(dscores_ptr + t * Q + r)
             weight = tl.where((half ^ 1)[:, None] == half[None, :], dscores, 0.0).to(q.dtype)
-            x = tl.where(upper[:, None], q, k).to(tl.float32) * tl.where(upper, scale, 1.0)[:, None]
+            x = tl.where(upper[:, None], q, k)
             # one product serves the two tokens of a pair
-            dx = tl.dot(weight, (x * decay).to(q.dtype), input_precision=PREC) * decay
-            dq += tl.where(upper, scale, 0.0)[:, None] * dx
-            dk += tl.where(upper, 0.0, 1.0)[:, None] * dx
-            dg = _sums(tl.trans(span), x * dx, dg, DPIECES)
-    dg = _sums(tl.trans(beyond), dafter, dg, DPIECES)
+            decayed = (x.to(tl.float32) * decay).to(q.dtype)
+            dx = tl.dot(weight, decayed, input_precision=PREC) * decay
+            dq += tl.where(upper[:, None], dx, 0.0)
+            dk += tl.where(upper[:, None], 0.0, dx)
+            dg = _sums(tl.trans(span), x.to(tl.float32) * dx, dg, DPIECES)
     _store(dq_ptr + out, dq, rows, cols, left, K, H * K, FULL, FULL_K)
     _store(dk_ptr + out, dk, rows, cols, left, K, H * K, FULL, FULL_K)
     _store(dg_ptr + out, dg, rows, cols, left, K, H * K, FULL, FULL_K)
@@ -471,6 +477,12 @@ def _safe(dtype: torch.dtype) -> float:
     return 1.0 if dtype == torch.float16 else 2.0**-72
 
 
+def _config(kernel: str, data: Tensor) -> Config:
+    key = (kernel, data.element_size())
+    old = data.is_cuda and torch.cuda.get_device_capability(data.device) < (9, 0)
+    return BEFORE_90.get(key, CONFIGS[key]) if old else CONFIGS[key]
+
+
 def _precision(dtype: torch.dtype) -> str:
     return "tf32x3" if dtype == torch.float32 else "ieee"
 
@@ -487,9 +499,10 @@ def _unit(*tensors: Tensor) -> int:
 
 
 def _spans(like: Tensor) -> Tensor:
-    bits = Q.bit_length() - 1
-    spans = like.new_empty((bits + 2, Q, Q), dtype=torch.bfloat16)
-    _spans_kernel[(bits + 2,)](spans, Q=Q, BITS=bits, num_warps=4)
+    chunk = CHUNKS[like.element_size()]
+    bits = chunk.bit_length() - 1
+    spans = like.new_empty((bits + 2, chunk, chunk), dtype=torch.bfloat16)
+    _spans_kernel[(bits + 2,)](spans, Q=chunk, BITS=bits, num_warps=4)
     return spans
 
 
@@ -498,18 +511,19 @@ def _pairs(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """scores (B, c, H, Q, Q), decayed queries and keys (B, L, H, K), kept shares (B, c, H, K)."""
     b, length, heads, width = q.shape
-    n_chunks = triton.cdiv(length, Q)
-    scores = q.new_empty((b, n_chunks, heads, Q, Q))
+    chunk = CHUNKS[q.element_size()]
+    n_chunks = triton.cdiv(length, chunk)
+    scores = q.new_empty((b, n_chunks, heads, chunk, chunk))
     seen, leaving = (q.new_empty((b, length, heads, width)) for _ in range(2))
     keep = q.new_empty((b, n_chunks, heads, width), dtype=torch.float32)
-    config = CONFIGS["pairs", q.element_size()]
+    config = _config("pairs", q)
     unit = _unit(q, k, g)
     _pairs_kernel[(n_chunks, b * heads)](
         q, k, g, spans, doc, scores, seen, leaving, keep,
         q.stride(0) // unit, k.stride(0) // unit, g.stride(0) // unit, length, n_chunks, scale,
         UNIT=unit, Q_ROW=q.stride(1), K_ROW=k.stride(1), G_ROW=g.stride(1),
-        H=heads, K=width, BK=_block(width, config.keys), Q=Q, BITS=Q.bit_length() - 1,
-        FORGET=FORGET, SAFE=_safe(q.dtype), HAS_DOC=doc is not None, FULL=length % Q == 0,
+        H=heads, K=width, BK=_block(width, config.keys), Q=chunk, BITS=chunk.bit_length() - 1,
+        FORGET=FORGET, SAFE=_safe(q.dtype), HAS_DOC=doc is not None, FULL=length % chunk == 0,
         PREC=_precision(q.dtype), PIECES=PIECES[g.dtype], STAGES=config.stages,
         num_warps=config.warps,
     )  # fmt: skip
@@ -523,8 +537,9 @@ def _states(
     decayed keys and values; in reverse the gradients, from decayed queries and dy."""
     b, length, heads, width = x.shape
     values = m.shape[3]
+    chunk = CHUNKS[x.element_size()]
     n_chunks = keep.shape[1]
-    config = CONFIGS["state", x.element_size()]
+    config = _config("state", x)
     bk, bv = _block(width, config.keys), _block(values, config.values)
     states = x.new_empty((b, n_chunks, heads, width, values))
     last = x.new_empty((b, heads, width, values), dtype=torch.float32)
@@ -541,21 +556,22 @@ def _states(
         _state_kernel[(tiles, b * heads, segments)](
             x, m, keep, first, states, ends, kept, last,
             m.stride(0) // unit, length, n_chunks, per_segment, segments,
-            UNIT=unit, M_ROW=m.stride(1), H=heads, K=width, V=values, BK=bk, BV=bv, Q=Q,
-            REVERSE=reverse, HAS_FIRST=first is not None, FULL=length % Q == 0, PASS=number,
+            UNIT=unit, M_ROW=m.stride(1), H=heads, K=width, V=values, BK=bk, BV=bv, Q=chunk,
+            REVERSE=reverse, HAS_FIRST=first is not None, FULL=length % chunk == 0, PASS=number,
             PREC=_precision(x.dtype), STAGES=config.stages, num_warps=config.warps,
         )  # fmt: skip
     return states, last
 
 
 def _mix(
-    x: Tensor, states: Tensor, scores: Tensor, m: Tensor, v: Tensor | None = None
-) -> tuple[Tensor, Tensor | None]:
+    x: Tensor, states: Tensor, scores: Tensor, m: Tensor, v: Tensor | None = None,
+    doc: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """y (B, L, H, V); with v, the gradients of values and of scores."""
     b, length, heads, width = x.shape
     values = m.shape[3]
-    n_chunks = states.shape[1]
-    config = CONFIGS["mix", x.element_size()]
+    chunk, n_chunks = scores.shape[-1], states.shape[1]
+    config = _config("mix" if v is None else "dmix", x)
     bv = _block(values, config.values)
     y = x.new_empty((b, length, heads, values))
     dscores = None if v is None else torch.empty_like(scores)
@@ -563,11 +579,11 @@ def _mix(
     unit = _unit(m, other)
     tiles = triton.cdiv(values, bv) if v is None else 1
     _mix_kernel[(n_chunks * tiles, b * heads)](
-        x, states, scores, m, v, y, dscores,
+        x, states, scores, m, v, doc, y, dscores,
         m.stride(0) // unit, other.stride(0) // unit, length, n_chunks,
         UNIT=unit, M_ROW=m.stride(1), V_ROW=other.stride(1), H=heads, K=width, V=values,
-        BK=_block(width, config.keys), BV=bv, Q=Q, BACKWARD=v is not None, FULL=length % Q == 0,
-        PREC=_precision(x.dtype), STAGES=config.stages, num_warps=config.warps,
+        BK=_block(width, config.keys), BV=bv, Q=chunk, BACKWARD=v is not None,
+        HAS_DOC=doc is not None, FULL=length % chunk == 0, PREC=_precision(x.dtype), STAGES=config.stages, num_warps=config.warps,
     )  # fmt: skip
     return y, dscores
 
@@ -577,18 +593,19 @@ def _passed(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of decayed queries and keys (B, L, H, K), of what chunks keep (B, c, H, K)."""
     b, length, heads, values = v.shape
+    chunk = CHUNKS[v.element_size()]
     n_chunks, width = states.shape[1], states.shape[3]
     # float16 has not the range
     dtype = torch.bfloat16 if v.dtype == torch.bfloat16 else torch.float32
     dseen, dleaving = (v.new_empty((b, length, heads, width), dtype=dtype) for _ in range(2))
     through = v.new_empty((b, n_chunks, heads, width), dtype=torch.float32)
-    config = CONFIGS["passed", v.element_size()]
+    config = _config("passed", v)
     bk = _block(width, config.keys)
     unit = _unit(v)
     _passed_kernel[(n_chunks * triton.cdiv(width, bk), b * heads)](
         v, dy, states, dstates, dseen, dleaving, through, v.stride(0) // unit, length, n_chunks,
         UNIT=unit, V_ROW=v.stride(1), H=heads, K=width, V=values, BK=bk,
-        BV=_block(values, config.values), Q=Q, FULL=length % Q == 0, PREC=_precision(v.dtype),
+        BV=_block(values, config.values), Q=chunk, FULL=length % chunk == 0, PREC=_precision(v.dtype),
         STAGES=config.stages, num_warps=config.warps,
     )  # fmt: skip
     return dseen, dleaving, through
@@ -599,17 +616,17 @@ def _grad(
     dseen: Tensor, dleaving: Tensor, through: Tensor, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     b, length, heads, width = q.shape
-    n_chunks = through.shape[1]
+    chunk, n_chunks = dscores.shape[-1], through.shape[1]
     dq, dk, dg = (t.new_empty(t.shape) for t in (q, k, g))
-    config = CONFIGS["grad", q.element_size()]
+    config = _config("grad", q)
     bk = _block(width, config.keys)
     unit = _unit(q, k, g)
     _grad_kernel[(n_chunks * triton.cdiv(width, bk), b * heads)](
         q, k, g, spans, doc, dscores, dseen, dleaving, through, dq, dk, dg,
         q.stride(0) // unit, k.stride(0) // unit, g.stride(0) // unit, length, n_chunks, scale,
         UNIT=unit, Q_ROW=q.stride(1), K_ROW=k.stride(1), G_ROW=g.stride(1),
-        H=heads, K=width, BK=bk, Q=Q, BITS=Q.bit_length() - 1,
-        FORGET=FORGET, SAFE=_safe(q.dtype), HAS_DOC=doc is not None, FULL=length % Q == 0,
+        H=heads, K=width, BK=bk, Q=chunk, BITS=chunk.bit_length() - 1,
+        FORGET=FORGET, SAFE=_safe(q.dtype), HAS_DOC=doc is not None, FULL=length % chunk == 0,
         PREC=_precision(q.dtype), PIECES=PIECES[g.dtype],
         DPIECES=3 if q.dtype == torch.float32 else 2, num_warps=config.warps,
     )  # fmt: skip
@@ -646,7 +663,7 @@ def _backward(
     spans = _spans(q)
     scores, seen, leaving, keep = _pairs(q, k, g, spans, doc, scale)
     dstates, dfirst = _states(seen, dy, keep, dlast, reverse=True)
-    dv, dscores = _mix(leaving, dstates, scores, dy, v)
+    dv, dscores = _mix(leaving, dstates, scores, dy, v, doc)
     states, _ = _states(leaving, v, keep, first, reverse=False)
     passed = _passed(v, dy, states, dstates)
     dq, dk, dg = _grad(q, k, g, spans, doc, dscores, *passed, scale)
