@@ -1,7 +1,8 @@
 """The pattern language, and patterns made from shares, positions and units.
 
 One letter is one residual layer: `M` Mamba-2, `m` Mamba-1, `*` full attention, `S` sliding-window
-attention, `-` MLP. `xN` repeats the unit before it, `.` separates units:
+attention, `L` gated linear attention, `R` RetNet, `-` MLP. `xN` repeats the unit before it, `.`
+separates units:
 
     pattern = part { "." part }        part = letter { letter } [ "x" count ]
 

@@ -243,5 +243,6 @@ def gla_step(
     q, k, v, g = (t.to(dtype) for t in (q_BHK, k_BHK, v_BHV, log_decay_BHK))
     state = state_BHKV.to(dtype) * g.exp()[..., None]
     state = torch.addcmul(state, k[..., None], v[..., None, :])
-    y = torch.matmul((q * scale)[..., None, :], state).squeeze(-2)
+    with torch.autocast(q.device.type, enabled=False):
+        y = torch.matmul((q * scale)[..., None, :], state).squeeze(-2)
     return y.to(q_BHK.dtype), state.to(state_BHKV.dtype)

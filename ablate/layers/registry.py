@@ -30,9 +30,11 @@ from typing import Any
 from ablate.config import ArchConfig
 from ablate.errors import UserError
 from ablate.layers.attention import Attention, AttentionOptions, SlidingAttentionOptions
+from ablate.layers.gla import GLA, GLAOptions
 from ablate.layers.mamba1 import Mamba1, Mamba1Options
 from ablate.layers.mamba2 import Mamba2, Mamba2Options
 from ablate.layers.mlp import MLP, MLPOptions
+from ablate.layers.retnet import RetNet, RetNetOptions
 
 
 @dataclass(frozen=True)
@@ -58,13 +60,13 @@ KINDS: dict[str, Kind] = {
         Kind("m", "mamba1", Mamba1Options, Mamba1),
         Kind("*", "attention", AttentionOptions, Attention, attends=True),
         Kind("S", "swa", SlidingAttentionOptions, Attention, attends=True),
+        Kind("L", "gla", GLAOptions, GLA),
+        Kind("R", "retnet", RetNetOptions, RetNet),
         Kind("-", "mlp", MLPOptions, MLP, mixes=False),
     )
 }
 
 RESERVED = {
-    "L": "gated linear attention",
-    "R": "RetNet",
     "G": "gated DeltaNet",
     "E": "mixture of experts",
     "Z": "shared attention block",

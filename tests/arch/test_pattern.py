@@ -158,12 +158,10 @@ def test_parse(text, letters):
     [
         ("M-P-", 2, "an MLP is written '-'"),
         ("MF", 1, "full attention is written '*'"),
-        ("M-Lx3", 2, "gated linear attention"),
-        ("RM", 0, "RetNet"),
         ("M-G", 2, "gated DeltaNet"),
         ("M-E", 2, "mixture of experts"),
         ("Z", 0, "shared attention block"),
-        ("M-q", 2, "layers are M m * S -"),
+        ("M-q", 2, "layers are M m * S L R -"),
         ("M-é", 2, "is no layer"),
         ("M-x", 2, "needs a count"),
         ("M-x0.*", 3, "needs a count"),

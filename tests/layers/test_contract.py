@@ -23,6 +23,10 @@ CASES = [
     ("*", {"head_dim": 8, "n_heads": 6, "n_kv_heads": 2, "rope_share": 0.5, "d_conv": 4}),
     ("S", {"head_dim": 8, "window": 7}),
     ("S", {"head_dim": 8, "window": 7, "n_kv_heads": 2, "d_conv": 3}),
+    ("L", {}),
+    ("L", {"n_heads": 2, "expand_k": 0.75, "expand_v": 1.5, "gate_rank": 3}),
+    ("R", {"head_dim": 16}),
+    ("R", {"head_dim": 6, "n_heads": 3, "expand_v": 0.5, "rope_base": None}),
     ("-", {}),
     ("-", {"kind": "gelu", "bias": True}),
     ("-", {"kind": "relu2", "d_hidden": 40}),
@@ -41,6 +45,13 @@ def make(letter, values):
     return options, module
 
 
+def scan_shape(letter, o):
+    """Heads with keys of their own, and the channels of a key and of a value."""
+    if letter == "M":
+        return o.n_groups, o.d_state, o.head_dim
+    return o.n_heads, o.d_key // o.n_heads, o.d_value // o.n_heads
+
+
 def mixing(letter, o, T):
     """FLOPs of token mixing by walking over tokens and pairs, and how many pairs there are."""
     flops = pairs = 0
@@ -50,12 +61,14 @@ def mixing(letter, o, T):
                 if s <= t and (o.window is None or s > t - o.window):
                     pairs += 1
                     flops += o.n_heads * (2 * o.head_dim + 2 * o.head_dim)  # scores, values
-            elif letter == "M" and s // SCAN_TILE == t // SCAN_TILE:
+            elif letter in "MLR" and s // SCAN_TILE == t // SCAN_TILE:
                 pairs += 1
-                flops += 2 * o.n_groups * o.d_state  # C_t . B_s
-                flops += 2 * o.n_heads * o.head_dim  # its product with x_s
-        if letter == "M":
-            outer = 2 * o.n_heads * o.head_dim * o.d_state
+                heads, keys, values = scan_shape(letter, o)
+                flops += 2 * heads * keys  # C_t . B_s, or q_t . k_s
+                flops += 2 * o.n_heads * values  # its product with x_s, or v_s
+        if letter in "MLR":
+            _, keys, values = scan_shape(letter, o)
+            outer = 2 * o.n_heads * keys * values
             flops += outer * (t // SCAN_TILE > 0)  # reads the state of the tiles before
             flops += outer * (t // SCAN_TILE < (T - 1) // SCAN_TILE)  # adds to the state after
     return flops, pairs
@@ -103,8 +116,9 @@ def test_decode_flops(letter, values):
         if letter in "*S":
             visible = sum(options.window is None or s >= T - options.window for s in range(T))
             mixed = 4 * options.inner * visible
-        elif letter == "M":
-            mixed = 4 * options.n_heads * options.head_dim * options.d_state
+        elif letter in "MLR":
+            _, keys, values = scan_shape(letter, options)
+            mixed = 4 * options.n_heads * keys * values
         assert options.decode_flops(T) == projections(counts) + mixed
 
 
@@ -138,6 +152,16 @@ def test_elementwise_flops():
     _, pairs = mixing("M", m2, 70)
     taps = 70 * 2 * 4 * (m2.d_inner + 2 * 5)
     assert m2.elementwise_flops(70) == taps + 2 * m2.n_heads * pairs
+    retnet, _ = make("R", {"head_dim": 16})
+    _, pairs = mixing("R", retnet, 70)
+    assert retnet.elementwise_flops(70) == 2 * retnet.n_heads * pairs
+    gla, _ = make("L", {"n_heads": 2})
+    ops = 0
+    for _token in range(7):
+        for _channel in range(gla.d_key):
+            ops += 2 * 6  # from the middle of blocks of 2, 4, ... 64 tokens: exp, product
+            ops += 2 * 2  # from the start of the tile and to its end
+    assert gla.elementwise_flops(7) == ops
     assert make("*", {"head_dim": 8, "d_conv": 4})[0].elementwise_flops(9) == 9 * 2 * 4 * 96
     assert make("-", {})[0].elementwise_flops(9) == 0
 
@@ -153,6 +177,9 @@ def test_derived_options():
     assert options("*", {}).n_heads == 16 == options("*", {}).n_kv_heads
     assert options("*", {"n_heads": 3}, 1000).inner == 192
     assert options("S", {}).window == 2048
+    assert options("L", {}, 1536).n_heads == 4
+    assert (options("L", {}, 100).n_heads, options("L", {}, 100).d_key) == (1, 50)
+    assert (options("R", {}, 1536).n_heads, options("R", {}, 1536).value_dim) == (6, 512)
     assert options("-", {}, 1536).d_hidden == 4096
     assert options("-", {}, 64).d_hidden == 192
     assert options("-", {"kind": "gelu"}, 100).d_hidden == 400
