@@ -117,9 +117,8 @@ class GLA(ResidualLayer):
         o = self.options
         widths = (o.d_key, o.d_key, o.d_value, o.d_value, o.gate_rank)
         q, k, v, z, low = aligned_linear(u, self.in_proj).split(widths, dim=-1)
-        decay = F.linear(low, self.decay_proj, self.decay_bias)
-        wide = decay.to(torch.promote_types(decay.dtype, torch.float32))
-        g = (F.logsigmoid(wide) / o.gate_normalizer).to(q.dtype)
+        decay = F.linear(low, self.decay_proj) + self.decay_bias  # the bias is float32 always
+        g = (F.logsigmoid(decay) / o.gate_normalizer).to(q.dtype)
         return [t.unflatten(-1, (o.n_heads, -1)) for t in (q, k, v, g)], z
 
     def _output(self, y: Tensor, z: Tensor) -> Tensor:

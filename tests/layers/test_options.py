@@ -43,7 +43,11 @@ CONF = Path(__file__).parents[2] / "conf" / "layer"
         ("attention", {"window": 8}, "a window belongs to 'S' (swa)"),
         ("swa", {"window": None}, "field 'arch.swa.window' is None"),
         ("swa", {"window": 0}, "field 'arch.swa.window' is 0"),
-        ("gla", {"n_heads": 3}, "expand_k 0.5 of d_model 64 is a width of 32, which 3 heads cannot"),
+        (
+            "gla",
+            {"n_heads": 3},
+            "expand_k 0.5 of d_model 64 is a width of 32, which 3 heads cannot",
+        ),
         ("gla", {"expand_v": 0.001}, "expand_v 0.001 of d_model 64 is a width of 0, which"),
         ("gla", {"gate_rank": 0}, "field 'arch.gla.gate_rank' is 0"),
         ("retnet", {}, "head_dim 256 does not divide d_model 64"),

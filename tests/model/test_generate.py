@@ -15,8 +15,10 @@ OPTIONS = {
     "mamba2": {"head_dim": 16, "d_state": 16, "n_groups": 2},
     "attention": {"head_dim": 16, "n_kv_heads": 1, "d_conv": 4},
     "swa": {"head_dim": 16, "window": 5},
+    "gla": {"n_heads": 2},
+    "retnet": {"head_dim": 8},
 }
-PATTERNS = ["M-", "m-", "*-", "S-", "mM-*S-"]
+PATTERNS = ["M-", "m-", "*-", "S-", "L-", "R-", "mM-*S-"]
 
 
 def model(pattern="mM-*S-"):
