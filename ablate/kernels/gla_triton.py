@@ -1,23 +1,26 @@
 """Triton kernels of gated linear attention (`ablate.kernels.gla` has the definition, the legend and
 the way decays between pairs are found without overflow).
 
-Everything works on chunks of Q = 64 tokens (32 in float32) and on blocks of keys and of values, so that widths which
-are no powers of two cost nothing. Forward, three launches:
+Everything works on chunks of Q = 64 tokens (32 in float32) and on blocks of keys and of values, so
+that widths which are no powers of two cost nothing. Forward:
 
-1. `_pairs_kernel`, per chunk and head: the scores of all pairs, the queries decayed from the chunk's
-   start, the keys decayed to its end, and what the chunk keeps of the state. Sums of log decays are
-   products with matrices of 0 and 1, exact but for the order of addition. Documents and the scale
-   of the queries end here: what follows is matrix products.
-2. `_state_kernel`: walks the chunks of one head in order with a block of the state in registers and
+1. `_spans_kernel`: the matrices of 0 and 1 whose products with log decays are exponents. Both
+   factors are exact in bfloat16, log decays of more bits in pieces.
+2. `_pairs_kernel`, per chunk and head: the scores of all pairs, the queries decayed from the start
+   of the chunk, the keys decayed to its end, and what the chunk keeps of the state. Where a chunk
+   forgets little one product does for all pairs, else one for each bit. Documents and the scale of
+   the queries end here: what follows is matrix products.
+3. `_state_kernel`: walks the chunks of one head in order with a block of the state in registers and
    writes the state that enters each chunk. Short of parallel work it runs twice over segments of
    the sequence: first only their end states, then, started from the states before them, the whole.
-3. `_mix_kernel`: y = decayed queries times the state + scores times the values.
+4. `_mix_kernel`: y = decayed queries times the state + scores times the values.
 
 Only the inputs are kept. Backward: 1 and 2 again; `_state_kernel` in reverse over (decayed queries,
-dy) gives the gradient of the state that leaves each chunk; `_mix_kernel` the gradient of the values;
-`_grad_kernel`, per chunk and block of keys, those of queries, keys and decays. An exponent's gradient
-goes back through the product that made it, within its chunk, so the gradient of the decays is free
-of the cancellation of a sum over the sequence. Nothing needs atomics: two runs agree bit for bit.
+dy) gives the gradient of the state that leaves each chunk; `_mix_kernel` that of values and scores;
+3 again; `_passed_kernel` what comes to queries, keys and decays through the states, `_grad_kernel`
+the rest of it. The gradient of an exponent goes back through the product that made it, within its
+chunk, so that of the decays is free of the cancellation of a sum over the sequence. Nothing needs
+atomics: two runs agree bit for bit.
 """
 
 # mypy: disallow-untyped-defs=False
@@ -65,6 +68,7 @@ CONFIGS = {
 BEFORE_90 = {("grad", 2): Config(16, 0, 4, 1)}  # where the same would spill
 PIECES = {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}  # of 8 bits
 STATE_PROGRAMS = 384  # programs that fill a large GPU; fewer, and the sequence is cut into segments
+SEGMENT_CHUNKS = 8  # chunks of a segment, or more
 
 
 @triton.jit
@@ -121,7 +125,7 @@ def _sums(spans, x, acc, PIECES: tl.constexpr):
     """acc + spans x, of which spans are 0 or 1, to PIECES times the 8 bits of bfloat16."""
     piece = x.to(tl.bfloat16)
     acc = tl.dot(spans, piece, acc)
-    for i in tl.static_range(1, PIECES):
+    for _ in tl.static_range(1, PIECES):
         x = x.to(tl.float32) - piece.to(tl.float32)
         piece = x.to(tl.bfloat16)
         acc = tl.dot(spans, piece, acc)
@@ -176,10 +180,10 @@ def _pairs_kernel(
         q = _load(q_ptr, rows, cols, left, K, Q_ROW, FULL, FULL_K)
         k = _load(k_ptr, rows, cols, left, K, K_ROW, FULL, FULL_K)
         keep = tl.exp2(tl.sum(g.to(tl.float32), axis=0) * 1.4426950408889634)
-        late = (k.to(tl.float32) * _decay(tl.load(spans + (BITS + 1) * Q * Q), g, PIECES)).to(
-            q.dtype
-        )
-        seen = q.to(tl.float32) * (_decay(tl.load(spans + BITS * Q * Q), g, PIECES) * scale)
+        after = _decay(tl.load(spans + (BITS + 1) * Q * Q), g, PIECES)
+        late = (k.to(tl.float32) * after).to(q.dtype)
+        before = _decay(tl.load(spans + BITS * Q * Q), g, PIECES) * scale
+        seen = q.to(tl.float32) * before
         kept, visible, leaving = keep, seen, late
         if HAS_DOC:
             kept = tl.where(doc_last < start, keep, 0.0)
@@ -238,15 +242,14 @@ def _state_kernel(
     state = tl.zeros((BK, BV), tl.float32)
     if HAS_FIRST:
         mine = inside & (segment == 0)
-        state += tl.load(first_ptr + (b * H + h) * K * V + tile, mask=mine, other=0.0).to(
-            tl.float32
-        )
+        first = tl.load(first_ptr + (b * H + h) * K * V + tile, mask=mine, other=0.0)
+        state += first.to(tl.float32)
     if PASS == 2:
         for j in range(segment):
             at = (b * H + h) * n_segments + j
             kept = tl.load(kept_ptr + at * K + k, mask=k < K, other=0.0)
-            end = tl.load(segment_ptr + at * K * V + tile, mask=inside, other=0.0)
-            state = state * kept[:, None] + end
+            added = tl.load(segment_ptr + at * K * V + tile, mask=inside, other=0.0)
+            state = state * kept[:, None] + added
     total = tl.full((BK,), 1.0, tl.float32)
     begin = segment * per_segment
     end = tl.minimum(begin + per_segment, n_chunks)
@@ -308,9 +311,9 @@ def _mix_kernel(
     if BACKWARD:
         scores = tl.trans(scores)
     dscores = tl.zeros((Q, Q), tl.float32)
-    first = tl.program_id(0) % TILES * BV
-    for begin in range(first, V if BACKWARD else first + BV, BV):
-        n = begin + tl.arange(0, BV)
+    STEPS: tl.constexpr = (V + BV - 1) // BV if BACKWARD else 1
+    for step in range(STEPS):
+        n = (tl.program_id(0) % TILES + step) * BV + tl.arange(0, BV)
         m = _load(m_ptr, rows, n, left, V, M_ROW, FULL, FULL_V)
         y = tl.dot(scores, m, input_precision=PREC)
         for k_begin in tl.range(0, K, BK, num_stages=STAGES):
@@ -544,7 +547,7 @@ def _states(
     states = x.new_empty((b, n_chunks, heads, width, values))
     last = x.new_empty((b, heads, width, values), dtype=torch.float32)
     tiles = triton.cdiv(width, bk) * triton.cdiv(values, bv)
-    segments = max(1, min(STATE_PROGRAMS // (tiles * heads * b), n_chunks // 8, 32))
+    segments = max(1, min(STATE_PROGRAMS // (tiles * heads * b), n_chunks // SEGMENT_CHUNKS, 32))
     per_segment = triton.cdiv(n_chunks, segments)
     segments = triton.cdiv(n_chunks, per_segment)
     ends = kept = None
@@ -565,16 +568,15 @@ def _states(
 
 def _mix(
     x: Tensor, states: Tensor, scores: Tensor, m: Tensor, v: Tensor | None = None,
-    doc: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """y (B, L, H, V); with v, the gradients of values and of scores."""
+    doc: Tensor | None = None, dscores: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """y (B, L, H, V); with v the gradient of values, and that of scores into dscores."""
     b, length, heads, width = x.shape
     values = m.shape[3]
     chunk, n_chunks = scores.shape[-1], states.shape[1]
     config = _config("mix" if v is None else "dmix", x)
     bv = _block(values, config.values)
     y = x.new_empty((b, length, heads, values))
-    dscores = None if v is None else torch.empty_like(scores)
     other = m if v is None else v
     unit = _unit(m, other)
     tiles = triton.cdiv(values, bv) if v is None else 1
@@ -583,9 +585,10 @@ def _mix(
         m.stride(0) // unit, other.stride(0) // unit, length, n_chunks,
         UNIT=unit, M_ROW=m.stride(1), V_ROW=other.stride(1), H=heads, K=width, V=values,
         BK=_block(width, config.keys), BV=bv, Q=chunk, BACKWARD=v is not None,
-        HAS_DOC=doc is not None, FULL=length % chunk == 0, PREC=_precision(x.dtype), STAGES=config.stages, num_warps=config.warps,
+        HAS_DOC=doc is not None, FULL=length % chunk == 0, PREC=_precision(x.dtype),
+        STAGES=config.stages, num_warps=config.warps,
     )  # fmt: skip
-    return y, dscores
+    return y
 
 
 def _passed(
@@ -605,8 +608,8 @@ def _passed(
     _passed_kernel[(n_chunks * triton.cdiv(width, bk), b * heads)](
         v, dy, states, dstates, dseen, dleaving, through, v.stride(0) // unit, length, n_chunks,
         UNIT=unit, V_ROW=v.stride(1), H=heads, K=width, V=values, BK=bk,
-        BV=_block(values, config.values), Q=chunk, FULL=length % chunk == 0, PREC=_precision(v.dtype),
-        STAGES=config.stages, num_warps=config.warps,
+        BV=_block(values, config.values), Q=chunk, FULL=length % chunk == 0,
+        PREC=_precision(v.dtype), STAGES=config.stages, num_warps=config.warps,
     )  # fmt: skip
     return dseen, dleaving, through
 
@@ -641,7 +644,7 @@ def _forward(
     spans = _spans(q)
     scores, seen, leaving, keep = _pairs(q, k, g, spans, doc, scale)
     states, last = _states(leaving, v, keep, first, reverse=False)
-    return _mix(seen, states, scores, v)[0], last
+    return _mix(seen, states, scores, v), last
 
 
 def _forward_fake(
@@ -663,7 +666,8 @@ def _backward(
     spans = _spans(q)
     scores, seen, leaving, keep = _pairs(q, k, g, spans, doc, scale)
     dstates, dfirst = _states(seen, dy, keep, dlast, reverse=True)
-    dv, dscores = _mix(leaving, dstates, scores, dy, v, doc)
+    dscores = torch.empty_like(scores)
+    dv = _mix(leaving, dstates, scores, dy, v, doc, dscores)
     states, _ = _states(leaving, v, keep, first, reverse=False)
     passed = _passed(v, dy, states, dstates)
     dq, dk, dg = _grad(q, k, g, spans, doc, dscores, *passed, scale)
