@@ -60,7 +60,7 @@ CONFIGS = {
     ("grad", 2): Config(32, 0, 4, 1),
     ("pairs", 4): Config(32, 0, 4, 2),
     ("state", 4): Config(32, 64, 4, 2),
-    ("mix", 4): Config(32, 64, 4, 2),
+    ("mix", 4): Config(64, 64, 4, 2),
     ("dmix", 4): Config(32, 32, 4, 2),
     ("passed", 4): Config(32, 32, 4, 2),
     ("grad", 4): Config(16, 0, 4, 1),
