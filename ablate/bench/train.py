@@ -200,9 +200,10 @@ def _main() -> None:
 # --- where the time goes --------------------------------------------------------------------------
 
 _OF_KIND = {
-    "ssd": "Mamba-2: ssd",
+    "ssd": "Mamba-2, RetNet: ssd",
     "mamba2_core": "Mamba-2: core",
-    "gated_rms_norm": "Mamba-2: gated norm",
+    "gated_rms_norm": "Mamba-2, GLA, RetNet: gated norm",
+    "gla": "GLA: core",
     "selective_scan": "Mamba-1: scan",
     "conv1d": "Mamba: convolution",
     "rms_norm": "all: norm",

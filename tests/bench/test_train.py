@@ -87,7 +87,7 @@ def test_every_model_composes_to_its_size() -> None:
     [
         (["aten::mm"], "GEMMs"),
         (["aten::mm", "_LinearCrossEntropy"], "loss"),
-        (["ablate::ssd_backward", "CompiledFunctionBackward"], "Mamba-2: ssd"),
+        (["ablate::ssd_backward", "CompiledFunctionBackward"], "Mamba-2, RetNet: ssd"),
         (["ablate::rms_norm_forward"], "all: norm"),
         (["aten::_fused_adamw_", "Optimizer.step#AdamW.step"], "optimiser"),
         (["aten::_foreach_norm"], "optimiser"),
