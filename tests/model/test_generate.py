@@ -68,6 +68,12 @@ def test_logits_after_ragged_prompts(pattern):
         logits = decoder.step(torch.tensor([m[i] for m in more]))
 
 
+def test_ragged_prompts_of_our_layers_are_one_forward():
+    """A kind that forgets `ragged` is still right, but prefilled once a length."""
+    for letter in "mM*S-":
+        assert getattr(KINDS[letter].module, "ragged", False), letter
+
+
 @torch.no_grad()
 def test_a_decoder_is_reused_and_its_bytes_are_the_contract():
     lm = model()
