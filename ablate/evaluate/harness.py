@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 import logging
 import os
@@ -192,8 +193,16 @@ def _columns(items: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """lm-eval and datasets say much that is not for our reader; and nothing is uploaded."""
+    """lm-eval and datasets say much that is not for our reader; and nothing is uploaded.
+
+    lm-eval also compiles a task's templates again for every document, which takes longer than
+    scoring a small model on a GPU does; here each template is compiled once.
+    """
     import datasets
+    from lm_eval.utils import env
+
+    compiled = env.from_string
+    env.from_string = functools.lru_cache(maxsize=256)(compiled)
 
     loggers = [logging.getLogger(n) for n in ("lm_eval", "datasets", "huggingface_hub")]
     levels = [logger.level for logger in loggers]
@@ -202,10 +211,11 @@ def _quiet() -> Iterator[None]:
     bars = datasets.utils.logging.is_progress_bar_enabled()
     datasets.disable_progress_bars()
     before = os.environ.get("TOKENIZERS_PARALLELISM")
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    os.environ["TOKENIZERS_PARALLELISM"] = "true"
     try:
         yield
     finally:
+        env.from_string = compiled
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
         if bars:
@@ -216,12 +226,12 @@ def _quiet() -> Iterator[None]:
             os.environ["TOKENIZERS_PARALLELISM"] = before
 
 
-def adapter(subject: Subject, *, batch_size: int, batch_tokens: int, whole: bool) -> Any:
+def adapter(subject: Subject, *, batch_tokens: int, whole: bool) -> Any:
     """lm-eval's face of a subject. whole: nothing of a prompt is cut, where a model has no end of
     its own, as ours have none."""
     from ablate.evaluate.adapter import UNLIMITED, SubjectLM
 
-    lm = SubjectLM(subject, batch_size=batch_size, batch_tokens=batch_tokens)
+    lm = SubjectLM(subject, batch_tokens=batch_tokens)
     if whole and not subject.bounded:
         lm.max_length = UNLIMITED
     return lm

@@ -107,7 +107,7 @@ def evaluate(
 
     for task in options.recall:
         between()
-        lm = harness.adapter(subject, batch_size=64, batch_tokens=options.batch_tokens, whole=True)
+        lm = harness.adapter(subject, batch_tokens=options.batch_tokens, whole=True)
         content = harness.run_recall(subject, task, sizes=options.sizes, limit=None, lm=lm)
         _judge_recall(content)
         keep(task, content, verdict=content["verdict"])
@@ -123,9 +123,7 @@ def evaluate(
     lm = None
     for name, (suite, entry) in entries.items():
         between()
-        lm = lm or harness.adapter(
-            subject, batch_size=64, batch_tokens=options.batch_tokens, whole=False
-        )
+        lm = lm or harness.adapter(subject, batch_tokens=options.batch_tokens, whole=False)
         try:
             content = harness.run_suite_entry(subject, entry, data=data, limit=options.limit, lm=lm)
         except harness.Skipped as error:

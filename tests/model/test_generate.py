@@ -9,6 +9,7 @@ from torch import nn
 from ablate.arch import Architecture
 from ablate.layers import KINDS
 from ablate.model import Decoder, LanguageModel, Sampling, cast_weights, generate
+from ablate.model.generate import padded_length
 
 OPTIONS = {
     "mamba1": {"d_state": 4},
@@ -211,3 +212,12 @@ def test_a_captured_step_equals_the_plain_one(pattern):
             one, other = captured.step(token), plain.step(token)
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
             token = one.argmax(-1)
+
+
+def test_padded_lengths_are_few_and_near():
+    lengths = [padded_length(n) for n in range(1, 8193)]
+    assert all(n <= p <= max(n + 7, 1.125 * n) for n, p in enumerate(lengths, 1))
+    assert len(set(lengths)) < 80
+    assert [padded_length(n) for n in (1, 64, 65, 255, 2048, 262_144)] == [
+        *(8, 64, 72, 256, 2048, 262_144)
+    ]
