@@ -406,7 +406,7 @@ def _evaluation(table: pd.DataFrame | None) -> str:
             value = row[name]
             return f"{scale * value:.{d}f}".replace("-", "−") if math.isfinite(value) else "–"
 
-        told = {"floor": "at floor", "ceiling": "at ceiling"}.get(r["verdict"], "")
+        told = {"floor": "at floor", "ceiling": "at ceiling", "cut": "texts cut"}
         rows.append(
             [
                 *(_e(r["task"]), _e(r["cell"]), _e(r["arm"]), _e(r["metric"]), str(r["items"])),
@@ -416,7 +416,7 @@ def _evaluation(table: pd.DataFrame | None) -> str:
                 else f"{shown('difference')} ({shown('difference_low')} to "
                 f"{shown('difference_high')})",
                 *(_p(r["p"]), _p(r["mcnemar_p"])),
-                told + ("; fuzzy" if r["fuzzy"] else ""),
+                told.get(r["verdict"], "") + ("; fuzzy" if r["fuzzy"] else ""),
             ]
         )
     header = [
