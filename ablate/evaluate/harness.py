@@ -229,8 +229,7 @@ def _quiet() -> Iterator[None]:
     import datasets
     from lm_eval.utils import env
 
-    compiled = env.from_string
-    env.from_string = functools.lru_cache(maxsize=256)(compiled)
+    env.from_string = functools.lru_cache(maxsize=256)(env.from_string)
 
     loggers = [logging.getLogger(n) for n in ("lm_eval", "datasets", "huggingface_hub")]
     levels = [logger.level for logger in loggers]
@@ -243,7 +242,7 @@ def _quiet() -> Iterator[None]:
     try:
         yield
     finally:
-        env.from_string = compiled
+        del env.from_string  # the instance's own; the method is under it
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
         if bars:
