@@ -2,7 +2,10 @@
 
 Full causal attention is torch's scaled_dot_product_attention. With a window or documents the CPU
 form takes blocks of queries, each against the keys it can see, so that a window costs
-O(L * window) time and memory; on CUDA it is FlexAttention with a block mask.
+O(L * window) time and memory; on CUDA it is FlexAttention with a block mask in training, whose rows
+have one length. A window without documents is taken in blocks wherever no gradient is wanted:
+evaluation meets hundreds of lengths, and for each FlexAttention would be compiled again and an
+L x L mask be made.
 """
 
 from __future__ import annotations
@@ -62,6 +65,9 @@ def _blocked(
 ) -> torch.Tensor:
     """(B, H, L, P) tensors; one call of SDPA per block of queries."""
     length = q.shape[2]
+    if gqa and q.is_cuda:  # with a mask and shared heads, SDPA would hold all scores
+        k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
+        gqa = False
     block = QUERY_BLOCK if window is None else max(QUERY_BLOCK, min(window, 1024))
     outputs = []
     for start in range(0, length, block):
@@ -183,14 +189,14 @@ def attention(
         raise ValueError(f"{heads} query heads are not a multiple of {kv_heads} key heads")
     if window is not None and window < 1:
         raise ValueError(f"window={window} must be at least 1")
-    length = q_BLHP.shape[1]
+    length, documents = q_BLHP.shape[1], doc_start_BL is not None
     q, k, v = (t.transpose(1, 2) for t in (q_BLHP, k_BLHP, v_BLHP))
     gqa = heads != kv_heads
     if window is not None and window >= length:
         window = None
-    if window is None and doc_start_BL is None:
+    if window is None and not documents:
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=gqa)
-    elif q.is_cuda and q.dtype != torch.float64:
+    elif q.is_cuda and q.dtype != torch.float64 and (documents or torch.is_grad_enabled()):
         y = _flex(q, k, v, window, doc_start_BL, scale, gqa)
     else:
         y = _blocked(q, k, v, window, doc_start_BL, scale, gqa)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ablate.arch import Architecture
 from ablate.layers import KINDS
@@ -221,3 +222,35 @@ def test_padded_lengths_are_few_and_near():
     assert [padded_length(n) for n in (1, 64, 65, 255, 2048, 262_144)] == [
         *(8, 64, 72, 256, 2048, 262_144)
     ]
+
+
+class Largest(TorchDispatchMode):
+    """The most numbers that one tensor made inside has."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, tuple | list) else [out]:
+            if isinstance(tensor, torch.Tensor):
+                self.numbers = max(self.numbers, tensor.untyped_storage().nbytes() // 4)
+        return out
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("ragged", [False, True])
+def test_a_prefill_holds_no_logits_and_no_mask_of_all_positions(pattern, ragged):
+    """What it holds grows with the prompt, no faster, so that 256K tokens fit: the largest tensor
+    is a layer's projection or the states of a scan, never (L, L) and never (L, V)."""
+    options = {k: v for k, v in OPTIONS.items() if k in {KINDS[c].name for c in pattern}}
+    arch = Architecture(pattern, d_model=32, vocab_size=8192, options=options)
+    lm = LanguageModel(arch, seed=1).eval()
+    found = []
+    for length in (1024, 2048):
+        decoder = Decoder(lm, 2, length)
+        with Largest() as largest:
+            decoder.prefill(prompts(length, length - 9 * ragged))
+        found.append(largest.numbers)
+    assert found[1] < 2.1 * found[0]
+    assert found[1] < 2 * 2048 * 1024  # of (B, L, 8192) and (B, L, 2048)
