@@ -9,6 +9,7 @@ projected to the vocabulary, and log-softmax is in float32.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -49,7 +50,8 @@ class SubjectLM(TemplateLM):
         super().__init__()
         self.subject = subject
         self.max_length = subject.max_length
-        self.batch_size, self.batch_tokens, self.quiet = batch_size, batch_tokens, quiet
+        self.batch_size, self.batch_tokens = batch_size, batch_tokens
+        self.quiet = not sys.stderr.isatty() if quiet is None else quiet
         self._device = subject.device
         self._encoded: dict[tuple[str, bool], list[int]] = {}
 
@@ -85,9 +87,7 @@ class SubjectLM(TemplateLM):
             ids = self.subject.encode(texts, special=special)
             self._encoded |= {(t, special): i for t, i in zip(texts, ids, strict=True)}
         try:
-            return super().loglikelihood(
-                requests, disable_tqdm=True if self.quiet else disable_tqdm
-            )
+            return super().loglikelihood(requests, disable_tqdm=self.quiet or disable_tqdm)
         finally:
             self._encoded = {}
 
@@ -239,4 +239,4 @@ class SubjectLM(TemplateLM):
             yield batch
 
     def _bar(self, total: int, what: str, off: bool) -> Any:
-        return tqdm(total=total, desc=what, disable=True if off else self.quiet, leave=False)
+        return tqdm(total=total, desc=what, disable=self.quiet or off, leave=False)

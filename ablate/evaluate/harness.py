@@ -227,8 +227,11 @@ def _quiet() -> Iterator[None]:
     scoring a small model on a GPU does; here each template is compiled once.
     """
     import datasets
+    from lm_eval.api import task as lm_eval_task
     from lm_eval.utils import env
 
+    shown = lm_eval_task.tqdm
+    lm_eval_task.tqdm = functools.partial(shown, disable=None)  # none where stderr is no terminal
     env.from_string = functools.lru_cache(maxsize=256)(env.from_string)
 
     loggers = [logging.getLogger(n) for n in ("lm_eval", "datasets", "huggingface_hub")]
@@ -242,6 +245,7 @@ def _quiet() -> Iterator[None]:
     try:
         yield
     finally:
+        lm_eval_task.tqdm = shown
         del env.from_string  # the instance's own; the method is under it
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)

@@ -294,14 +294,18 @@ def load_run(folder: RunFolder, *, device: str = "auto") -> OwnModel:
     cfg = config.load(config.override(tree, {"train.device": device}))
     place = device_of(cfg.train)
     weights = _weights(folder)
-    tokenizer = tokenizers.load(cfg.data, corpus.sources(cfg.data)["text"])
+    tokenizer = _tokenizer(cfg, folder)
     vocab_size = cfg.arch.vocab_size or model_vocab(tokenizer.vocab_size)
     arch = Architecture.from_config(cfg.arch, vocab_size=vocab_size)
     model = LanguageModel(arch, seed=None)
     with torch.no_grad():
         for name, tensor in model.state_dict(keep_vars=True).items():
-            if name not in weights or weights[name].shape != tensor.shape:
-                raise UserError(f"'{folder.path}': its checkpoint does not fit its config ({name})")
+            found = tuple(weights[name].shape) if name in weights else "missing"
+            if found != tuple(tensor.shape):
+                raise UserError(
+                    f"'{folder.path}': its weights do not fit its config and tokenizer: {name} is "
+                    f"{found}, not {tuple(tensor.shape)}"
+                )
             tensor.copy_(weights[name])
     return OwnModel(
         model.to(place).eval(),
@@ -310,6 +314,20 @@ def load_run(folder: RunFolder, *, device: str = "auto") -> OwnModel:
         name=folder.key,
         bf16=uses_bf16(cfg.train, place),
     )
+
+
+def _tokenizer(cfg: config.Config, folder: RunFolder) -> Tokenizer:
+    """The one that was kept with the weights; where none was, as the config makes it from the text,
+    which must be there still."""
+    if cfg.data.tokenizer.kind == "byte":
+        return Tokenizer("byte")
+    definition = folder.tokenizer()
+    if definition is None:
+        return tokenizers.load(cfg.data, corpus.sources(cfg.data)["text"])
+    try:
+        return Tokenizer("tokenizer.json", definition)
+    except Exception as error:  # the package raises bare Exception for what it cannot parse
+        raise UserError(f"'{folder.path}': its tokenizer.json cannot be read ({error})") from None
 
 
 def _weights(folder: RunFolder) -> dict[str, Tensor]:

@@ -187,6 +187,42 @@ def test_mmlu_in_three_forms(run, data_folder, capsys):
     assert len({tuple(f) for f in found}) == 3
 
 
+def test_weights_are_evaluated_without_the_text_they_were_trained_on(run, tmp_path):
+    """Their tokenizer was made from it, and another text would make another one."""
+    tree = run[0].config()
+    text, cache = tmp_path / "text", tmp_path / "cache"
+    shutil.copytree(tree["data"]["path"], text)
+    tree["data"] |= {"path": str(text), "cache": str(cache)}
+    tree["data"]["tokenizer"] = {"kind": "bpe", "vocab_size": 290}
+    tree["train"]["tokens"] = 256
+    tree["evaluate"] = {"tokens": 400}
+    place = RunFolder(tmp_path / "key")
+    train_and_evaluate(load(tree), place)
+    shutil.rmtree(text)
+    shutil.rmtree(cache)
+    words = ["recall=[phonebook]", "sizes={entries: [3], items: 2}", "device=cpu"]
+    assert ask(str(place.path), *words)[0] == 0
+    with pytest.raises(UserError, match=r"data\.path"):
+        command([str(place.path), "length=[1]", "recall=[]"])
+
+    kept = place.path / "tokenizer.json"
+    whole = kept.read_text()
+    kept.write_text(whole[:100])
+    with pytest.raises(UserError, match=r"its tokenizer\.json cannot be read"):
+        command([str(place.path), *words])
+    other = json.loads(whole)
+    first = other["added_tokens"][0]
+    other["added_tokens"] += [{**first, "id": 300 + i, "content": f"<{i}>"} for i in range(60)]
+    kept.write_text(json.dumps(other))
+    with pytest.raises(UserError, match="do not fit its config and tokenizer: embedding is"):
+        command([str(place.path), *words])
+    kept.write_text(whole)
+    weights = place.checkpoint / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-9])
+    with pytest.raises(UserError, match="its weights cannot be read"):
+        command([str(place.path), *words])
+
+
 def test_a_transformers_model_and_its_length(hf_folder, tmp_path):
     """Recall beyond what it reads is said to be cut, loss beyond its positions refused."""
     sizes = "sizes={entries: [3, 40], items: 2, lengths: [120], depths: 1}"
