@@ -17,6 +17,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from ablate.kernels.dispatch import use_triton
+
 QUERY_BLOCK = 256
 
 
@@ -208,22 +210,43 @@ def attention_step(
     k_BTHP: torch.Tensor,
     v_BTHP: torch.Tensor,
     *,
-    valid_BT: torch.Tensor | None = None,
+    position_B: torch.Tensor | None = None,
     scale: float | None = None,
+    backend: str | None = None,
 ) -> torch.Tensor:
     """One query a sequence against a cache of T slots; returns (B, H, P).
 
     k_BTHP, v_BTHP: (B, T, H_kv, P), the current token's key and value among them.
-    valid_BT: bool (B, T) or (1, T), the slots that are visible (None: all). A ring buffer of a
-        window's size needs no order, because keys carry their positions already.
+    position_B: index of each query's token; the first position + 1 slots are visible to it (None:
+        all), at most T. A ring buffer of a window's size needs no order, because keys carry their
+        positions already.
+    backend: None chooses; "triton" or "reference" insist.
     """
-    mask = None if valid_BT is None else valid_BT[:, None, None, :]
+    batch, heads, width = q_BHP.shape
+    slots = k_BTHP.shape[1]
+    scale = width**-0.5 if scale is None else scale
+    if use_triton(backend, q_BHP, k_BTHP, supported=_step_supported(q_BHP, k_BTHP)):
+        from ablate.kernels.attention_triton import attention_step_triton
+
+        if position_B is None:
+            position_B = torch.full((batch,), slots - 1, device=q_BHP.device)
+        return attention_step_triton(q_BHP, k_BTHP, v_BTHP, position_B, scale)
+    mask = None
+    if position_B is not None:
+        mask = torch.arange(slots, device=q_BHP.device) <= position_B[:, None]
     y = F.scaled_dot_product_attention(
         q_BHP.unsqueeze(2),
         k_BTHP.transpose(1, 2),
         v_BTHP.transpose(1, 2),
-        attn_mask=mask,
+        attn_mask=None if mask is None else mask[:, None, None, :],
         scale=scale,
-        enable_gqa=q_BHP.shape[1] != k_BTHP.shape[2],
+        enable_gqa=heads != k_BTHP.shape[2],
     )
     return y.squeeze(2)
+
+
+def _step_supported(q: torch.Tensor, k: torch.Tensor) -> bool:
+    """Heads of 16 to 256 numbers, a power of two, in the cache's type."""
+    width = q.shape[-1]
+    fits = 16 <= width <= 256 and width & (width - 1) == 0 and k.numel() > 0
+    return fits and q.dtype == k.dtype and q.dtype != torch.float64

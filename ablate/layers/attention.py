@@ -236,6 +236,5 @@ class Attention(ResidualLayer):
         dtype = state["k"].dtype
         state["k"][rows, position_B % slots] = k[:, 0].to(dtype)
         state["v"][rows, position_B % slots] = v[:, 0].to(dtype)
-        valid_BT = torch.arange(slots, device=u_BD.device) <= ctx.positions_BL
-        y = attention_step(q[:, 0].to(dtype), state["k"], state["v"], valid_BT=valid_BT)
+        y = attention_step(q[:, 0].to(dtype), state["k"], state["v"], position_B=position_B)
         return F.linear(y.flatten(-2).to(qkv.dtype), self.out_proj, self.out_bias)

@@ -47,8 +47,14 @@ def test_step_agrees_with_the_last_row_of_the_whole():
     whole = kernels.attention(q, k, v)[:, -1]
     torch.testing.assert_close(kernels.attention_step(q[:, -1], k, v), whole)
     window = kernels.attention(q, k, v, window=5)[:, -1]
-    valid = (torch.arange(23) >= 23 - 5)[None]
-    torch.testing.assert_close(kernels.attention_step(q[:, -1], k, v, valid_BT=valid), window)
+    ring = (torch.arange(18, 23) * 7) % 5  # in another order, as a ring buffer keeps them
+    last = [t[:, 18:][:, ring.argsort()] for t in (k, v)]
+    at = torch.tensor([22, 22])
+    torch.testing.assert_close(kernels.attention_step(q[:, -1], *last, position_B=at), window)
+    early = torch.tensor([0, 9])
+    got = kernels.attention_step(q[torch.arange(2), early], k, v, position_B=early)
+    want = kernels.attention(q, k, v)[torch.arange(2), early]
+    torch.testing.assert_close(got, want)
 
 
 def test_a_window_keeps_memory_linear_in_length():
