@@ -86,8 +86,13 @@ def join_kernel(out_ptr, top_ptr, total_ptr, y_ptr, parts, PARTS: tl.constexpr, 
 
 
 def block(width: int, bytes_each: int) -> int:
-    """Slots that are read at a time: 32 KB of keys and values, which fit twice on any GPU."""
-    return max(16, min(64, 16384 // (width * bytes_each)))
+    """Slots that are read at a time: few enough for the registers, and twice for shared memory."""
+    return max(16, min(64, 32768 // (width * bytes_each**2)))
+
+
+def rows_of(group: int) -> int:
+    """Query heads of a group, padded to what a matrix product takes."""
+    return max(16, 1 << (group - 1).bit_length())
 
 
 def parts_of(rows: int, slots: int, step: int) -> tuple[int, int]:
@@ -115,8 +120,8 @@ def attention_step_triton(
     part_rows(
         q, k_BTHP, v_BTHP, position_B.contiguous(), out, top, total, scale / math.log(2), slots,
         part, k_BTHP.stride(0), k_BTHP.stride(1), v_BTHP.stride(0), v_BTHP.stride(1),
-        KV=kv, GROUP=group, P=width, ROWS=max(16, triton.next_power_of_2(group)), BLOCK=step,
-        num_warps=WARPS, num_stages=STAGES,
+        KV=kv, GROUP=group, P=width, ROWS=rows_of(group), BLOCK=step,
+        num_warps=WARPS * rows_of(group) // 16, num_stages=STAGES,
     )  # fmt: skip
     join: Any = join_kernel[(batch * heads,)]
     join(out, top, total, y, parts, PARTS=triton.next_power_of_2(parts), P=width, num_warps=WARPS)

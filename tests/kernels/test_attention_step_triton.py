@@ -92,10 +92,10 @@ def test_it_assembles(arch, kind, size, width, group):
         "KV": 4,
         "GROUP": group,
         "P": width,
-        "ROWS": max(16, group),
+        "ROWS": module.rows_of(group),
         "BLOCK": module.block(width, size),
     }
-    options = {"num_warps": module.WARPS, "num_stages": module.STAGES}
+    options = {"num_warps": module.WARPS * max(1, group // 16), "num_stages": module.STAGES}
     aligned = (*(name for name, kind in types.items() if kind.startswith("*")), *strides)
     found = resources(module.part_kernel, types, constants, arch=arch, aligned=aligned, **options)
     assert_fits(found, arch)
