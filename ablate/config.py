@@ -187,7 +187,12 @@ class WrittenConfig(Section):
     kinds: list[Literal["phonebook", "pairs", "needle", "copying"]] = Field(
         ["phonebook", "pairs", "needle", "copying"], description="kinds of documents, equally often"
     )
-    entries: list[int] = Field([4, 24], description="fewest and most entries of a document")
+    entries: list[int] = Field(
+        [4, 24], description="fewest and most entries of a document, log-uniform between"
+    )
+    questions: float = Field(
+        2.0, gt=0, le=10, description="questions an entry: what makes recall appear early"
+    )
     scored: Literal["all", "answers"] = Field(
         "answers", description="what the loss of these rows counts: all tokens, or answers alone"
     )

@@ -3,6 +3,7 @@
     runs/<study>/<key>/
         config.yaml        the resolved config, enough to run it again
         environment.json   versions, commit, hardware, data fingerprint
+        tokenizer.json     text to ids, where weights are kept and ids are not bytes
         status.json        state, cause of failure, generation
         metrics.jsonl      one line per logged step
         result.json        final figures; written last and atomically
@@ -105,6 +106,13 @@ class RunFolder:
     def environment(self) -> dict[str, Any]:
         return read_json(self.path / "environment.json") or {}
 
+    def tokenizer(self) -> str | None:
+        """The JSON of the tokenizer that the weights were trained with, where one was kept."""
+        try:
+            return (self.path / "tokenizer.json").read_text()
+        except (OSError, UnicodeDecodeError):
+            return None
+
     def status(self) -> dict[str, Any]:
         return read_json(self.path / "status.json") or {"state": "created", "generation": 0}
 
@@ -171,6 +179,9 @@ class RunFolder:
 
     def write_environment(self, environment: Mapping[str, Any]) -> None:
         write_json(self.path / "environment.json", environment)
+
+    def write_tokenizer(self, definition: str) -> None:
+        atomic_write(self.path / "tokenizer.json", definition)
 
     def begin(self, **fields: Any) -> int:
         """Mark the run as running under a new generation, which is returned."""

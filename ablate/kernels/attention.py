@@ -2,7 +2,10 @@
 
 Full causal attention is torch's scaled_dot_product_attention. With a window or documents the CPU
 form takes blocks of queries, each against the keys it can see, so that a window costs
-O(L * window) time and memory; on CUDA it is FlexAttention with a block mask.
+O(L * window) time and memory; on CUDA it is FlexAttention with a block mask in training, whose rows
+have one length. A window without documents is taken in blocks wherever no gradient is wanted:
+evaluation meets hundreds of lengths, and for each FlexAttention would be compiled again and an
+L x L mask be made.
 """
 
 from __future__ import annotations
@@ -66,6 +69,9 @@ def _blocked(
 ) -> torch.Tensor:
     """(B, H, L, P) tensors; one call of SDPA per block of queries."""
     length = q.shape[2]
+    if gqa and q.is_cuda:  # with a mask and shared heads, SDPA would hold all scores
+        k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
+        gqa = False
     block = QUERY_BLOCK if window is None else max(QUERY_BLOCK, min(window, 1024))
     outputs = []
     for start in range(0, length, block):
@@ -207,7 +213,9 @@ def _form(
         window = None
     if window is None and doc_start_BL is None:
         return "sdpa", None
-    return ("flex" if q_BLHP.is_cuda and q_BLHP.dtype != torch.float64 else "blocks"), window
+    trains = doc_start_BL is not None or torch.is_grad_enabled()
+    flex = q_BLHP.is_cuda and q_BLHP.dtype != torch.float64 and trains
+    return ("flex" if flex else "blocks"), window
 
 
 def attention_form(

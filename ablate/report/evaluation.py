@@ -6,6 +6,7 @@ arm are averaged item by item first.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -54,8 +55,10 @@ class Evaluations:
     # --- the table -----------------------------------------------------------------------------
 
     def table(self) -> pd.DataFrame:
-        """One row a task, cell and arm: value, low, high; difference from the first arm with its
-        interval, p and mcnemar_p; items, verdict ('floor', 'ceiling' or ''), fuzzy."""
+        """One row a task, cell and arm: value, low, high, and by_seed each seed's own; difference
+        from the first arm with its interval, p and mcnemar_p; items, tokens of a text on average
+        (NaN where they were not counted), verdict ('floor', 'ceiling' or 'cut' where every seed
+        has it, else ''), fuzzy (of so many seeds)."""
         rows = []
         for task, arms in self.tasks.items():
             reference = next(iter(arms))
@@ -217,11 +220,21 @@ def _size(value: Any) -> str:
 
 @dataclass(frozen=True)
 class _Scores:
-    """Of one arm: score by item, seeds averaged, clusters, and how many seeds there are."""
+    """Of one arm: score by item, seeds averaged; clusters; the mean of each seed."""
 
     score: pd.Series
     clusters: pd.Series
-    seeds: int
+    by_seed: list[float]
+
+    def mean(self) -> Estimate:
+        """With an interval over documents. Where all are right, or all wrong, resampling them gives
+        none: then the exact one of as many trials as there are clusters (Clopper and Pearson)."""
+        found = bootstrap_ratio(self.score, np.ones(len(self.score)), self.clusters)
+        if found.value in (0.0, 1.0) and self.score.isin([found.value]).all():
+            reach = 0.025 ** (1 / self.clusters.nunique())
+            low, high = (0.0, 1 - reach) if found.value == 0 else (reach, 1.0)
+            return dataclasses.replace(found, low=low, high=high)
+        return found
 
 
 def _cells(content: dict[str, Any]) -> list[str]:
@@ -247,9 +260,10 @@ def _items(content: dict[str, Any], cell: str) -> pd.DataFrame:
 
 
 def _scores(contents: list[dict[str, Any]], cell: str) -> _Scores:
-    joined = pd.concat([_items(content, cell) for content in contents])
-    groups = joined.groupby("id", sort=False)
-    return _Scores(groups["score"].mean(), groups["cluster"].first(), len(contents))
+    seeds = [_items(content, cell) for content in contents]
+    groups = pd.concat(seeds).groupby("id", sort=False)
+    by_seed = [float(items["score"].mean()) for items in seeds]
+    return _Scores(groups["score"].mean(), groups["cluster"].first(), by_seed)
 
 
 def _row(
@@ -262,34 +276,38 @@ def _row(
     is_reference: bool,
 ) -> dict[str, Any]:
     content = contents[0]
-    mean = bootstrap_ratio(own.score, np.ones(len(own.score)), own.clusters)
+    mean = own.mean()
     difference, exact = Estimate(NAN), NAN
     shared = own.score.index.intersection(base.score.index)
     if not is_reference and len(shared):
         one, other = own.score[shared], base.score[shared]
         difference = paired_items(one, other, own.clusters[shared])
         binary = bool(one.isin([0.0, 1.0]).all() and other.isin([0.0, 1.0]).all())
-        single = own.seeds == base.seeds == 1 and own.clusters[shared].is_unique
+        single = len(own.by_seed) == len(base.by_seed) == 1 and own.clusters[shared].is_unique
         if binary and single:
             exact = mcnemar(one, other)
-    verdict = (content.get("cells") or {}).get(cell, {}).get("verdict")
-    fuzzy = content.get("fuzzy") or {}
+    cells = [c["cells"][cell] for c in contents if "cells" in c and cell in c["cells"]]
+    verdicts = {c.get("verdict") for c in cells}
+    tokens = [c["tokens"] for c in cells if c.get("tokens", -1) > 0]
+    fuzzy = [bool((c.get("fuzzy") or {}).get("is_fuzzy")) for c in contents]
     return {
         "task": task,
         "cell": f"{cell} training lengths" if "by_multiple" in content else cell,
         "arm": arm,
         "metric": content["metric"],
         "items": len(own.score),
+        "tokens": float(np.mean(tokens)) if tokens else NAN,
         "value": mean.value,
         "low": mean.low,
         "high": mean.high,
+        "by_seed": " ".join(f"{value:.4f}" for value in own.by_seed),
         "difference": difference.value,
         "difference_low": difference.low,
         "difference_high": difference.high,
         "p": difference.p,
         "mcnemar_p": exact,
-        "verdict": verdict or "",
-        "fuzzy": bool(fuzzy.get("is_fuzzy")),
+        "verdict": (verdicts.pop() or "") if len(verdicts) == 1 else "",
+        "fuzzy": sum(fuzzy),
     }
 
 
@@ -300,9 +318,10 @@ def by_size(contents: list[dict[str, Any]]) -> tuple[list[int], list[Estimate]]:
     found = []
     for size in sizes:
         parts = [_scores(contents, name) for name, cell in cells.items() if cell["x"] == size]
-        values = pd.concat([p.score for p in parts])
-        clusters = pd.concat([p.clusters for p in parts])
-        found.append(bootstrap_ratio(values, np.ones(len(values)), clusters))
+        whole = _Scores(
+            pd.concat([p.score for p in parts]), pd.concat([p.clusters for p in parts]), []
+        )
+        found.append(whole.mean())
     return sizes, found
 
 

@@ -406,26 +406,32 @@ def _evaluation(table: pd.DataFrame | None) -> str:
             value = row[name]
             return f"{scale * value:.{d}f}".replace("-", "−") if math.isfinite(value) else "–"
 
-        told = {"floor": "at floor", "ceiling": "at ceiling"}.get(r["verdict"], "")
+        told = {"floor": "at floor", "ceiling": "at ceiling", "cut": "texts cut"}
+        seeds = [f"{scale * float(v):.{digits}f}" for v in r["by_seed"].split()]
+        fuzzy = f"; fuzzy in {r['fuzzy']} of {len(seeds)} seeds" if r["fuzzy"] else ""
+        tokens = f"{r['tokens']:.0f}" if math.isfinite(r["tokens"]) else "–"
         rows.append(
             [
                 *(_e(r["task"]), _e(r["cell"]), _e(r["arm"]), _e(r["metric"]), str(r["items"])),
+                tokens,
                 f"{shown('value')} ({shown('low')} to {shown('high')})",
+                ", ".join(seeds) if len(seeds) > 1 else "–",
                 "–"
                 if not math.isfinite(r["difference"])
                 else f"{shown('difference')} ({shown('difference_low')} to "
                 f"{shown('difference_high')})",
                 *(_p(r["p"]), _p(r["mcnemar_p"])),
-                told + ("; fuzzy" if r["fuzzy"] else ""),
+                (told.get(r["verdict"], "") + fuzzy).removeprefix("; "),
             ]
         )
     header = [
-        *("Task", "Cell", "Arm", "Metric", "Items", "Value (95%)"),
+        *("Task", "Cell", "Arm", "Metric", "Items", "Tokens", "Value (95%)", "By seed"),
         *("Against the reference (95%)", "p", "p (McNemar)", ""),
     ]
     return _table(header, rows, {0, 1, 2, 3, len(header) - 1}) + (
         "<p class='note'>Intervals and p over documents (those that share a text together, seeds "
-        "averaged): they speak of other documents, not of other seeds. McNemar's exact test where "
+        "averaged): they speak of other documents, not of other seeds, whose own values stand "
+        "beside. McNemar's exact test where "
         "there is one seed an arm and no shared text. At floor or ceiling a task cannot tell arms "
         "apart. Fuzzy: wrong numbers agree with the right one in more digits than with permuted "
         "ones and than with others of their text.</p>"

@@ -653,6 +653,9 @@ class _Run:
             "parameter_groups": self.group_rows,
         }
         self.folder.write_environment({**surroundings, "commits": commits, "data": data, **more})
+        definition = self.token_set.tokenizer.definition
+        if self.cfg.train.keep != "none" and definition is not None:
+            self.folder.write_tokenizer(definition)  # weights without it could not read a text
         for row in self.group_rows:
             log.info(
                 "AdamW %s: weight decay %g, %d parameters in %d tensors, %s: %s",

@@ -80,7 +80,7 @@ class Recaller(nn.Module):
         self.p = nn.Parameter(torch.zeros(()))
         self.seen: list[Tensor] = []
 
-    def logits(self, tokens_BL: Tensor) -> Tensor:
+    def logits(self, tokens_BL: Tensor, *, keep_BL: Tensor) -> Tensor:
         self.seen.append(tokens_BL)
         logits = torch.zeros(*tokens_BL.shape, self.vocab)
         for b, row in enumerate(tokens_BL.tolist()):
@@ -90,7 +90,7 @@ class Recaller(nn.Module):
                     logits[b, t, last[token]] = 50.0
                 if t:
                     last[row[t - 1]] = token
-        return logits
+        return logits[keep_BL]
 
 
 def test_recall_of_one_who_knows(tiny: Make) -> None:
