@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import yaml
 
 from ablate import config
-from ablate.config import Config, EvaluateConfig
+from ablate.config import Config, EvaluateConfig, RecallTask
 from ablate.data import TokenSet, prepare
 from ablate.errors import UserError, did_you_mean
 from ablate.evaluate import harness, length, local_data, suites
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
+TASKS = get_args(RecallTask)
+
 Write = Callable[[str, Mapping[str, Any]], None]
 
 
@@ -37,15 +39,24 @@ def check(options: EvaluateConfig) -> None:
     """UserError, before any compute, for what cannot be evaluated."""
     for name in options.suites:
         suites.entries_of(name)
-    known = {size for sizes in DEFAULTS.values() for size in sizes} | {"seed", "digit_tokens"}
-    for name in options.sizes:
-        if name not in known:
-            raise UserError(f"evaluate.sizes: unknown size '{name}'{did_you_mean(name, known)}")
+    _check_sizes(options.sizes)
     if options.local_data is not None:
         local_data.check(options.local_data)
     length.check_long_documents(options.long_documents)
     if options.suites or options.recall:
         harness.need_lm_eval()
+
+
+def _check_sizes(sizes: Mapping[str, Any]) -> None:
+    """Sizes are for every task that has them, or under a task's name for it alone."""
+    known = {size for own in DEFAULTS.values() for size in own} | {"seed", "digit_tokens"}
+    for name, value in sizes.items():
+        if name in TASKS and not isinstance(value, dict):
+            raise UserError(f"evaluate.sizes: '{name}' is a task, so sizes are to follow, {{…}}")
+        for size in value if name in TASKS else [name]:
+            if size not in known:
+                near = did_you_mean(size, {*known, *TASKS})
+                raise UserError(f"evaluate.sizes: unknown size '{size}'{near}")
 
 
 def train_and_evaluate(
@@ -108,7 +119,9 @@ def evaluate(
     for task in options.recall:
         between()
         lm = harness.adapter(subject, batch_tokens=options.batch_tokens, whole=True)
-        content = harness.run_recall(subject, task, sizes=options.sizes, limit=None, lm=lm)
+        sizes = {n: v for n, v in options.sizes.items() if n not in TASKS}
+        sizes |= options.sizes.get(task, {})
+        content = harness.run_recall(subject, task, sizes=sizes, limit=None, lm=lm)
         _judge_recall(content)
         keep(task, content, verdict=content["verdict"])
     if options.length:

@@ -161,9 +161,11 @@ def test_a_finished_folder_is_evaluated_again(run, data_folder):
     place, result = run
     code, said = ask(
         str(place.path), "recall=[passkey]", "suites=[lambada_openai,piqa@3,race]", "length=[]",
-        "sizes={lengths: [200], depths: 2, items: 1}", f"local_data={data_folder}", "device=cpu",
+        "sizes={lengths: [200], items: 9, passkey: {depths: 2, items: 1}}",
+        f"local_data={data_folder}", "device=cpu",
     )  # fmt: skip
     assert code == 0
+    assert place.evaluation("passkey")["cells"]["length=200"]["items"] == 2
     assert "passkey" in said
     assert {"passkey", "lambada_openai-0shot", "piqa-3shot"} <= set(place.evaluations())
     assert "race-0shot" not in place.evaluations()
@@ -317,6 +319,8 @@ def test_weights_that_were_not_kept(run, tmp_path):
         (["x", "suites=[smal]"], "did you mean 'small'"),
         (["x", "suites=[piqa@many]"], "piqa@many"),
         (["x", "sizes={entrie: 3}"], "did you mean 'entries'"),
+        (["x", "sizes={needle: {item: 3}}"], "did you mean 'items'"),
+        (["x", "sizes={needle: 3}"], "'needle' is a task"),
         (["x", "length=[0]"], "length"),
         (["x", "limit=0"], "limit"),
         (["x", "local_data=/nowhere"], "/nowhere"),
