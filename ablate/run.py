@@ -66,6 +66,11 @@ def read_json(path: Path) -> Any:
         return None
 
 
+def load_yaml(text: str) -> Any:
+    """`yaml.safe_load`, by libyaml where PyYAML has it: ten times faster on a resolved config."""
+    return yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+
+
 def _finite(value: Any) -> Any:
     if isinstance(value, float):
         return value if value - value == 0 else None
@@ -98,7 +103,7 @@ class RunFolder:
 
     def config(self) -> dict[str, Any] | None:
         try:
-            return yaml.safe_load((self.path / "config.yaml").read_text())
+            return load_yaml((self.path / "config.yaml").read_text())
         except (OSError, yaml.YAMLError):
             return None
 

@@ -58,11 +58,12 @@ class Evaluations:
         interval, p and mcnemar_p; items, verdict ('floor', 'ceiling' or ''), fuzzy."""
         rows = []
         for task, arms in self.tasks.items():
+            scores = {arm: _scores(contents) for arm, contents in arms.items()}
             reference = next(iter(arms))
-            for cell in _cells(next(iter(arms.values()))[0]):
-                base = _scores(arms[reference], cell)
+            for cell in _cells(arms[reference][0]):
+                base = scores[reference][cell]
                 for arm, contents in arms.items():
-                    own = _scores(contents, cell)
+                    own = scores[arm].get(cell, _NONE)  # asked of other arms only
                     rows.append(_row(task, cell, arm, contents, own, base, arm == reference))
         return pd.DataFrame(rows)
 
@@ -224,32 +225,39 @@ class _Scores:
     seeds: int
 
 
+_NONE = _Scores(pd.Series(dtype=float), pd.Series(dtype=object), 0)
+
+
 def _cells(content: dict[str, Any]) -> list[str]:
     if "cells" in content:
         return list(content["cells"])
     return list(content["by_multiple"]) if "by_multiple" in content else [""]
 
 
-def _items(content: dict[str, Any], cell: str) -> pd.DataFrame:
-    """Columns id, cluster, score; an id names the same item in every run."""
+def _items(content: dict[str, Any]) -> pd.DataFrame:
+    """Columns cell, id, cluster, score; an id names the same item of a cell in every run."""
     items = content["items"]
     if "by_multiple" in content:
-        score = items[cell]
-        names = [str(i) for i in range(len(score))]
-        return pd.DataFrame({"id": names, "cluster": names, "score": score})
+        own = {multiple: items[multiple] for multiple in content["by_multiple"]}
+        table = pd.DataFrame(own).melt(var_name="cell", value_name="score")
+        table["id"] = table["cluster"] = table.groupby("cell").cumcount().astype(str)
+        return table
     if "cells" in content:
-        table = pd.DataFrame({k: items[k] for k in ("cell", "cluster", "exact_match")}).rename(
-            columns={"exact_match": "score"}
-        )
+        table = pd.DataFrame({k: items[k] for k in ("cell", "cluster", "exact_match")})
         table["id"] = table["cluster"] + "#" + table.groupby("cluster").cumcount().astype(str)
-        return table[table["cell"] == cell]
-    return pd.DataFrame({k: items[k] for k in ("id", "cluster", "score")})
+        return table.rename(columns={"exact_match": "score"})
+    return pd.DataFrame({"cell": "", **{k: items[k] for k in ("id", "cluster", "score")}})
 
 
-def _scores(contents: list[dict[str, Any]], cell: str) -> _Scores:
-    joined = pd.concat([_items(content, cell) for content in contents])
-    groups = joined.groupby("id", sort=False)
-    return _Scores(groups["score"].mean(), groups["cluster"].first(), len(contents))
+def _scores(contents: list[dict[str, Any]]) -> dict[str, _Scores]:
+    """By cell."""
+    joined = pd.concat([_items(content) for content in contents])
+    found = {}
+    for cell, own in joined.groupby("cell", sort=False):
+        groups = own.groupby("id", sort=False)
+        mean, clusters = groups["score"].mean(), groups["cluster"].first()
+        found[str(cell)] = _Scores(mean, clusters, len(contents))
+    return found
 
 
 def _row(
@@ -297,9 +305,10 @@ def by_size(contents: list[dict[str, Any]]) -> tuple[list[int], list[Estimate]]:
     """Accuracy at each size of a task, cells of one size together."""
     cells = contents[0]["cells"]
     sizes = sorted({int(cell["x"]) for cell in cells.values()})
+    scores = _scores(contents)
     found = []
     for size in sizes:
-        parts = [_scores(contents, name) for name, cell in cells.items() if cell["x"] == size]
+        parts = [scores[name] for name, cell in cells.items() if cell["x"] == size]
         values = pd.concat([p.score for p in parts])
         clusters = pd.concat([p.clusters for p in parts])
         found.append(bootstrap_ratio(values, np.ones(len(values)), clusters))

@@ -30,7 +30,7 @@ import pandas as pd
 import yaml
 
 from ablate.errors import UserError
-from ablate.run import atomic_write, find_runs, read_json, write_json
+from ablate.run import atomic_write, find_runs, load_yaml, read_json, write_json
 
 TRIALS, CURVES, CONFIGS, ENVIRONMENTS = (
     "trials.csv",
@@ -56,8 +56,8 @@ def read_index(folder: Path, figures: Sequence[str]) -> pd.DataFrame:
     try:
         text = (folder / TRIALS).read_text()
         table = pd.read_csv(io.StringIO(text), dtype=str, keep_default_na=False)
-        configs = _expand(yaml.safe_load((folder / CONFIGS).read_text()))
-        environments = _expand(yaml.safe_load((folder / ENVIRONMENTS).read_text()))
+        configs = _expand(load_yaml((folder / CONFIGS).read_text()))
+        environments = _expand(load_yaml((folder / ENVIRONMENTS).read_text()))
         index = pd.DataFrame({"key": table["key"], "path": [str(folder / k) for k in table["key"]]})
         for name in ("state", "cause", "pattern", "fingerprint", "tokenizer"):
             index[name] = table[name]

@@ -78,6 +78,13 @@ TEXTS = {
 }
 
 
+class _Shared(dict[str, Any]):
+    """The content of study.json; pandas would copy it to the last cell with every operation."""
+
+    def __deepcopy__(self, memo: object) -> _Shared:
+        return self
+
+
 def load_study(path: str | Path) -> pd.DataFrame:
     """One row a run folder at or below `path`; runs of every state, and orphans, are there.
 
@@ -126,7 +133,7 @@ def load_study(path: str | Path) -> pd.DataFrame:
             }
         )
     frame = pd.DataFrame(rows)
-    frame.attrs = {"study": {**study, "factors": factors}, "path": str(folder)}
+    frame.attrs = {"study": _Shared({**study, "factors": factors}), "path": str(folder)}
     return frame
 
 

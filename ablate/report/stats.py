@@ -319,6 +319,12 @@ def _loadings(cells: tuple[float, ...]) -> tuple[float, ...]:
     return tuple(np.sqrt(shared))
 
 
+@functools.cache
+def _quadrature() -> tuple[tuple[Array, Array], tuple[Array, Array]]:
+    """Nodes and weights for a standard normal density (but for its constant) and for [-1, 1]."""
+    return np.polynomial.hermite_e.hermegauss(48), np.polynomial.legendre.leggauss(48)
+
+
 def _inside(t: float, correlation: Array, df: float, sides: int) -> float:
     """P(all |T_i| <= t), or P(all T_i <= t) for one side, T multivariate t.
 
@@ -328,9 +334,8 @@ def _inside(t: float, correlation: Array, df: float, sides: int) -> float:
     if len(correlation) == 1:
         return float(stats.t.cdf(t, df) - (stats.t.cdf(-t, df) if sides == 2 else 0.0))
     loadings = np.array(_loadings(_cells(correlation)))
-    z, z_weight = np.polynomial.hermite_e.hermegauss(48)
+    (z, z_weight), (node, node_weight) = _quadrature()
     ends = np.sqrt(stats.chi2.ppf([1e-13, 1 - 1e-13], df) / df)
-    node, node_weight = np.polynomial.legendre.leggauss(48)
     s = ends[0] + (node + 1) / 2 * (ends[1] - ends[0])
     s_weight = node_weight / 2 * (ends[1] - ends[0]) * stats.chi2.pdf(df * s**2, df) * 2 * df * s
     own = np.sqrt(1 - loadings**2)
@@ -578,7 +583,13 @@ def paired_items(
     if not len(own):
         return dataclasses.replace(found, p=1.0)
     rng = np.random.default_rng(0)
-    sums = np.array([(own * rng.choice((-1.0, 1.0), len(own))).sum() for _ in range(draws)])
+    block = max(1, 4_000_000 // len(own))
+    sums = np.concatenate(
+        [
+            rng.choice((-1.0, 1.0), (min(block, draws - start), len(own))) @ own
+            for start in range(0, draws, block)
+        ]
+    )
     p = (1 + (np.abs(sums) >= abs(own.sum()) - 1e-9).sum()) / (1 + draws)
     return dataclasses.replace(found, p=float(p))
 
