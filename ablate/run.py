@@ -71,6 +71,12 @@ def load_yaml(text: str) -> Any:
     return yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
 
 
+def dump_yaml(value: Any, width: int = 80) -> str:
+    """`yaml.safe_dump` in the order given, by libyaml too."""
+    dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
+    return str(yaml.dump(value, Dumper=dumper, sort_keys=False, allow_unicode=True, width=width))
+
+
 def _finite(value: Any) -> Any:
     if isinstance(value, float):
         return value if value - value == 0 else None
@@ -171,8 +177,7 @@ class RunFolder:
     def create(self, config: Mapping[str, Any], *, replace: bool = False) -> None:
         """Write the resolved config; a folder that has one keeps it unless told to `replace` it."""
         if replace or self.config() is None:
-            text = yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True)
-            atomic_write(self.path / "config.yaml", text)
+            atomic_write(self.path / "config.yaml", dump_yaml(dict(config)))
 
     def write_environment(self, environment: Mapping[str, Any]) -> None:
         write_json(self.path / "environment.json", environment)
