@@ -16,11 +16,11 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator, PercentFormatter
 
-from ablate.report.confounds import si
 from ablate.report.frames import evaluated, load_evaluation, records
 from ablate.report.plots import COLUMN, MARKERS, STYLE, Plot, colours, save
 from ablate.report.stats import NAN, Estimate, bootstrap_ratio, mcnemar, paired_items
 from ablate.report.verdicts import Analysis
+from ablate.study.show import si
 
 _OF_TRAINING = {"val_a", "val_b", "mqar"}  # shown elsewhere on the page
 _HEAT = ("passkey", "needle", "needle_multivalue")

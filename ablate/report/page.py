@@ -31,7 +31,7 @@ from rich import box
 from rich.table import Table
 
 from ablate.arch.certificate import QUANTITIES
-from ablate.report.confounds import Confound, confounds, si
+from ablate.report.confounds import Confound, confounds
 from ablate.report.evaluation import Evaluations
 from ablate.report.export import command_of
 from ablate.report.frames import load_details, load_metrics, load_study, missing_cells, records
@@ -61,6 +61,7 @@ from ablate.report.verdicts import (
     verdicts,
 )
 from ablate.run import atomic_write
+from ablate.study.show import si
 
 __all__ = ["summary", "verdicts", "write_report"]
 

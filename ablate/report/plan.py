@@ -35,7 +35,7 @@ from ablate.report.stats import (
 from ablate.run import RunFolder, find_runs
 from ablate.study import space
 from ablate.study.folder import StudyFolder
-from ablate.study.prepare import count, duration, plain_table, size, wide_console
+from ablate.study.show import duration, plain_table, si, wide_console
 from ablate.study.space import Cell
 from ablate.train.stop import TrialFailed
 
@@ -163,21 +163,21 @@ def _table(
         table.add_row(
             "\n= ".join([arm, *group[0].also]),
             patterns.compress(trial.architecture.letters),
-            count(cost.params),
-            count(cost.non_embedding_params),
-            count(cost.train_flops),
-            size(cost.state_bytes),
-            size(own.memory),
-            _or_dash(count, run_tokens(trial)),
-            _or_dash("{:.2e}".format, run_flops(trial)),
+            si(cost.params),
+            si(cost.non_embedding_params),
+            si(cost.train_flops),
+            si(cost.state_bytes, "B"),
+            si(own.memory, "B"),
+            si(run_tokens(trial)),
+            _flops(run_flops(trial)),
             duration(own.seconds),
             f"{done}/{len(group)}",
         )
     console.print(table)
 
 
-def _or_dash(show: Any, value: float) -> str:
-    return show(value) if math.isfinite(value) else "–"
+def _flops(value: float) -> str:
+    return f"{value:.2e}" if math.isfinite(value) else "–"
 
 
 def by_arm(cells: Iterable[Cell]) -> dict[str, list[Cell]]:
@@ -272,7 +272,7 @@ def _epochs(cfg: config.Config, arms: Sequence[Cell], root: Path, text: dict[str
     if unique is None:
         return "epochs: unknown until the text is there; `python -m ablate prepare` fetches it"
     epochs = most / unique
-    line = f"text: {count(most)} tokens of {count(unique)} unique ones ({source}): "
+    line = f"text: {si(most)} tokens of {si(unique)} unique ones ({source}): "
     line += f"{epochs:.2g} epochs"
     if epochs > MAX_EPOCHS and not cfg.data.allow_repeats:
         line += f"; more than {MAX_EPOCHS} are refused without data.allow_repeats=true"

@@ -20,8 +20,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator, PercentFormatter
 from matplotlib.transforms import ScaledTranslation
 
-from ablate.report.confounds import si
 from ablate.report.verdicts import LOSS, LOSS_A, PRIMARY, Analysis, Comparison, Metric
+from ablate.study.show import si
 from ablate.study.tune import RateFit
 
 STYLE: Any = {

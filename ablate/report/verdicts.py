@@ -15,9 +15,9 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 
-from ablate.report.confounds import si
 from ablate.report.frames import arm_label, missing_cells, usable, varies
 from ablate.report.stats import ArmFit, Curve, Equivalence, Estimate, adjust, fit_arms, fit_curve
+from ablate.study.show import si
 from ablate.study.tune import RateFit, Tuning
 
 

@@ -43,10 +43,9 @@ from ablate.errors import UserError
 from ablate.run import RunFolder, find_runs
 from ablate.study import space
 from ablate.study.child import child_environment
-from ablate.study.folder import StudyFolder
+from ablate.study.folder import StudyFolder, is_held
 from ablate.study.progress import Display, Running, Snapshot
 from ablate.study.space import Cell
-from ablate.study.status import is_held
 from ablate.study.store import Store, objective
 from ablate.study.tune import Run, Tuning, tune
 from ablate.train import checkpoint

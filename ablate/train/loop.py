@@ -29,11 +29,11 @@ from ablate.arch.spec import Architecture
 from ablate.config import Config, load, science
 from ablate.data import (
     Batch,
-    Prefetcher,
     TokenSet,
     TrainStream,
     check_epochs,
     model_vocab,
+    prefetched,
     prepare,
 )
 from ablate.errors import UserError
@@ -243,8 +243,8 @@ def _batches(
     if device.type == "cpu":  # a thread would take the core that trains
         yield (stream.batch(step) for step in range(first, sys.maxsize))
         return
-    with Prefetcher(stream, first, last, pin=True) as prefetcher:
-        yield iter(prefetcher)
+    with prefetched(stream, first, last, pin=True) as batches:
+        yield batches
 
 
 def _create(cfg: Config, folder: RunFolder) -> None:

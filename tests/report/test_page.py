@@ -19,12 +19,13 @@ import pandas as pd
 import pytest
 from rich.console import Console
 
-from ablate.report.confounds import confounds, si
+from ablate.report.confounds import confounds
 from ablate.report.frames import load_details, load_metrics, load_study
 from ablate.report.page import summary, write_report
 from ablate.report.tables import difference_table, equal_budgets
 from ablate.report.verdicts import analyse, verdicts
 from ablate.run import RunFolder, write_json
+from ablate.study.show import si
 
 MAMBA2_EXCESS = [0.0403, 0.0072, 0.0036, 0.0, 0.002, 0.006, 0.012, 0.029]
 
