@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
@@ -229,9 +228,6 @@ class RunFolder:
         """The last write of a run: from here on it is finished."""
         self.check(generation)
         write_json(self.path / "result.json", result)
-
-    def remove_checkpoint(self) -> None:
-        shutil.rmtree(self.checkpoint, ignore_errors=True)
 
 
 def find_runs(path: Path) -> Iterator[RunFolder]:

@@ -41,7 +41,6 @@ class Snapshot:
     total: int
     done: int = 0
     failed: int = 0
-    waiting: int = 0
     held: int = 0
     running: Sequence[Running] = ()
     seconds_left: float | None = None

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 from ablate.arch.spec import Architecture
-from ablate.config import Config, load, science
+from ablate.config import Config, flatten, load, science
 from ablate.data import (
     Batch,
     TokenSet,
@@ -271,28 +271,17 @@ def _end(
         return
 
 
-def _differences(one: Mapping[str, Any], other: Mapping[str, Any], prefix: str = "") -> list[str]:
+def _differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
     """Dotted fields in which a branch's config differs from its trunk's and must not."""
-    names: list[str] = []
-    for name in sorted(one.keys() | other.keys()):
-        dotted = prefix + name
-        a, b = one.get(name), other.get(name)
-        if dotted in _BRANCH_MAY_DIFFER or a == b:
-            continue
-        if isinstance(a, Mapping) and isinstance(b, Mapping):
-            names += _differences(a, b, f"{dotted}.")
-        else:
-            names.append(dotted)
-    return names
+    a, b = dict(flatten(one)), dict(flatten(other))
+    names = [name for name in sorted(a.keys() | b.keys()) if a.get(name) != b.get(name)]
+    return [name for name in names if not name.startswith(_BRANCH_MAY_DIFFER)]
 
 
-_BRANCH_MAY_DIFFER = {"evaluate"} | {
-    f"train.{name}"
-    for name in (
-        *("tokens", "flops", "seconds", "schedule", "warmup", "decay", "min_lr_ratio"),
-        *("branch_from", "branch_at"),
-    )
-}
+_BRANCH_MAY_DIFFER = (
+    *("evaluate.", "train.tokens", "train.flops", "train.seconds", "train.schedule"),
+    *("train.warmup", "train.decay", "train.min_lr_ratio", "train.branch_"),
+)
 
 
 def _add_loading_time(seconds: float) -> None:
