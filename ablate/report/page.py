@@ -121,7 +121,7 @@ def write_report(
 def summary(frame: pd.DataFrame) -> Table:
     """The arms as a table for a terminal: runs, recall, loss, bits a byte, parameters."""
     analysis = analyse(frame)
-    metrics = [analysis.comparisons[m.column] for m in _shown(analysis)]
+    metrics = [analysis.comparisons[m.column] for m in analysis.shown(_SHOWN)]
     title = analysis.study.get("question") or analysis.study.get("name") or None
     note = _interval_note(metrics)
     table = Table(title=title, title_justify="left", caption=note, box=box.SIMPLE_HEAD)
@@ -212,7 +212,7 @@ def _figure(plot: Plot | None) -> str:
 
 
 def _results(analysis: Analysis) -> str:
-    metrics = [analysis.comparisons[m.column] for m in _shown(analysis)]
+    metrics = [analysis.comparisons[m.column] for m in analysis.shown(_SHOWN)]
     if not metrics:
         return "<p>No finished run has a figure to show.</p>"
     rows = []
@@ -510,7 +510,7 @@ def _cost(analysis: Analysis) -> str:
 
 def _noise(analysis: Analysis) -> str:
     rows = []
-    for metric in _shown(analysis):
+    for metric in analysis.shown(_SHOWN):
         comparison = analysis.comparisons[metric.column]
         fit = comparison.fit
         if metric not in COMPARED or not comparison.has_interval or len(fit.arms) < 2:
@@ -562,13 +562,6 @@ def _reproduce(study: dict[str, Any], name: str, path: Path) -> str:
 
 
 # --- small parts ---------------------------------------------------------------------------------
-
-
-def _shown(analysis: Analysis) -> list[Metric]:
-    shown = [m for m in _SHOWN if m.column in analysis.comparisons]
-    if LOSS not in shown and LOSS_A.column in analysis.comparisons:
-        shown.append(LOSS_A)
-    return shown
 
 
 def _arm_heading(analysis: Analysis) -> str:

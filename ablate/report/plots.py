@@ -67,9 +67,7 @@ class Plot:
 
 def plot_outcomes(analysis: Analysis, folder: Path) -> Plot | None:
     """Loss and recall over the arms: means with 95% intervals, single seeds as faint dots."""
-    metrics = [m for m in (LOSS, *[p for p in PRIMARY if p is not LOSS]) if _has(analysis, m)]
-    if LOSS not in metrics and _has(analysis, LOSS_A):
-        metrics.insert(0, LOSS_A)
+    metrics = sorted(analysis.shown(PRIMARY), key=lambda m: m not in (LOSS, LOSS_A))
     if not metrics:
         return None
     lay = _Layout(analysis)
@@ -436,10 +434,6 @@ def _dashes(analysis: Analysis) -> dict[str, str]:
     names = list(dict.fromkeys(analysis.arms["series"]))
     styles = ("-", "--", ":", "-.")
     return {str(a): styles[names.index(s) % 4] for a, s in analysis.arms["series"].items()}
-
-
-def _has(analysis: Analysis, metric: Metric) -> bool:
-    return metric.column in analysis.comparisons
 
 
 def _cut(text: str, length: int) -> str:
