@@ -189,7 +189,7 @@ def _lead(cfg: Config, folder: RunFolder, ranks: Ranks, hooks: Hooks) -> dict[st
             _end(folder, "failed", generation, str(error), run)
             raise
         except Exception as error:
-            cause = ranks.lost() or cause_of(error)
+            cause = ranks.lost(patience=1.0) or cause_of(error)
             if run is not None and ranks.world > 1:
                 run.shrink(cause)
             elif smaller is not None and cause.startswith(OUT_OF_MEMORY):

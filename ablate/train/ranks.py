@@ -102,9 +102,16 @@ class Ranks:
         dist.broadcast(message, 0)
         return float(message[1]) if message[0] == _STEP else None
 
-    def lost(self) -> str | None:
-        """What became of the others, where one that this process started is gone too early."""
-        gone = [p.returncode for p in self.started if p.poll() is not None]
+    def lost(self, patience: float = 0.0) -> str | None:
+        """What became of the others, where one that this process started is gone too early.
+
+        patience: seconds to wait for it, as a connection ends a moment before the process does.
+        """
+        end = time.monotonic() + patience
+        while not (gone := [p.returncode for p in self.started if p.poll() is not None]):
+            if not self.started or time.monotonic() >= end:
+                break
+            time.sleep(0.05)
         if not gone or self.ended:
             return None
         if _NO_MEMORY in gone:
