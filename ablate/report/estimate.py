@@ -67,7 +67,6 @@ class Speed:
 class Estimate:
     seconds: float
     memory: float
-    source: str
 
 
 @dataclass(frozen=True)
@@ -77,7 +76,6 @@ class Past:
     shape: tuple[Any, ...]
     params: float
     flops: float
-    seconds: float  # of training steps
     start: float
     memory: float
     study: str
@@ -149,7 +147,6 @@ def _past(run: RunFolder, here: Machine) -> Past | None:
         ),
         params=float(arch.get("non_embedding_params") or math.nan),
         flops=float(train["tokens_per_second"]) * float(arch["train_flops_per_token"]),
-        seconds=float(phases["train"]),
         start=start,
         memory=float(train.get("peak_memory_bytes") or math.nan),
         study=run.path.parent.name,
@@ -244,4 +241,4 @@ def estimate(trial: Trial, known: Speed, here: Machine) -> Estimate:
         per = ACTIVATION_BYTES * (1 if here.bf16 else 2)
         params = trial.architecture.num_params()
         memory = STATE_BYTES * params + per * rows * cfg.data.seq_len * channels
-    return Estimate(training + work, memory, known.source)
+    return Estimate(training + work, memory)

@@ -19,7 +19,7 @@ from rich.table import Table
 
 from ablate import config
 from ablate.arch import pattern as patterns
-from ablate.data.corpus import sources
+from ablate.data.corpus import sources, text_bytes
 from ablate.data.stream import MAX_EPOCHS, row_counts
 from ablate.data.tokens import usable_cores
 from ablate.errors import UserError
@@ -286,7 +286,7 @@ def _unique(cfg: config.Config, root: Path, text: dict[str, Any]) -> tuple[float
                 return float(unique), f"counted by {study.name}"
     if cfg.data.source == "hub":
         return None, ""
-    n_bytes = sum(file.stat().st_size for file in sources(cfg.data)["text"].files)
+    n_bytes = text_bytes(sources(cfg.data)["text"].files)
     n_bytes = min(n_bytes, cfg.data.max_bytes or n_bytes)
     kept = 1 - cfg.data.val_share * ((cfg.data.val_a_path is None) + (cfg.data.val_b_path is None))
     per = BYTES_A_TOKEN[cfg.data.tokenizer.kind]

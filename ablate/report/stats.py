@@ -645,7 +645,6 @@ class Curve:
     parameters: tuple[float, float, float, float]  # a, b, c, d
     optimum: Estimate  # the share with the lowest fitted value, inside the tested range
     flat: tuple[float, float]  # shares whose fitted value is not distinguishable from the optimum's
-    rss: float  # weighted residual sum of squares over the arms' means
     lack_of_fit: float  # p-value that the arms scatter about the curve by noise alone
 
     def __call__(self, s: ArrayLike) -> Array:
@@ -684,7 +683,7 @@ def fit_curve(
     a, b, c, d = (float(v) for v in parameters[0])
     named = (a, b, c, d)
     if not fit.df > 0 or not fit.sigma > 0:
-        return Curve(form, named, Estimate(optimum), (NAN, NAN), float(rss[0]), NAN)
+        return Curve(form, named, Estimate(optimum), (NAN, NAN), NAN)
 
     rng = np.random.default_rng(0)
     noise = rng.standard_normal((draws, len(shares))) / np.sqrt(weight)
@@ -709,6 +708,5 @@ def fit_curve(
         named,
         Estimate(optimum, low=float(low), high=float(high)),
         (float(grid[first]), float(grid[last])),
-        float(rss[0]),
         fit_p,
     )

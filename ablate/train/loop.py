@@ -301,6 +301,13 @@ def _queues(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
+# Of a run, in its checkpoints.
+_KEPT = (
+    *("lr_scale", "timed_tokens", "validated_step", "validated_progress"),
+    *("peak_memory", "to_first_step", "latest"),
+)
+
+
 class _Run:
     """One process's work on one run."""
 
@@ -565,10 +572,8 @@ class _Run:
         if found is not None:
             for phase, seconds in found.state["seconds"].items():
                 self.clock.seconds[phase] += seconds
-            for name in ("timed_tokens", "validated_step", "validated_progress", "latest"):
-                setattr(self, name, found.state[name])
-            self.peak_memory = found.state["peak_memory"]
-            self.to_first_step = found.state.get("to_first_step")
+            for name in _KEPT:
+                setattr(self, name, found.state.get(name))
         elif branch is not None:
             self.validated_step = branch.step
             self.validated_progress = self.budget.progress(branch.step, 0.0)
@@ -737,13 +742,7 @@ class _Run:
             state = {
                 "data": self.token_set.fingerprint,
                 "seconds": self.clock.seconds,
-                "lr_scale": self.lr_scale,
-                "timed_tokens": self.timed_tokens,
-                "validated_step": self.validated_step,
-                "validated_progress": self.validated_progress,
-                "peak_memory": self.peak_memory,
-                "to_first_step": self.to_first_step,
-                "latest": self.latest,
+                **{name: getattr(self, name) for name in _KEPT},
             }
             root = self.folder.checkpoint
             checkpoint.save(root, self.step, self.model_tensors(), moments, state)
