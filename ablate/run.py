@@ -65,6 +65,12 @@ def read_json(path: Path) -> Any:
         return None
 
 
+def python_path() -> str:
+    """PYTHONPATH of a process that is to import this very package."""
+    root = str(Path(__file__).resolve().parents[1])
+    return os.pathsep.join(p for p in (root, os.environ.get("PYTHONPATH")) if p)
+
+
 def load_yaml(text: str) -> Any:
     """`yaml.safe_load`, by libyaml where PyYAML has it: ten times faster on a resolved config."""
     return yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))

@@ -413,21 +413,16 @@ def _trim(ax: Axes, values: pd.Series) -> None:
 
 
 def colours(analysis: Analysis, arms: list[str]) -> dict[str, str]:
+    """A colour an arm: of several series the place tells it, and the dash the series."""
+    places: dict[str, float] = {a: i for i, a in enumerate(arms)}
     if analysis.axis.numeric and (analysis.arms["series"] != "").any():
-        values = sorted(set(analysis.arms["x"]))  # colour tells the place, the dash the series
-        points = np.linspace(0.0, 0.88, len(values))
-        shade = {
-            v: mpl.colors.to_hex(mpl.colormaps["viridis"](p))
-            for v, p in zip(values, points, strict=True)
-        }
-        return {str(a): shade[v] for a, v in analysis.arms["x"].items()}
-    if analysis.axis.numeric or len(arms) > len(CYCLE):
-        points = np.linspace(0.0, 0.88, len(arms))
-        return {
-            a: mpl.colors.to_hex(mpl.colormaps["viridis"](p))
-            for a, p in zip(arms, points, strict=True)
-        }
-    return {a: CYCLE[i] for i, a in enumerate(arms)}
+        places = {str(a): v for a, v in analysis.arms["x"].items()}
+    elif not analysis.axis.numeric and len(arms) <= len(CYCLE):
+        return {a: CYCLE[i] for i, a in enumerate(arms)}
+    values = sorted(set(places.values()))
+    shades = mpl.colormaps["viridis"](np.linspace(0.0, 0.88, len(values)))
+    shade = dict(zip(values, map(mpl.colors.to_hex, shades), strict=True))
+    return {a: shade[v] for a, v in places.items()}
 
 
 def _dashes(analysis: Analysis) -> dict[str, str]:

@@ -25,7 +25,6 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -35,6 +34,7 @@ from torch import Tensor
 from ablate.config import Config, TrainConfig
 from ablate.data import Batch
 from ablate.errors import UserError
+from ablate.run import python_path
 from ablate.train.stop import OUT_OF_MEMORY, TrialFailed, is_out_of_memory
 
 log = logging.getLogger(__name__)
@@ -171,8 +171,7 @@ def launch(cfg: Config, lost: Callable[[str], None]) -> Ranks:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world)}
-    root = str(Path(__file__).resolve().parents[2])
-    place["PYTHONPATH"] = os.pathsep.join(p for p in (root, os.environ.get("PYTHONPATH")) if p)
+    place["PYTHONPATH"] = python_path()
     started = []
     for rank in range(1, world):
         process = subprocess.Popen(
