@@ -7,6 +7,7 @@ Hydra only composes: it changes no directory, writes no folder and configures no
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -104,12 +105,18 @@ def register_sweeps() -> None:
     store = ConfigStore.instance()
     for folder in (shipped("sweeps"), Path.cwd() / "sweeps"):
         for path in sorted(folder.glob("*.yaml")) if folder.is_dir() else []:
-            try:
-                node = OmegaConf.load(path)
-            except Exception as error:  # a YAML error names its own line
-                reason = " ".join(str(error).split())
-                raise UserError(f"sweep file {path.name} is not valid YAML: {reason}") from None
+            node = _sweep(path, path.stat().st_mtime_ns)
             store.store(group="sweep", name=path.stem, node=node, package="_global_")
+
+
+@functools.cache
+def _sweep(path: Path, modified: int) -> Any:
+    """A sweep's content; read again when its time of modification is another."""
+    try:
+        return OmegaConf.load(path)
+    except Exception as error:  # a YAML error names its own line
+        reason = " ".join(str(error).split())
+        raise UserError(f"sweep file {path.name} is not valid YAML: {reason}") from None
 
 
 def choices_of(group: str) -> list[str]:

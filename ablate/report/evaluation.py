@@ -17,11 +17,11 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator, PercentFormatter
 
-from ablate.report.confounds import si
 from ablate.report.frames import evaluated, load_evaluation, records
 from ablate.report.plots import COLUMN, MARKERS, STYLE, Plot, colours, save
 from ablate.report.stats import NAN, Estimate, bootstrap_ratio, mcnemar, paired_items
 from ablate.report.verdicts import Analysis
+from ablate.study.show import si
 
 _OF_TRAINING = {"val_a", "val_b", "mqar"}  # shown elsewhere on the page
 _HEAT = ("passkey", "needle", "needle_multivalue")
@@ -61,11 +61,12 @@ class Evaluations:
         has it, else ''), fuzzy (of so many seeds)."""
         rows = []
         for task, arms in self.tasks.items():
+            scores = {arm: _scores(contents) for arm, contents in arms.items()}
             reference = next(iter(arms))
-            for cell in _cells(next(iter(arms.values()))[0]):
-                base = _scores(arms[reference], cell)
+            for cell in _cells(arms[reference][0]):
+                base = scores[reference][cell]
                 for arm, contents in arms.items():
-                    own = _scores(contents, cell)
+                    own = scores[arm].get(cell, _NONE)  # asked of other arms only
                     rows.append(_row(task, cell, arm, contents, own, base, arm == reference))
         return pd.DataFrame(rows)
 
@@ -237,33 +238,40 @@ class _Scores:
         return found
 
 
+_NONE = _Scores(pd.Series(dtype=float), pd.Series(dtype=object), [])
+
+
 def _cells(content: dict[str, Any]) -> list[str]:
     if "cells" in content:
         return list(content["cells"])
     return list(content["by_multiple"]) if "by_multiple" in content else [""]
 
 
-def _items(content: dict[str, Any], cell: str) -> pd.DataFrame:
-    """Columns id, cluster, score; an id names the same item in every run."""
+def _items(content: dict[str, Any]) -> pd.DataFrame:
+    """Columns cell, id, cluster, score; an id names the same item of a cell in every run."""
     items = content["items"]
     if "by_multiple" in content:
-        score = items[cell]
-        names = [str(i) for i in range(len(score))]
-        return pd.DataFrame({"id": names, "cluster": names, "score": score})
+        own = {multiple: items[multiple] for multiple in content["by_multiple"]}
+        table = pd.DataFrame(own).melt(var_name="cell", value_name="score")
+        table["id"] = table["cluster"] = table.groupby("cell").cumcount().astype(str)
+        return table
     if "cells" in content:
-        table = pd.DataFrame({k: items[k] for k in ("cell", "cluster", "exact_match")}).rename(
-            columns={"exact_match": "score"}
-        )
+        table = pd.DataFrame({k: items[k] for k in ("cell", "cluster", "exact_match")})
         table["id"] = table["cluster"] + "#" + table.groupby("cluster").cumcount().astype(str)
-        return table[table["cell"] == cell]
-    return pd.DataFrame({k: items[k] for k in ("id", "cluster", "score")})
+        return table.rename(columns={"exact_match": "score"})
+    return pd.DataFrame({"cell": "", **{k: items[k] for k in ("id", "cluster", "score")}})
 
 
-def _scores(contents: list[dict[str, Any]], cell: str) -> _Scores:
-    seeds = [_items(content, cell) for content in contents]
-    groups = pd.concat(seeds).groupby("id", sort=False)
-    by_seed = [float(items["score"].mean()) for items in seeds]
-    return _Scores(groups["score"].mean(), groups["cluster"].first(), by_seed)
+def _scores(contents: list[dict[str, Any]]) -> dict[str, _Scores]:
+    """By cell."""
+    seeds = [dict(iter(_items(content).groupby("cell", sort=False))) for content in contents]
+    found = {}
+    for cell in dict.fromkeys(cell for seed in seeds for cell in seed):
+        own = [seed[cell] for seed in seeds if cell in seed]
+        groups = pd.concat(own).groupby("id", sort=False)
+        by_seed = [float(items["score"].mean()) for items in own]
+        found[str(cell)] = _Scores(groups["score"].mean(), groups["cluster"].first(), by_seed)
+    return found
 
 
 def _row(
@@ -315,9 +323,10 @@ def by_size(contents: list[dict[str, Any]]) -> tuple[list[int], list[Estimate]]:
     """Accuracy at each size of a task, cells of one size together."""
     cells = contents[0]["cells"]
     sizes = sorted({int(cell["x"]) for cell in cells.values()})
+    scores = _scores(contents)
     found = []
     for size in sizes:
-        parts = [_scores(contents, name) for name, cell in cells.items() if cell["x"] == size]
+        parts = [scores[name] for name, cell in cells.items() if cell["x"] == size]
         whole = _Scores(
             pd.concat([p.score for p in parts]), pd.concat([p.clusters for p in parts]), []
         )

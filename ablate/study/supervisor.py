@@ -43,14 +43,12 @@ from ablate.errors import UserError
 from ablate.run import RunFolder, find_runs
 from ablate.study import space
 from ablate.study.child import child_environment
-from ablate.study.folder import StudyFolder
+from ablate.study.folder import StudyFolder, is_held
 from ablate.study.progress import Display, Running, Snapshot
 from ablate.study.space import Cell
-from ablate.study.status import is_held
 from ablate.study.store import Store, objective
 from ablate.study.tune import Run, Tuning, tune
 from ablate.train import checkpoint
-from ablate.train.budget import Budget
 from ablate.train.environment import commit
 from ablate.train.stop import OUT_OF_MEMORY
 
@@ -945,24 +943,15 @@ def _index_cells(cells: Sequence[Cell]) -> dict[str, dict[str, Any]]:
 
 
 def _check_epochs(cell: Cell, token_set: TokenSet) -> None:
-    cfg = cell.trial.config
+    cfg, tokens = cell.trial.config, cell.trial.tokens
     stream = TrainStream(token_set, cfg.data, batch_size=cfg.train.batch_size, seed=cfg.seed)
-    step = cfg.train.batch_size * cfg.data.seq_len
-    flops = float(cell.trial.architecture.cost(cfg.data.seq_len).train_flops)
-    steps = Budget.of(cfg.train, step, flops).steps
-    if steps is not None:
-        check_epochs(token_set, cfg.data, stream.text_tokens(steps * step))
+    if math.isfinite(tokens):
+        check_epochs(token_set, cfg.data, stream.text_tokens(int(tokens)))
 
 
 def _work_of(cell: Cell) -> float:
     """Training FLOPs of a trial, or its seconds where time is the budget; for comparison only."""
-    train = cell.trial.config.train
-    if train.flops is not None:
-        return train.flops
-    if train.seconds is not None:
-        return train.seconds
-    cost = cell.trial.architecture.cost(cell.trial.config.data.seq_len)
-    return float(train.tokens or 1) * cost.train_flops
+    return cell.trial.config.train.seconds or cell.trial.flops
 
 
 def _death(code: int, child: _Child, run: RunFolder | None) -> str:

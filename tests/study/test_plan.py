@@ -111,7 +111,7 @@ def test_earlier_runs_of_the_architecture_then_of_the_size(make: Any, console: A
     trial = cells[0].trial
     known = estimates.speed(trial, past, here)
     assert known.source == "2 earlier runs of this architecture (before)"
-    tokens = estimates.run_tokens(trial)
+    tokens = trial.tokens
     cost = trial.architecture.cost(cfg.data.seq_len)
     found = estimates.estimate(trial, known, here)
     validation = 6 * 1500 * cost.forward_flops / (1000 * cost.train_flops)
