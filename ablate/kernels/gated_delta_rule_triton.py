@@ -1,0 +1,729 @@
+"""Triton kernels of the gated delta rule (`ablate.kernels.gated_delta_rule` has the definition).
+
+Everything works on chunks of Q = 64 tokens. In a chunk, with decays D_ts from s to t and E_t from
+the chunk's start to t, what the state S held wrong is the solution e of a triangular system:
+
+    (I + A) e = x,    A_ts = D_ts (k_t . k_s) beta_s for s < t,    x_t = v_t - E_t S^T k_t
+
+Forward, two launches:
+
+1. `_prepare_kernel`, a program a chunk: with (I + A)^-1 = I - N it stores N, so that the identity
+   is never rounded, and P_ts = scale D_ts (q_t . k_s) beta_s; then of each token the factors of
+   its key and query. Lengths of keys and queries, if they are to be divided by, are such factors.
+2. `_scan_kernel` walks the chunks of a head in order, a program a block of value channels, which
+   never meet: e = x - N x, o = E S^T q + P e, S = decayed S + sum of k e^T. The state stands
+   transposed in registers, channels first, as do x, e and o: then every product takes its left
+   side from registers where the product before has left it.
+
+Nothing but N and P is kept for the backward pass, three launches: `_scan_kernel` again, which now
+writes e and the state that enters each chunk in place of o; `_reverse_kernel` walks the chunks
+backward with the gradient of the state and writes that and the gradient of v; and
+`_gradient_kernel`, a program a chunk, makes the other gradients of these.
+
+Spans of decay never leave a chunk, nor do the sums that make their gradients. Each result is a
+fixed order of additions: two runs agree bit for bit.
+"""
+
+# mypy: disallow-untyped-defs=False
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ablate.kernels.dispatch import define_op
+from ablate.kernels.gated_delta_rule import NORM_EPS, STRONGEST
+
+Q = 64
+# of each token, (B, H, padded L) each: the sums of log decays within the chunk in units of log2;
+# beta; what divides the query and the key; the factors of the query that reads the entering state,
+# of the key that does, and of the key that writes to the leaving one
+CUM, BETA, RQ, RK, READ_Q, READ_K, WRITE_K = (tl.constexpr(i) for i in range(7))
+FACTORS = 7
+
+
+@triton.jit
+def _load(
+    ptr, rows, cols, n_rows, n_cols, stride, FULL_ROWS: tl.constexpr, FULL_COLS: tl.constexpr
+):
+    """A tile of a row-major matrix, zero outside; masks only where the tile can stick out."""
+    ptrs = ptr + rows[:, None] * stride + cols[None, :]
+    if FULL_ROWS and FULL_COLS:
+        return tl.load(ptrs)
+    elif FULL_COLS:
+        return tl.load(ptrs, mask=rows[:, None] < n_rows, other=0.0)
+    elif FULL_ROWS:
+        return tl.load(ptrs, mask=cols[None, :] < n_cols, other=0.0)
+    else:
+        return tl.load(ptrs, mask=(rows[:, None] < n_rows) & (cols[None, :] < n_cols), other=0.0)
+
+
+@triton.jit
+def _store(
+    ptr, value, rows, cols, n_rows, n_cols, stride, FULL_ROWS: tl.constexpr, FULL_COLS: tl.constexpr
+):
+    ptrs = ptr + rows[:, None] * stride + cols[None, :]
+    value = value.to(ptr.dtype.element_ty)
+    if FULL_ROWS and FULL_COLS:
+        tl.store(ptrs, value)
+    else:
+        tl.store(ptrs, value, mask=(rows[:, None] < n_rows) & (cols[None, :] < n_cols))
+
+
+@triton.jit
+def _pairs(doc_ptr, start, rows, left, HAS_DOC: tl.constexpr):
+    """Whether the target (first axis) may see the source (second), itself included."""
+    allowed = rows[:, None] >= rows[None, :]
+    if HAS_DOC:
+        doc = tl.load(doc_ptr + rows, mask=rows < left, other=0)
+        allowed = allowed & (start + rows[None, :] >= doc[:, None])
+    return allowed
+
+
+@triton.jit
+def _solve(A, Q: tl.constexpr, PREC: tl.constexpr):
+    """N = I - (I + A)^-1 for a strictly lower triangular A.
+
+    Blocks of 16 by forward substitution, all at once; then blocks of 2b from blocks of b, twice: if
+    C stands below the diagonal blocks, N there is (I - N) C (I - N).
+    """
+    BLOCKS: tl.constexpr = Q // 16
+    block = tl.arange(0, BLOCKS)
+    diagonal = block[:, None, None, None] == block[None, None, :, None]
+    A4 = tl.reshape(A, (BLOCKS, 16, BLOCKS, 16))
+    small = tl.sum(tl.where(diagonal, A4, 0.0), axis=2)  # (block, row, column)
+    row = tl.arange(0, 16)[None, :, None]
+    N3 = small
+    for i in range(2, 16):
+        mine = tl.sum(tl.where(row == i, small, 0.0), axis=1)
+        N3 = tl.where(row == i, N3 - tl.sum(mine[:, :, None] * N3, axis=1)[:, None, :], N3)
+    N = tl.reshape(tl.where(diagonal, N3[:, :, None, :], 0.0), (Q, Q))
+    at = tl.arange(0, Q)
+    for level in tl.static_range(4, 6):
+        below = (at[:, None] >> level) == (at[None, :] >> level) + 1
+        below = below & ((at[:, None] >> (level + 1)) == (at[None, :] >> (level + 1)))
+        C = tl.where(below, A, 0.0)
+        C -= tl.dot(N, C, input_precision=PREC)
+        N += C - tl.dot(C, N, input_precision=PREC)
+    return N
+
+
+@triton.jit
+def _prepare_kernel(
+    q_ptr, k_ptr, decay_ptr, beta_ptr, doc_ptr, factors_ptr, keep_ptr, pairs_ptr,
+    q_stride_b, k_stride_b, decay_stride_b, beta_stride_b, length, plane, pairs_plane, scale,
+    strongest, eps,
+    UNIT: tl.constexpr, Q_STRIDE_L: tl.constexpr, K_STRIDE_L: tl.constexpr,
+    DECAY_STRIDE_L: tl.constexpr, BETA_STRIDE_L: tl.constexpr, H: tl.constexpr, K: tl.constexpr,
+    BK: tl.constexpr, Q: tl.constexpr, NORMALIZE: tl.constexpr, HAS_DOC: tl.constexpr,
+    FULL: tl.constexpr, PREC: tl.constexpr, SOLVE: tl.constexpr,
+):  # fmt: skip
+    """The factors of a chunk's tokens, what it keeps of the state, and its N and P."""
+    c, h = tl.program_id(0), tl.program_id(1)
+    b = tl.program_id(2).to(tl.int64)
+    n_chunks = tl.num_programs(0)
+    start = c * Q
+    left = length - start
+    wide = start.to(tl.int64)
+    rows, cols = tl.arange(0, Q), tl.arange(0, BK)
+    FULL_K: tl.constexpr = K == BK
+    inside = rows < left
+    decay_ptr += b * decay_stride_b + wide * DECAY_STRIDE_L + h
+    beta_ptr += b * beta_stride_b + wide * BETA_STRIDE_L + h
+    if HAS_DOC:
+        doc_ptr += b * length + start
+    q_ptr += b * q_stride_b * UNIT + wide * Q_STRIDE_L + h * K
+    k_ptr += b * k_stride_b * UNIT + wide * K_STRIDE_L + h * K
+    factors_ptr += (b * H + h) * (n_chunks * Q) + start
+
+    k = _load(k_ptr, rows, cols, left, K, K_STRIDE_L, FULL, FULL_K)
+    q = _load(q_ptr, rows, cols, left, K, Q_STRIDE_L, FULL, FULL_K)
+    decay = tl.load(decay_ptr + rows * DECAY_STRIDE_L, mask=inside, other=0.0).to(tl.float32)
+    beta = tl.load(beta_ptr + rows * BETA_STRIDE_L, mask=inside, other=0.0).to(tl.float32)
+    cum = tl.cumsum(tl.maximum(decay, strongest) * 1.4426950408889634, axis=0)
+    total = tl.sum(tl.where(rows == Q - 1, cum, 0.0), axis=0)
+    rq = tl.full((Q,), 1.0, tl.float32)
+    rk = tl.full((Q,), 1.0, tl.float32)
+    if NORMALIZE:
+        q32, k32 = q.to(tl.float32), k.to(tl.float32)
+        rq = 1.0 / tl.sqrt(tl.sum(q32 * q32, axis=1) + eps)
+        rk = 1.0 / tl.sqrt(tl.sum(k32 * k32, axis=1) + eps)
+    seen = tl.exp2(cum)
+    leaves = tl.exp2(tl.minimum(total - cum, 0.0))
+    keep = tl.exp2(total)
+    if HAS_DOC:
+        doc = tl.load(doc_ptr + rows, mask=inside, other=0)
+        doc_last = tl.load(doc_ptr + tl.minimum(left, Q) - 1)
+        seen = tl.where(doc < start, seen, 0.0)
+        leaves = tl.where(start + rows >= doc_last, leaves, 0.0)
+        keep = tl.where(doc_last < start, keep, 0.0)
+    tl.store(factors_ptr + CUM * plane + rows, cum)
+    tl.store(factors_ptr + BETA * plane + rows, beta)
+    tl.store(factors_ptr + RQ * plane + rows, rq)
+    tl.store(factors_ptr + RK * plane + rows, rk)
+    tl.store(factors_ptr + READ_Q * plane + rows, seen * rq * scale)
+    tl.store(factors_ptr + READ_K * plane + rows, seen * rk)
+    tl.store(factors_ptr + WRITE_K * plane + rows, leaves * rk * beta)
+    tl.store(keep_ptr + (b * H + h) * n_chunks + c, keep)
+
+    allowed = _pairs(doc_ptr, start, rows, left, HAS_DOC)
+    weight = tl.exp2(tl.minimum(cum[:, None] - cum[None, :], 0.0)) * (beta * rk)[None, :]
+    weight = tl.where(allowed, weight, 0.0)
+    P = tl.dot(q, tl.trans(k), input_precision=PREC) * weight * (rq * scale)[:, None]
+    A = tl.dot(k, tl.trans(k), input_precision=PREC) * weight * rk[:, None]
+    N = _solve(tl.where(rows[:, None] > rows[None, :], A, 0.0), Q, SOLVE)
+    pairs_ptr += ((b * H + h) * n_chunks + c) * (Q * Q)
+    at = rows[:, None] * Q + rows[None, :]
+    tl.store(pairs_ptr + at, N.to(pairs_ptr.dtype.element_ty))
+    tl.store(pairs_ptr + pairs_plane + at, P.to(pairs_ptr.dtype.element_ty))
+
+
+@triton.jit
+def _scan_kernel(
+    q_ptr, k_ptr, v_ptr, factors_ptr, keep_ptr, pairs_ptr, first_ptr, out_ptr, states_ptr,
+    q_stride_b, k_stride_b, v_stride_b, length, plane, pairs_plane, n_chunks,
+    UNIT: tl.constexpr, Q_STRIDE_L: tl.constexpr, K_STRIDE_L: tl.constexpr,
+    V_STRIDE_L: tl.constexpr, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr,
+    BV: tl.constexpr, Q: tl.constexpr, HAS_FIRST: tl.constexpr, OUTPUT: tl.constexpr,
+    FULL: tl.constexpr, PREC: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Of one head and BV value channels: with OUTPUT, o and the last state; else e and the state
+    before each chunk, V x K."""
+    h = tl.program_id(1)
+    b = tl.program_id(2).to(tl.int64)
+    rows, cols = tl.arange(0, Q), tl.arange(0, BK)
+    values = tl.program_id(0) * BV + tl.arange(0, BV)
+    FULL_K: tl.constexpr = K == BK
+    FULL_V: tl.constexpr = V % BV == 0
+    q_ptr += b * q_stride_b * UNIT + h * K
+    k_ptr += b * k_stride_b * UNIT + h * K
+    v_ptr += b * v_stride_b * UNIT + h * V
+    out_ptr += b * length * (H * V) + h * V
+    factors_ptr += (b * H + h) * (n_chunks * Q) + rows
+    keep_ptr += (b * H + h) * n_chunks
+    pairs_ptr += (b * H + h) * n_chunks * (Q * Q)
+    if not OUTPUT:
+        states_ptr += (b * n_chunks * H + h) * (K * V)
+    square = rows[:, None] * Q + rows[None, :]
+    turned = cols[None, :] * V + values[:, None]  # of the states that come and go, K x V
+    inside = (cols[None, :] < K) & (values[:, None] < V)
+
+    state = tl.zeros((BV, BK), tl.float32)
+    if HAS_FIRST:
+        state += tl.load(first_ptr + (b * H + h) * (K * V) + turned, mask=inside, other=0.0)
+    for c in tl.range(0, n_chunks, num_stages=STAGES):
+        start = c * Q
+        left = length - start
+        wide = start.to(tl.int64)
+        k = _load(k_ptr + wide * K_STRIDE_L, rows, cols, left, K, K_STRIDE_L, FULL, FULL_K)
+        v = _load(v_ptr + wide * V_STRIDE_L, rows, values, left, V, V_STRIDE_L, FULL, FULL_V)
+        N = tl.load(pairs_ptr + wide * Q + square)
+        held = state.to(k.dtype)
+        if not OUTPUT:
+            to = states_ptr + wide // Q * (H * K * V)
+            _store(to, held, values, cols, V, K, K, FULL_V, FULL_K)
+        x = tl.dot(held, tl.trans(k), input_precision=PREC)
+        x = tl.trans(v).to(tl.float32) - x * tl.load(factors_ptr + READ_K * plane + start)[None, :]
+        e = x - tl.dot(x.to(k.dtype), tl.trans(N), input_precision=PREC)
+        if OUTPUT:
+            q = _load(q_ptr + wide * Q_STRIDE_L, rows, cols, left, K, Q_STRIDE_L, FULL, FULL_K)
+            P = tl.load(pairs_ptr + pairs_plane + wide * Q + square)
+            out = tl.dot(held, tl.trans(q), input_precision=PREC)
+            out = out * tl.load(factors_ptr + READ_Q * plane + start)[None, :]
+            out = tl.dot(e.to(k.dtype), tl.trans(P), out, input_precision=PREC)
+        else:
+            out = e
+        to = out_ptr + wide * (H * V)
+        _store(to, tl.trans(out.to(k.dtype)), rows, values, left, V, H * V, FULL, FULL_V)
+        e = e * tl.load(factors_ptr + WRITE_K * plane + start)[None, :]
+        state = tl.dot(e.to(k.dtype), k, state * tl.load(keep_ptr + c), input_precision=PREC)
+    if OUTPUT:
+        tl.store(states_ptr + (b * H + h) * (K * V) + turned, state, mask=inside)
+
+
+@triton.jit
+def _reverse_kernel(
+    do_ptr, q_ptr, k_ptr, factors_ptr, keep_ptr, pairs_ptr, dlast_ptr, dv_ptr, dstates_ptr,
+    dfirst_ptr, q_stride_b, k_stride_b, length, plane, pairs_plane, n_chunks,
+    UNIT: tl.constexpr, Q_STRIDE_L: tl.constexpr, K_STRIDE_L: tl.constexpr, H: tl.constexpr,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, Q: tl.constexpr,
+    HAS_LAST: tl.constexpr, FULL: tl.constexpr, PREC: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Of one head and BV value channels, from the last chunk to the first: dv, and the gradient of
+    the state after each chunk, V x K."""
+    h = tl.program_id(1)
+    b = tl.program_id(2).to(tl.int64)
+    rows, cols = tl.arange(0, Q), tl.arange(0, BK)
+    values = tl.program_id(0) * BV + tl.arange(0, BV)
+    FULL_K: tl.constexpr = K == BK
+    FULL_V: tl.constexpr = V % BV == 0
+    q_ptr += b * q_stride_b * UNIT + h * K
+    k_ptr += b * k_stride_b * UNIT + h * K
+    do_ptr += b * length * (H * V) + h * V
+    dv_ptr += b * length * (H * V) + h * V
+    factors_ptr += (b * H + h) * (n_chunks * Q) + rows
+    keep_ptr += (b * H + h) * n_chunks
+    pairs_ptr += (b * H + h) * n_chunks * (Q * Q)
+    dstates_ptr += (b * n_chunks * H + h) * (K * V)
+    square = rows[:, None] * Q + rows[None, :]
+    turned = cols[None, :] * V + values[:, None]
+    inside = (cols[None, :] < K) & (values[:, None] < V)
+
+    dstate = tl.zeros((BV, BK), tl.float32)
+    if HAS_LAST:
+        dstate += tl.load(dlast_ptr + (b * H + h) * (K * V) + turned, mask=inside, other=0.0)
+    for i in tl.range(0, n_chunks, num_stages=STAGES):
+        c = n_chunks - 1 - i
+        start = c * Q
+        left = length - start
+        wide = start.to(tl.int64)
+        k = _load(k_ptr + wide * K_STRIDE_L, rows, cols, left, K, K_STRIDE_L, FULL, FULL_K)
+        do = _load(do_ptr + wide * (H * V), rows, values, left, V, H * V, FULL, FULL_V)
+        N = tl.load(pairs_ptr + wide * Q + square)
+        P = tl.load(pairs_ptr + pairs_plane + wide * Q + square)
+        q = _load(q_ptr + wide * Q_STRIDE_L, rows, cols, left, K, Q_STRIDE_L, FULL, FULL_K)
+        held = dstate.to(k.dtype)
+        to = dstates_ptr + wide // Q * (H * K * V)
+        _store(to, held, values, cols, V, K, K, FULL_V, FULL_K)
+        de = tl.dot(held, tl.trans(k), input_precision=PREC)
+        de = de * tl.load(factors_ptr + WRITE_K * plane + start)[None, :]
+        do = tl.trans(do)
+        de = tl.dot(do, P, de, input_precision=PREC)
+        dx = de - tl.dot(de.to(k.dtype), N, input_precision=PREC)
+        to = dv_ptr + wide * (H * V)
+        _store(to, tl.trans(dx.to(k.dtype)), rows, values, left, V, H * V, FULL, FULL_V)
+        dstate = dstate * tl.load(keep_ptr + c)
+        do = do.to(tl.float32) * tl.load(factors_ptr + READ_Q * plane + start)[None, :]
+        dstate = tl.dot(do.to(k.dtype), q, dstate, input_precision=PREC)
+        dx = dx * -tl.load(factors_ptr + READ_K * plane + start)[None, :]
+        dstate = tl.dot(dx.to(k.dtype), k, dstate, input_precision=PREC)
+    tl.store(dfirst_ptr + (b * H + h) * (K * V) + turned, dstate, mask=inside)
+
+
+@triton.jit
+def _unscale(dx, x, r, NORMALIZE: tl.constexpr):
+    """The gradient of x from that of x r, where r is one over the length of x."""
+    if NORMALIZE:
+        along = tl.sum(dx * x, axis=1) * r
+        dx = (dx - x * (along * r)[:, None]) * r[:, None]
+    return dx
+
+
+@triton.jit
+def _gradient_kernel(
+    do_ptr, dv_ptr, e_ptr, q_ptr, k_ptr, doc_ptr, factors_ptr, keep_ptr, states_ptr, dstates_ptr,
+    dq_ptr, dk_ptr, ddecay_ptr, dbeta_ptr, q_stride_b, k_stride_b, length, plane, scale,
+    UNIT: tl.constexpr, Q_STRIDE_L: tl.constexpr, K_STRIDE_L: tl.constexpr, H: tl.constexpr,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, Q: tl.constexpr,
+    NORMALIZE: tl.constexpr, HAS_DOC: tl.constexpr, FULL: tl.constexpr, PREC: tl.constexpr,
+    TWICE: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """dq, dk and the gradients of decay and beta in one chunk of one head. TWICE passes over the
+    value channels a second time, where all sums of the first would not fit the registers."""
+    c, h = tl.program_id(0), tl.program_id(1)
+    b = tl.program_id(2).to(tl.int64)
+    n_chunks = tl.num_programs(0)
+    start = c * Q
+    left = length - start
+    wide = start.to(tl.int64)
+    rows, cols, values = tl.arange(0, Q), tl.arange(0, BK), tl.arange(0, BV)
+    FULL_K: tl.constexpr = K == BK
+    FULL_V: tl.constexpr = V % BV == 0
+    q_ptr += b * q_stride_b * UNIT + wide * Q_STRIDE_L + h * K
+    k_ptr += b * k_stride_b * UNIT + wide * K_STRIDE_L + h * K
+    at = (b * length + wide) * (H * V) + h * V
+    do_ptr += at
+    dv_ptr += at
+    e_ptr += at
+    at = ((b * n_chunks + c) * H + h) * (K * V)
+    states_ptr += at
+    dstates_ptr += at
+    factors_ptr += (b * H + h) * (n_chunks * Q) + start + rows
+    if HAS_DOC:
+        doc_ptr += b * length + start
+
+    dP = tl.zeros((Q, Q), tl.float32)
+    dA = tl.zeros((Q, Q), tl.float32)
+    dq = tl.zeros((Q, BK), tl.float32)
+    dk = tl.zeros((Q, BK), tl.float32)
+    writes = tl.zeros((Q, BK), tl.float32)
+    through = tl.zeros((BV,), tl.float32)
+    for first in tl.range(0, V, BV, num_stages=STAGES):
+        do = _load(do_ptr + first, rows, values, left, V - first, H * V, FULL, FULL_V)
+        dv = _load(dv_ptr + first, rows, values, left, V - first, H * V, FULL, FULL_V)
+        e = _load(e_ptr + first, rows, values, left, V - first, H * V, FULL, FULL_V)
+        state = _load(states_ptr + first * K, values, cols, V - first, K, K, FULL_V, FULL_K)
+        dP = tl.dot(do, tl.trans(e), dP, input_precision=PREC)
+        dA = tl.dot(dv, tl.trans(e), dA, input_precision=PREC)
+        dq = tl.dot(do, state, dq, input_precision=PREC)
+        dk = tl.dot(dv, state, dk, input_precision=PREC)
+        if not TWICE:
+            dstate = _load(dstates_ptr + first * K, values, cols, V - first, K, K, FULL_V, FULL_K)
+            writes = tl.dot(e, dstate, writes, input_precision=PREC)
+            through += tl.sum(state.to(tl.float32) * dstate.to(tl.float32), axis=1)
+
+    k = _load(k_ptr, rows, cols, left, K, K_STRIDE_L, FULL, FULL_K)
+    q = _load(q_ptr, rows, cols, left, K, Q_STRIDE_L, FULL, FULL_K)
+    cum = tl.load(factors_ptr + CUM * plane)
+    beta = tl.load(factors_ptr + BETA * plane)
+    rq = tl.load(factors_ptr + RQ * plane)
+    rk = tl.load(factors_ptr + RK * plane)
+    last = tl.load(factors_ptr - rows + CUM * plane + Q - 1)
+    seen = tl.exp2(cum)
+    leaves = tl.exp2(tl.minimum(last - cum, 0.0))
+    if HAS_DOC:
+        doc = tl.load(doc_ptr + rows, mask=rows < left, other=0)
+        doc_last = tl.load(doc_ptr + tl.minimum(left, Q) - 1)
+        seen = tl.where(doc < start, seen, 0.0)
+        leaves = tl.where(start + rows >= doc_last, leaves, 0.0)
+    decay = tl.exp2(tl.minimum(cum[:, None] - cum[None, :], 0.0))
+    decay = tl.where(_pairs(doc_ptr, start, rows, left, HAS_DOC), decay, 0.0)
+    before = rows[:, None] > rows[None, :]
+    # of the products of queries with keys and of keys with keys, but for beta of the source
+    dP = dP * decay * scale
+    dA = tl.where(before, -dA * decay, 0.0)
+    qk = tl.dot(q, tl.trans(k), input_precision=PREC) * rq[:, None] * rk[None, :]
+    kk = tl.dot(k, tl.trans(k), input_precision=PREC) * rk[:, None] * rk[None, :]
+    # what a pair gives for the decay of its span, which a pair of a token with itself has not
+    own = tl.sum(tl.where(rows[:, None] == rows[None, :], dP * qk, 0.0), axis=0)
+    spans = tl.where(before, dP * qk + dA * kk, 0.0)
+    from_here = tl.sum(spans, axis=0)
+    ends = tl.sum(spans * beta[None, :], axis=1) - beta * from_here
+    dP *= beta[None, :]
+    dA *= beta[None, :]
+
+    q32 = q.to(tl.float32)
+    dq *= (seen * scale)[:, None]
+    ends += tl.sum(dq * q32, axis=1) * rq
+    dq = tl.dot((dP * rk[None, :]).to(k.dtype), k, dq, input_precision=PREC)
+    dq = _unscale(dq, q32, rq, NORMALIZE)
+    to = (b * length + wide) * (H * K) + h * K
+    _store(dq_ptr + to, dq, rows, cols, left, K, H * K, FULL, FULL_K)
+
+    k32 = k.to(tl.float32)
+    dk *= -seen[:, None]
+    ends += tl.sum(dk * k32, axis=1) * rk
+    dk = tl.dot(tl.trans((dP * rq[:, None]).to(k.dtype)), q, dk, input_precision=PREC)
+    both = (dA + tl.trans(dA)) * rk[None, :]
+    dk = tl.dot(both.to(k.dtype), k, dk, input_precision=PREC)
+    if TWICE:
+        for first in tl.range(0, V, BV, num_stages=STAGES):
+            e = _load(e_ptr + first, rows, values, left, V - first, H * V, FULL, FULL_V)
+            state = _load(states_ptr + first * K, values, cols, V - first, K, K, FULL_V, FULL_K)
+            dstate = _load(dstates_ptr + first * K, values, cols, V - first, K, K, FULL_V, FULL_K)
+            writes = tl.dot(e, dstate, writes, input_precision=PREC)
+            through += tl.sum(state.to(tl.float32) * dstate.to(tl.float32), axis=1)
+    writes *= leaves[:, None]
+    carried = tl.sum(writes * k32, axis=1) * rk
+    dk = _unscale(dk + writes * beta[:, None], k32, rk, NORMALIZE)
+    _store(dk_ptr + to, dk, rows, cols, left, K, H * K, FULL, FULL_K)
+
+    to = (b * length + wide) * H + h + rows * H
+    dbeta = own + from_here + carried
+    tl.store(dbeta_ptr + to, dbeta.to(dbeta_ptr.dtype.element_ty), mask=rows < left)
+    # a token's decay lies in every span that begins before it and ends at it or later
+    carried *= beta
+    ddecay = tl.cumsum(ends, axis=0, reverse=True) + (tl.cumsum(carried, axis=0) - carried)
+    ddecay += tl.sum(through, axis=0) * tl.load(keep_ptr + (b * H + h) * n_chunks + c)
+    if HAS_DOC:
+        ddecay = tl.where(doc == start + rows, 0.0, ddecay)
+    tl.store(ddecay_ptr + to, ddecay.to(ddecay_ptr.dtype.element_ty), mask=rows < left)
+
+
+@dataclass(frozen=True)
+class Config:
+    """Warps of a program, value channels of a block, and software-pipelining stages."""
+
+    warps: int
+    values: int
+    stages: int
+
+
+# By kernel, bytes an element and whether a program may have 160 kB of shared memory (sm_80, sm_90) or
+# 99 kB; then by the widest key that it is for.
+CONFIGS = {
+    "prepare": {64: Config(4, 0, 1), 128: Config(4, 0, 1), 256: Config(4, 0, 1)},
+    "scan": {64: Config(4, 64, 2), 128: Config(4, 64, 2), 256: Config(8, 64, 2)},
+    "reverse": {64: Config(4, 64, 2), 128: Config(4, 64, 2), 256: Config(8, 64, 2)},
+    "gradient": {64: Config(8, 64, 2), 128: Config(8, 64, 2), 256: Config(8, 32, 2)},
+}
+
+
+def config(kernel: str, key_width: int, value_width: int) -> Config:
+    table = CONFIGS[kernel]
+    found = table[min(width for width in table if width >= key_width)]
+    return dataclasses.replace(found, values=min(found.values, _block(value_width)))
+
+
+def _block(width: int) -> int:
+    return max(16, triton.next_power_of_2(width))
+
+
+def _precision(dtype: torch.dtype) -> str:
+    return "tf32x3" if dtype == torch.float32 else "ieee"
+
+
+def _solve_precision(dtype: torch.dtype) -> str:
+    """Of N's blocks, which 16-bit data round to fewer bits than tf32 has."""
+    return "tf32x3" if dtype == torch.float32 else "tf32"
+
+
+def _rows(v: Tensor) -> Tensor:
+    """v (B, L, H, width) with its last two axes dense; a copy only where they are not."""
+    dense = v.stride(3) == 1 and v.stride(2) == v.shape[3]
+    return v if dense else v.contiguous()
+
+
+def _unit(*tensors: Tensor) -> int:
+    """8 if every batch stride is a multiple of 8 elements, which wide loads need to know, or 1."""
+    return 8 if all(v.stride(0) % 8 == 0 for v in tensors) else 1
+
+
+def prepare(
+    q: Tensor, k: Tensor, log_decay: Tensor, beta: Tensor, doc: Tensor | None, scale: float,
+    normalize: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Factors of the tokens (7, B, H, padded L), what chunks keep (B, H, c), both float32, and the
+    matrices N and P (2, B, H, c, Q, Q) in q's type."""
+    b, length, n_heads, width = q.shape
+    n_chunks = triton.cdiv(length, Q)
+    factors = q.new_empty((FACTORS, b, n_heads, n_chunks * Q), dtype=torch.float32)
+    keep = q.new_empty((b, n_heads, n_chunks), dtype=torch.float32)
+    pairs = q.new_empty((2, b, n_heads, n_chunks, Q, Q))
+    unit = _unit(q, k)
+    _prepare_kernel[(n_chunks, n_heads, b)](
+        q, k, log_decay, beta, doc, factors, keep, pairs,
+        q.stride(0) // unit, k.stride(0) // unit, log_decay.stride(0), beta.stride(0), length,
+        factors[0].numel(), pairs[0].numel(), scale, STRONGEST, NORM_EPS,
+        UNIT=unit, Q_STRIDE_L=q.stride(1), K_STRIDE_L=k.stride(1),
+        DECAY_STRIDE_L=log_decay.stride(1), BETA_STRIDE_L=beta.stride(1), H=n_heads, K=width,
+        BK=_block(width), Q=Q, NORMALIZE=normalize, HAS_DOC=doc is not None,
+        FULL=length % Q == 0, PREC=_precision(q.dtype), SOLVE=_solve_precision(q.dtype),
+        num_warps=config("prepare", width, 16).warps,
+    )  # fmt: skip
+    return factors, keep, pairs
+
+
+def scan(
+    q: Tensor, k: Tensor, v: Tensor, factors: Tensor, keep: Tensor, pairs: Tensor,
+    first: Tensor | None, output: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """o (B, L, H, V) and the last state (B, H, K, V), or, without `output`, e (B, L, H, V) and the
+    states before each chunk (B, c, H, V, K) in v's type."""
+    b, length, n_heads, width = k.shape
+    values = v.shape[3]
+    n_chunks = keep.shape[2]
+    out = v.new_empty((b, length, n_heads, values))
+    if output:
+        states = v.new_empty((b, n_heads, width, values), dtype=torch.float32)
+    else:
+        states = v.new_empty((b, n_chunks, n_heads, values, width))
+    options = config("scan", width, values)
+    unit = _unit(q, k, v)
+    _scan_kernel[(triton.cdiv(values, options.values), n_heads, b)](
+        q, k, v, factors, keep, pairs, first, out, states,
+        q.stride(0) // unit, k.stride(0) // unit, v.stride(0) // unit, length, factors[0].numel(),
+        pairs[0].numel(), n_chunks,
+        UNIT=unit, Q_STRIDE_L=q.stride(1), K_STRIDE_L=k.stride(1), V_STRIDE_L=v.stride(1),
+        H=n_heads, K=width, V=values, BK=_block(width), BV=options.values, Q=Q,
+        HAS_FIRST=first is not None, OUTPUT=output, FULL=length % Q == 0,
+        PREC=_precision(q.dtype), STAGES=options.stages, num_warps=options.warps,
+    )  # fmt: skip
+    return out, states
+
+
+def reverse(
+    do: Tensor, q: Tensor, k: Tensor, factors: Tensor, keep: Tensor, pairs: Tensor,
+    dlast: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """dv (B, L, H, V), the gradients of the states after each chunk (B, c, H, V, K) in its type,
+    and that of the first state (B, H, K, V) in float32; do is dense."""
+    b, length, n_heads, values = do.shape
+    width = k.shape[3]
+    n_chunks = keep.shape[2]
+    dv = do.new_empty(do.shape)
+    dstates = do.new_empty((b, n_chunks, n_heads, values, width))
+    dfirst = do.new_empty((b, n_heads, width, values), dtype=torch.float32)
+    options = config("reverse", width, values)
+    unit = _unit(q, k)
+    _reverse_kernel[(triton.cdiv(values, options.values), n_heads, b)](
+        do, q, k, factors, keep, pairs, dlast, dv, dstates, dfirst,
+        q.stride(0) // unit, k.stride(0) // unit, length, factors[0].numel(), pairs[0].numel(),
+        n_chunks,
+        UNIT=unit, Q_STRIDE_L=q.stride(1), K_STRIDE_L=k.stride(1), H=n_heads, K=width, V=values,
+        BK=_block(width), BV=options.values, Q=Q, HAS_LAST=dlast is not None,
+        FULL=length % Q == 0, PREC=_precision(q.dtype), STAGES=options.stages,
+        num_warps=options.warps,
+    )  # fmt: skip
+    return dv, dstates, dfirst
+
+
+def gradients(
+    do: Tensor, dv: Tensor, e: Tensor, q: Tensor, k: Tensor, doc: Tensor | None, factors: Tensor,
+    keep: Tensor, states: Tensor, dstates: Tensor, scale: float, normalize: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """dq and dk (B, L, H, K) in q's type, and the gradients of decay and beta (B, L, H) in
+    float32."""
+    b, length, n_heads, width = q.shape
+    values = do.shape[3]
+    n_chunks = keep.shape[2]
+    dq, dk = (q.new_empty(q.shape) for _ in range(2))
+    ddecay, dbeta = (keep.new_empty((b, length, n_heads)) for _ in range(2))
+    options = config("gradient", width, values)
+    unit = _unit(q, k)
+    _gradient_kernel[(n_chunks, n_heads, b)](
+        do, dv, e, q, k, doc, factors, keep, states, dstates, dq, dk, ddecay, dbeta,
+        q.stride(0) // unit, k.stride(0) // unit, length, factors[0].numel(), scale,
+        UNIT=unit, Q_STRIDE_L=q.stride(1), K_STRIDE_L=k.stride(1), H=n_heads, K=width, V=values,
+        BK=_block(width), BV=options.values, Q=Q, NORMALIZE=normalize, HAS_DOC=doc is not None,
+        FULL=length % Q == 0, PREC=_precision(q.dtype), TWICE=width > 128,
+        STAGES=options.stages, num_warps=options.warps,
+    )  # fmt: skip
+    return dq, dk, ddecay, dbeta
+
+
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor, first: Tensor | None,
+    doc: Tensor | None, scale: float, normalize: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    q, k, v = _rows(q), _rows(k), _rows(v)
+    log_decay, beta = (x if x.stride(2) == 1 else x.contiguous() for x in (log_decay, beta))
+    factors, keep, pairs = prepare(q, k, log_decay, beta, doc, scale, normalize)
+    return (*scan(q, k, v, factors, keep, pairs, first, True), factors, keep, pairs)
+
+
+def _forward_fake(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor, first: Tensor | None,
+    doc: Tensor | None, scale: float, normalize: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    b, length, n_heads, width = q.shape
+    n_chunks = (length + Q - 1) // Q
+    return (
+        q.new_empty(v.shape),
+        q.new_empty((b, n_heads, width, v.shape[3]), dtype=torch.float32),
+        q.new_empty((FACTORS, b, n_heads, n_chunks * Q), dtype=torch.float32),
+        q.new_empty((b, n_heads, n_chunks), dtype=torch.float32),
+        q.new_empty((2, b, n_heads, n_chunks, Q, Q)),
+    )
+
+
+def _backward(
+    do: Tensor, dlast: Tensor | None, q: Tensor, k: Tensor, v: Tensor, first: Tensor | None,
+    doc: Tensor | None, factors: Tensor, keep: Tensor, pairs: Tensor, scale: float,
+    normalize: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    q, k, v, do = _rows(q), _rows(k), _rows(v), do.contiguous()
+    dlast = None if dlast is None else dlast.contiguous()
+    e, states = scan(q, k, v, factors, keep, pairs, first, False)
+    dv, dstates, dfirst = reverse(do, q, k, factors, keep, pairs, dlast)
+    dq, dk, ddecay, dbeta = gradients(
+        do, dv, e, q, k, doc, factors, keep, states, dstates, scale, normalize
+    )
+    return dq, dk, dv, ddecay, dbeta, dfirst
+
+
+def _backward_fake(
+    do: Tensor, dlast: Tensor | None, q: Tensor, k: Tensor, v: Tensor, first: Tensor | None,
+    doc: Tensor | None, factors: Tensor, keep: Tensor, pairs: Tensor, scale: float,
+    normalize: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    b, length, n_heads, width = q.shape
+    return (
+        q.new_empty(q.shape),
+        k.new_empty(k.shape),
+        v.new_empty(v.shape),
+        keep.new_empty((b, length, n_heads)),
+        keep.new_empty((b, length, n_heads)),
+        keep.new_empty((b, n_heads, width, v.shape[3])),
+    )
+
+
+_forward_op = define_op(
+    "gated_delta_rule_forward(Tensor q, Tensor k, Tensor v, Tensor log_decay, Tensor beta, "
+    "Tensor? first, Tensor? doc, float scale, bool normalize) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _forward,
+    _forward_fake,
+)
+_backward_op = define_op(
+    "gated_delta_rule_backward(Tensor do, Tensor? dlast, Tensor q, Tensor k, Tensor v, "
+    "Tensor? first, Tensor? doc, Tensor factors, Tensor keep, Tensor pairs, float scale, "
+    "bool normalize) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _backward,
+    _backward_fake,
+)
+
+
+class _GatedDeltaRule(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor,
+        first: Tensor | None, doc: Tensor | None, scale: float, normalize: bool,
+    ) -> Any:  # fmt: skip
+        o, last, factors, keep, pairs = _forward_op(
+            q, k, v, log_decay, beta, first, doc, scale, normalize
+        )
+        ctx.save_for_backward(q, k, v, first, doc, factors, keep, pairs)
+        ctx.scale, ctx.normalize = scale, normalize
+        ctx.dtypes = log_decay.dtype, beta.dtype
+        ctx.first_dtype = None if first is None else first.dtype
+        ctx.set_materialize_grads(False)
+        return o, last
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        q, k, v, first, doc, factors, keep, pairs = ctx.saved_tensors
+        do = torch.zeros_like(v) if grads[0] is None else grads[0]
+        dq, dk, dv, ddecay, dbeta, dfirst = _backward_op(
+            do, grads[1], q, k, v, first, doc, factors, keep, pairs, ctx.scale, ctx.normalize
+        )
+        return (
+            dq,
+            dk,
+            dv,
+            ddecay.to(ctx.dtypes[0]),
+            dbeta.to(ctx.dtypes[1]),
+            None if ctx.first_dtype is None else dfirst.to(ctx.first_dtype),
+            None,
+            None,
+            None,
+        )
+
+
+def gated_delta_rule_triton(
+    q_BLHK: Tensor,
+    k_BLHK: Tensor,
+    v_BLHV: Tensor,
+    log_decay_BLH: Tensor,
+    beta_BLH: Tensor,
+    *,
+    scale: float | None = None,
+    normalize_qk: bool = False,
+    initial_state_BHKV: Tensor | None = None,
+    return_final_state: bool = False,
+    doc_start_BL: Tensor | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`ablate.kernels.gated_delta_rule` on a GPU; q, k and v share one type, rows are read in
+    place, and states between chunks have that type."""
+    if initial_state_BHKV is not None:
+        initial_state_BHKV = initial_state_BHKV.contiguous()
+    if doc_start_BL is not None:
+        doc_start_BL = doc_start_BL.to(torch.int32).contiguous()
+    o, last = _GatedDeltaRule.apply(
+        q_BLHK,
+        k_BLHK.to(q_BLHK.dtype),
+        v_BLHV.to(q_BLHK.dtype),
+        log_decay_BLH,
+        beta_BLH,
+        initial_state_BHKV,
+        doc_start_BL,
+        q_BLHK.shape[3] ** -0.5 if scale is None else scale,
+        normalize_qk,
+    )
+    return (o, last) if return_final_state else o
