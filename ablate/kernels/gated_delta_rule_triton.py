@@ -41,11 +41,12 @@ from ablate.kernels.dispatch import define_op
 from ablate.kernels.gated_delta_rule import NORM_EPS, STRONGEST
 
 Q = 64
-# of each token, (B, H, padded L) each: the sums of log decays within the chunk in units of log2;
-# beta; what divides the query and the key; the factors of the query that reads the entering state,
-# of the key that does, and of the key that writes to the leaving one
-CUM, BETA, RQ, RK, READ_Q, READ_K, WRITE_K = (tl.constexpr(i) for i in range(7))
-FACTORS = 7
+# Factors of a chunk's tokens, each Q numbers: the sums of log decays within the chunk in units of
+# log2; beta; what the query and the key are multiplied by to have length one; the factors of the
+# query that reads the entering state, of the key that does, and of the key that writes to the
+# leaving one; and, the same for all, what is kept of the state.
+CUM, BETA, RQ, RK, READ_Q, READ_K, WRITE_K, KEEP = (tl.constexpr(i * Q) for i in range(8))
+FACTORS: tl.constexpr = tl.constexpr(8 * Q)
 
 
 @triton.jit
@@ -116,15 +117,14 @@ def _solve(A, Q: tl.constexpr, PREC: tl.constexpr):
 
 @triton.jit
 def _prepare_kernel(
-    q_ptr, k_ptr, decay_ptr, beta_ptr, doc_ptr, factors_ptr, keep_ptr, pairs_ptr,
-    q_stride_b, k_stride_b, decay_stride_b, beta_stride_b, length, plane, pairs_plane, scale,
-    strongest, eps,
+    q_ptr, k_ptr, decay_ptr, beta_ptr, doc_ptr, factors_ptr, pairs_ptr,
+    q_stride_b, k_stride_b, decay_stride_b, beta_stride_b, length, scale, strongest, eps,
     UNIT: tl.constexpr, Q_STRIDE_L: tl.constexpr, K_STRIDE_L: tl.constexpr,
     DECAY_STRIDE_L: tl.constexpr, BETA_STRIDE_L: tl.constexpr, H: tl.constexpr, K: tl.constexpr,
     BK: tl.constexpr, Q: tl.constexpr, NORMALIZE: tl.constexpr, HAS_DOC: tl.constexpr,
     FULL: tl.constexpr, PREC: tl.constexpr, SOLVE: tl.constexpr,
 ):  # fmt: skip
-    """The factors of a chunk's tokens, what it keeps of the state, and its N and P."""
+    """The factors of a chunk's tokens, and its N and P."""
     c, h = tl.program_id(0), tl.program_id(1)
     b = tl.program_id(2).to(tl.int64)
     n_chunks = tl.num_programs(0)
@@ -140,7 +140,8 @@ def _prepare_kernel(
         doc_ptr += b * length + start
     q_ptr += b * q_stride_b * UNIT + wide * Q_STRIDE_L + h * K
     k_ptr += b * k_stride_b * UNIT + wide * K_STRIDE_L + h * K
-    factors_ptr += (b * H + h) * (n_chunks * Q) + start
+    factors_ptr += ((b * H + h) * n_chunks + c) * FACTORS + rows
+    pairs_ptr += ((b * H + h) * n_chunks + c) * (2 * Q * Q)
 
     k = _load(k_ptr, rows, cols, left, K, K_STRIDE_L, FULL, FULL_K)
     q = _load(q_ptr, rows, cols, left, K, Q_STRIDE_L, FULL, FULL_K)
@@ -163,14 +164,14 @@ def _prepare_kernel(
         seen = tl.where(doc < start, seen, 0.0)
         leaves = tl.where(start + rows >= doc_last, leaves, 0.0)
         keep = tl.where(doc_last < start, keep, 0.0)
-    tl.store(factors_ptr + CUM * plane + rows, cum)
-    tl.store(factors_ptr + BETA * plane + rows, beta)
-    tl.store(factors_ptr + RQ * plane + rows, rq)
-    tl.store(factors_ptr + RK * plane + rows, rk)
-    tl.store(factors_ptr + READ_Q * plane + rows, seen * rq * scale)
-    tl.store(factors_ptr + READ_K * plane + rows, seen * rk)
-    tl.store(factors_ptr + WRITE_K * plane + rows, leaves * rk * beta)
-    tl.store(keep_ptr + (b * H + h) * n_chunks + c, keep)
+    tl.store(factors_ptr + CUM, cum)
+    tl.store(factors_ptr + BETA, beta)
+    tl.store(factors_ptr + RQ, rq)
+    tl.store(factors_ptr + RK, rk)
+    tl.store(factors_ptr + READ_Q, seen * rq * scale)
+    tl.store(factors_ptr + READ_K, seen * rk)
+    tl.store(factors_ptr + WRITE_K, leaves * rk * beta)
+    tl.store(factors_ptr + KEEP, tl.zeros((Q,), tl.float32) + keep)
 
     allowed = _pairs(doc_ptr, start, rows, left, HAS_DOC)
     weight = tl.exp2(tl.minimum(cum[:, None] - cum[None, :], 0.0)) * (beta * rk)[None, :]
@@ -178,16 +179,15 @@ def _prepare_kernel(
     P = tl.dot(q, tl.trans(k), input_precision=PREC) * weight * (rq * scale)[:, None]
     A = tl.dot(k, tl.trans(k), input_precision=PREC) * weight * rk[:, None]
     N = _solve(tl.where(rows[:, None] > rows[None, :], A, 0.0), Q, SOLVE)
-    pairs_ptr += ((b * H + h) * n_chunks + c) * (Q * Q)
     at = rows[:, None] * Q + rows[None, :]
     tl.store(pairs_ptr + at, N.to(pairs_ptr.dtype.element_ty))
-    tl.store(pairs_ptr + pairs_plane + at, P.to(pairs_ptr.dtype.element_ty))
+    tl.store(pairs_ptr + Q * Q + at, P.to(pairs_ptr.dtype.element_ty))
 
 
 @triton.jit
 def _scan_kernel(
-    q_ptr, k_ptr, v_ptr, factors_ptr, keep_ptr, pairs_ptr, first_ptr, out_ptr, states_ptr,
-    q_stride_b, k_stride_b, v_stride_b, length, plane, pairs_plane, n_chunks,
+    q_ptr, k_ptr, v_ptr, factors_ptr, pairs_ptr, first_ptr, out_ptr, states_ptr,
+    q_stride_b, k_stride_b, v_stride_b, length, n_chunks,
     UNIT: tl.constexpr, Q_STRIDE_L: tl.constexpr, K_STRIDE_L: tl.constexpr,
     V_STRIDE_L: tl.constexpr, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr,
     BV: tl.constexpr, Q: tl.constexpr, HAS_FIRST: tl.constexpr, OUTPUT: tl.constexpr,
@@ -205,9 +205,8 @@ def _scan_kernel(
     k_ptr += b * k_stride_b * UNIT + h * K
     v_ptr += b * v_stride_b * UNIT + h * V
     out_ptr += b * length * (H * V) + h * V
-    factors_ptr += (b * H + h) * (n_chunks * Q) + rows
-    keep_ptr += (b * H + h) * n_chunks
-    pairs_ptr += (b * H + h) * n_chunks * (Q * Q)
+    factors_ptr += (b * H + h) * n_chunks * FACTORS
+    pairs_ptr += (b * H + h) * n_chunks * (2 * Q * Q)
     if not OUTPUT:
         states_ptr += (b * n_chunks * H + h) * (K * V)
     square = rows[:, None] * Q + rows[None, :]
@@ -221,36 +220,38 @@ def _scan_kernel(
         start = c * Q
         left = length - start
         wide = start.to(tl.int64)
+        factors = factors_ptr + wide * (FACTORS // Q)
         k = _load(k_ptr + wide * K_STRIDE_L, rows, cols, left, K, K_STRIDE_L, FULL, FULL_K)
         v = _load(v_ptr + wide * V_STRIDE_L, rows, values, left, V, V_STRIDE_L, FULL, FULL_V)
-        N = tl.load(pairs_ptr + wide * Q + square)
+        N = tl.load(pairs_ptr + wide * (2 * Q) + square)
         held = state.to(k.dtype)
-        if not OUTPUT:
+        if OUTPUT:
+            q = _load(q_ptr + wide * Q_STRIDE_L, rows, cols, left, K, Q_STRIDE_L, FULL, FULL_K)
+            P = tl.load(pairs_ptr + wide * (2 * Q) + Q * Q + square)
+        else:
             to = states_ptr + wide // Q * (H * K * V)
             _store(to, held, values, cols, V, K, K, FULL_V, FULL_K)
         x = tl.dot(held, tl.trans(k), input_precision=PREC)
-        x = tl.trans(v).to(tl.float32) - x * tl.load(factors_ptr + READ_K * plane + start)[None, :]
+        x = tl.trans(v).to(tl.float32) - x * tl.load(factors + READ_K + rows)[None, :]
         e = x - tl.dot(x.to(k.dtype), tl.trans(N), input_precision=PREC)
         if OUTPUT:
-            q = _load(q_ptr + wide * Q_STRIDE_L, rows, cols, left, K, Q_STRIDE_L, FULL, FULL_K)
-            P = tl.load(pairs_ptr + pairs_plane + wide * Q + square)
             out = tl.dot(held, tl.trans(q), input_precision=PREC)
-            out = out * tl.load(factors_ptr + READ_Q * plane + start)[None, :]
+            out = out * tl.load(factors + READ_Q + rows)[None, :]
             out = tl.dot(e.to(k.dtype), tl.trans(P), out, input_precision=PREC)
         else:
             out = e
         to = out_ptr + wide * (H * V)
         _store(to, tl.trans(out.to(k.dtype)), rows, values, left, V, H * V, FULL, FULL_V)
-        e = e * tl.load(factors_ptr + WRITE_K * plane + start)[None, :]
-        state = tl.dot(e.to(k.dtype), k, state * tl.load(keep_ptr + c), input_precision=PREC)
+        e = e * tl.load(factors + WRITE_K + rows)[None, :]
+        state = tl.dot(e.to(k.dtype), k, state * tl.load(factors + KEEP), input_precision=PREC)
     if OUTPUT:
         tl.store(states_ptr + (b * H + h) * (K * V) + turned, state, mask=inside)
 
 
 @triton.jit
 def _reverse_kernel(
-    do_ptr, q_ptr, k_ptr, factors_ptr, keep_ptr, pairs_ptr, dlast_ptr, dv_ptr, dstates_ptr,
-    dfirst_ptr, q_stride_b, k_stride_b, length, plane, pairs_plane, n_chunks,
+    do_ptr, q_ptr, k_ptr, factors_ptr, pairs_ptr, dlast_ptr, dv_ptr, dstates_ptr,
+    dfirst_ptr, q_stride_b, k_stride_b, length, n_chunks,
     UNIT: tl.constexpr, Q_STRIDE_L: tl.constexpr, K_STRIDE_L: tl.constexpr, H: tl.constexpr,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, Q: tl.constexpr,
     HAS_LAST: tl.constexpr, FULL: tl.constexpr, PREC: tl.constexpr, STAGES: tl.constexpr,
@@ -267,9 +268,8 @@ def _reverse_kernel(
     k_ptr += b * k_stride_b * UNIT + h * K
     do_ptr += b * length * (H * V) + h * V
     dv_ptr += b * length * (H * V) + h * V
-    factors_ptr += (b * H + h) * (n_chunks * Q) + rows
-    keep_ptr += (b * H + h) * n_chunks
-    pairs_ptr += (b * H + h) * n_chunks * (Q * Q)
+    factors_ptr += (b * H + h) * n_chunks * FACTORS
+    pairs_ptr += (b * H + h) * n_chunks * (2 * Q * Q)
     dstates_ptr += (b * n_chunks * H + h) * (K * V)
     square = rows[:, None] * Q + rows[None, :]
     turned = cols[None, :] * V + values[:, None]
@@ -283,25 +283,26 @@ def _reverse_kernel(
         start = c * Q
         left = length - start
         wide = start.to(tl.int64)
+        factors = factors_ptr + wide * (FACTORS // Q)
         k = _load(k_ptr + wide * K_STRIDE_L, rows, cols, left, K, K_STRIDE_L, FULL, FULL_K)
         do = _load(do_ptr + wide * (H * V), rows, values, left, V, H * V, FULL, FULL_V)
-        N = tl.load(pairs_ptr + wide * Q + square)
-        P = tl.load(pairs_ptr + pairs_plane + wide * Q + square)
+        N = tl.load(pairs_ptr + wide * (2 * Q) + square)
+        P = tl.load(pairs_ptr + wide * (2 * Q) + Q * Q + square)
         q = _load(q_ptr + wide * Q_STRIDE_L, rows, cols, left, K, Q_STRIDE_L, FULL, FULL_K)
         held = dstate.to(k.dtype)
         to = dstates_ptr + wide // Q * (H * K * V)
         _store(to, held, values, cols, V, K, K, FULL_V, FULL_K)
         de = tl.dot(held, tl.trans(k), input_precision=PREC)
-        de = de * tl.load(factors_ptr + WRITE_K * plane + start)[None, :]
+        de = de * tl.load(factors + WRITE_K + rows)[None, :]
         do = tl.trans(do)
         de = tl.dot(do, P, de, input_precision=PREC)
         dx = de - tl.dot(de.to(k.dtype), N, input_precision=PREC)
         to = dv_ptr + wide * (H * V)
         _store(to, tl.trans(dx.to(k.dtype)), rows, values, left, V, H * V, FULL, FULL_V)
-        dstate = dstate * tl.load(keep_ptr + c)
-        do = do.to(tl.float32) * tl.load(factors_ptr + READ_Q * plane + start)[None, :]
+        dstate = dstate * tl.load(factors + KEEP)
+        do = do.to(tl.float32) * tl.load(factors + READ_Q + rows)[None, :]
         dstate = tl.dot(do.to(k.dtype), q, dstate, input_precision=PREC)
-        dx = dx * -tl.load(factors_ptr + READ_K * plane + start)[None, :]
+        dx = dx * -tl.load(factors + READ_K + rows)[None, :]
         dstate = tl.dot(dx.to(k.dtype), k, dstate, input_precision=PREC)
     tl.store(dfirst_ptr + (b * H + h) * (K * V) + turned, dstate, mask=inside)
 
@@ -317,8 +318,8 @@ def _unscale(dx, x, r, NORMALIZE: tl.constexpr):
 
 @triton.jit
 def _gradient_kernel(
-    do_ptr, dv_ptr, e_ptr, q_ptr, k_ptr, doc_ptr, factors_ptr, keep_ptr, states_ptr, dstates_ptr,
-    dq_ptr, dk_ptr, ddecay_ptr, dbeta_ptr, q_stride_b, k_stride_b, length, plane, scale,
+    do_ptr, dv_ptr, e_ptr, q_ptr, k_ptr, doc_ptr, factors_ptr, states_ptr, dstates_ptr,
+    dq_ptr, dk_ptr, ddecay_ptr, dbeta_ptr, q_stride_b, k_stride_b, length, scale,
     UNIT: tl.constexpr, Q_STRIDE_L: tl.constexpr, K_STRIDE_L: tl.constexpr, H: tl.constexpr,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, Q: tl.constexpr,
     NORMALIZE: tl.constexpr, HAS_DOC: tl.constexpr, FULL: tl.constexpr, PREC: tl.constexpr,
@@ -344,7 +345,7 @@ def _gradient_kernel(
     at = ((b * n_chunks + c) * H + h) * (K * V)
     states_ptr += at
     dstates_ptr += at
-    factors_ptr += (b * H + h) * (n_chunks * Q) + start + rows
+    factors_ptr += ((b * H + h) * n_chunks + c) * FACTORS
     if HAS_DOC:
         doc_ptr += b * length + start
 
@@ -370,11 +371,11 @@ def _gradient_kernel(
 
     k = _load(k_ptr, rows, cols, left, K, K_STRIDE_L, FULL, FULL_K)
     q = _load(q_ptr, rows, cols, left, K, Q_STRIDE_L, FULL, FULL_K)
-    cum = tl.load(factors_ptr + CUM * plane)
-    beta = tl.load(factors_ptr + BETA * plane)
-    rq = tl.load(factors_ptr + RQ * plane)
-    rk = tl.load(factors_ptr + RK * plane)
-    last = tl.load(factors_ptr - rows + CUM * plane + Q - 1)
+    cum = tl.load(factors_ptr + CUM + rows)
+    beta = tl.load(factors_ptr + BETA + rows)
+    rq = tl.load(factors_ptr + RQ + rows)
+    rk = tl.load(factors_ptr + RK + rows)
+    last = tl.load(factors_ptr + CUM + Q - 1)
     seen = tl.exp2(cum)
     leaves = tl.exp2(tl.minimum(last - cum, 0.0))
     if HAS_DOC:
@@ -430,7 +431,7 @@ def _gradient_kernel(
     # a token's decay lies in every span that begins before it and ends at it or later
     carried *= beta
     ddecay = tl.cumsum(ends, axis=0, reverse=True) + (tl.cumsum(carried, axis=0) - carried)
-    ddecay += tl.sum(through, axis=0) * tl.load(keep_ptr + (b * H + h) * n_chunks + c)
+    ddecay += tl.sum(through, axis=0) * tl.load(factors_ptr + KEEP)
     if HAS_DOC:
         ddecay = tl.where(doc == start + rows, 0.0, ddecay)
     tl.store(ddecay_ptr + to, ddecay.to(ddecay_ptr.dtype.element_ty), mask=rows < left)
@@ -489,36 +490,35 @@ def prepare(
     q: Tensor, k: Tensor, log_decay: Tensor, beta: Tensor, doc: Tensor | None, scale: float,
     normalize: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Factors of the tokens (7, B, H, padded L), what chunks keep (B, H, c), both float32, and the
-    matrices N and P (2, B, H, c, Q, Q) in q's type."""
+    """Factors of the tokens (B, H, c, 8, Q), float32, and the matrices N and P (B, H, c, 2, Q, Q) in
+    q's type."""
     b, length, n_heads, width = q.shape
     n_chunks = triton.cdiv(length, Q)
-    factors = q.new_empty((FACTORS, b, n_heads, n_chunks * Q), dtype=torch.float32)
-    keep = q.new_empty((b, n_heads, n_chunks), dtype=torch.float32)
-    pairs = q.new_empty((2, b, n_heads, n_chunks, Q, Q))
+    factors = q.new_empty((b, n_heads, n_chunks, 8, Q), dtype=torch.float32)
+    pairs = q.new_empty((b, n_heads, n_chunks, 2, Q, Q))
     unit = _unit(q, k)
     _prepare_kernel[(n_chunks, n_heads, b)](
-        q, k, log_decay, beta, doc, factors, keep, pairs,
+        q, k, log_decay, beta, doc, factors, pairs,
         q.stride(0) // unit, k.stride(0) // unit, log_decay.stride(0), beta.stride(0), length,
-        factors[0].numel(), pairs[0].numel(), scale, STRONGEST, NORM_EPS,
+        scale, STRONGEST, NORM_EPS,
         UNIT=unit, Q_STRIDE_L=q.stride(1), K_STRIDE_L=k.stride(1),
         DECAY_STRIDE_L=log_decay.stride(1), BETA_STRIDE_L=beta.stride(1), H=n_heads, K=width,
         BK=_block(width), Q=Q, NORMALIZE=normalize, HAS_DOC=doc is not None,
         FULL=length % Q == 0, PREC=_precision(q.dtype), SOLVE=_solve_precision(q.dtype),
         num_warps=config("prepare", width, 16).warps,
     )  # fmt: skip
-    return factors, keep, pairs
+    return factors, pairs
 
 
 def scan(
-    q: Tensor, k: Tensor, v: Tensor, factors: Tensor, keep: Tensor, pairs: Tensor,
+    q: Tensor, k: Tensor, v: Tensor, factors: Tensor, pairs: Tensor,
     first: Tensor | None, output: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """o (B, L, H, V) and the last state (B, H, K, V), or, without `output`, e (B, L, H, V) and the
     states before each chunk (B, c, H, V, K) in v's type."""
     b, length, n_heads, width = k.shape
     values = v.shape[3]
-    n_chunks = keep.shape[2]
+    n_chunks = factors.shape[2]
     out = v.new_empty((b, length, n_heads, values))
     if output:
         states = v.new_empty((b, n_heads, width, values), dtype=torch.float32)
@@ -527,9 +527,8 @@ def scan(
     options = config("scan", width, values)
     unit = _unit(q, k, v)
     _scan_kernel[(triton.cdiv(values, options.values), n_heads, b)](
-        q, k, v, factors, keep, pairs, first, out, states,
-        q.stride(0) // unit, k.stride(0) // unit, v.stride(0) // unit, length, factors[0].numel(),
-        pairs[0].numel(), n_chunks,
+        q, k, v, factors, pairs, first, out, states,
+        q.stride(0) // unit, k.stride(0) // unit, v.stride(0) // unit, length, n_chunks,
         UNIT=unit, Q_STRIDE_L=q.stride(1), K_STRIDE_L=k.stride(1), V_STRIDE_L=v.stride(1),
         H=n_heads, K=width, V=values, BK=_block(width), BV=options.values, Q=Q,
         HAS_FIRST=first is not None, OUTPUT=output, FULL=length % Q == 0,
@@ -539,23 +538,22 @@ def scan(
 
 
 def reverse(
-    do: Tensor, q: Tensor, k: Tensor, factors: Tensor, keep: Tensor, pairs: Tensor,
+    do: Tensor, q: Tensor, k: Tensor, factors: Tensor, pairs: Tensor,
     dlast: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """dv (B, L, H, V), the gradients of the states after each chunk (B, c, H, V, K) in its type,
     and that of the first state (B, H, K, V) in float32; do is dense."""
     b, length, n_heads, values = do.shape
     width = k.shape[3]
-    n_chunks = keep.shape[2]
+    n_chunks = factors.shape[2]
     dv = do.new_empty(do.shape)
     dstates = do.new_empty((b, n_chunks, n_heads, values, width))
     dfirst = do.new_empty((b, n_heads, width, values), dtype=torch.float32)
     options = config("reverse", width, values)
     unit = _unit(q, k)
     _reverse_kernel[(triton.cdiv(values, options.values), n_heads, b)](
-        do, q, k, factors, keep, pairs, dlast, dv, dstates, dfirst,
-        q.stride(0) // unit, k.stride(0) // unit, length, factors[0].numel(), pairs[0].numel(),
-        n_chunks,
+        do, q, k, factors, pairs, dlast, dv, dstates, dfirst,
+        q.stride(0) // unit, k.stride(0) // unit, length, n_chunks,
         UNIT=unit, Q_STRIDE_L=q.stride(1), K_STRIDE_L=k.stride(1), H=n_heads, K=width, V=values,
         BK=_block(width), BV=options.values, Q=Q, HAS_LAST=dlast is not None,
         FULL=length % Q == 0, PREC=_precision(q.dtype), STAGES=options.stages,
@@ -566,20 +564,20 @@ def reverse(
 
 def gradients(
     do: Tensor, dv: Tensor, e: Tensor, q: Tensor, k: Tensor, doc: Tensor | None, factors: Tensor,
-    keep: Tensor, states: Tensor, dstates: Tensor, scale: float, normalize: bool,
+    states: Tensor, dstates: Tensor, scale: float, normalize: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """dq and dk (B, L, H, K) in q's type, and the gradients of decay and beta (B, L, H) in
     float32."""
     b, length, n_heads, width = q.shape
     values = do.shape[3]
-    n_chunks = keep.shape[2]
+    n_chunks = factors.shape[2]
     dq, dk = (q.new_empty(q.shape) for _ in range(2))
-    ddecay, dbeta = (keep.new_empty((b, length, n_heads)) for _ in range(2))
+    ddecay, dbeta = (factors.new_empty((b, length, n_heads)) for _ in range(2))
     options = config("gradient", width, values)
     unit = _unit(q, k)
     _gradient_kernel[(n_chunks, n_heads, b)](
-        do, dv, e, q, k, doc, factors, keep, states, dstates, dq, dk, ddecay, dbeta,
-        q.stride(0) // unit, k.stride(0) // unit, length, factors[0].numel(), scale,
+        do, dv, e, q, k, doc, factors, states, dstates, dq, dk, ddecay, dbeta,
+        q.stride(0) // unit, k.stride(0) // unit, length, scale,
         UNIT=unit, Q_STRIDE_L=q.stride(1), K_STRIDE_L=k.stride(1), H=n_heads, K=width, V=values,
         BK=_block(width), BV=options.values, Q=Q, NORMALIZE=normalize, HAS_DOC=doc is not None,
         FULL=length % Q == 0, PREC=_precision(q.dtype), TWICE=width > 128,
@@ -591,46 +589,45 @@ def gradients(
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor, first: Tensor | None,
     doc: Tensor | None, scale: float, normalize: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     q, k, v = _rows(q), _rows(k), _rows(v)
     log_decay, beta = (x if x.stride(2) == 1 else x.contiguous() for x in (log_decay, beta))
-    factors, keep, pairs = prepare(q, k, log_decay, beta, doc, scale, normalize)
-    return (*scan(q, k, v, factors, keep, pairs, first, True), factors, keep, pairs)
+    factors, pairs = prepare(q, k, log_decay, beta, doc, scale, normalize)
+    return (*scan(q, k, v, factors, pairs, first, True), factors, pairs)
 
 
 def _forward_fake(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor, first: Tensor | None,
     doc: Tensor | None, scale: float, normalize: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     b, length, n_heads, width = q.shape
     n_chunks = (length + Q - 1) // Q
     return (
         q.new_empty(v.shape),
         q.new_empty((b, n_heads, width, v.shape[3]), dtype=torch.float32),
-        q.new_empty((FACTORS, b, n_heads, n_chunks * Q), dtype=torch.float32),
-        q.new_empty((b, n_heads, n_chunks), dtype=torch.float32),
-        q.new_empty((2, b, n_heads, n_chunks, Q, Q)),
+        q.new_empty((b, n_heads, n_chunks, 8, Q), dtype=torch.float32),
+        q.new_empty((b, n_heads, n_chunks, 2, Q, Q)),
     )
 
 
 def _backward(
     do: Tensor, dlast: Tensor | None, q: Tensor, k: Tensor, v: Tensor, first: Tensor | None,
-    doc: Tensor | None, factors: Tensor, keep: Tensor, pairs: Tensor, scale: float,
+    doc: Tensor | None, factors: Tensor, pairs: Tensor, scale: float,
     normalize: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     q, k, v, do = _rows(q), _rows(k), _rows(v), do.contiguous()
     dlast = None if dlast is None else dlast.contiguous()
-    e, states = scan(q, k, v, factors, keep, pairs, first, False)
-    dv, dstates, dfirst = reverse(do, q, k, factors, keep, pairs, dlast)
+    e, states = scan(q, k, v, factors, pairs, first, False)
+    dv, dstates, dfirst = reverse(do, q, k, factors, pairs, dlast)
     dq, dk, ddecay, dbeta = gradients(
-        do, dv, e, q, k, doc, factors, keep, states, dstates, scale, normalize
+        do, dv, e, q, k, doc, factors, states, dstates, scale, normalize
     )
     return dq, dk, dv, ddecay, dbeta, dfirst
 
 
 def _backward_fake(
     do: Tensor, dlast: Tensor | None, q: Tensor, k: Tensor, v: Tensor, first: Tensor | None,
-    doc: Tensor | None, factors: Tensor, keep: Tensor, pairs: Tensor, scale: float,
+    doc: Tensor | None, factors: Tensor, pairs: Tensor, scale: float,
     normalize: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     b, length, n_heads, width = q.shape
@@ -638,22 +635,22 @@ def _backward_fake(
         q.new_empty(q.shape),
         k.new_empty(k.shape),
         v.new_empty(v.shape),
-        keep.new_empty((b, length, n_heads)),
-        keep.new_empty((b, length, n_heads)),
-        keep.new_empty((b, n_heads, width, v.shape[3])),
+        factors.new_empty((b, length, n_heads)),
+        factors.new_empty((b, length, n_heads)),
+        factors.new_empty((b, n_heads, width, v.shape[3])),
     )
 
 
 _forward_op = define_op(
     "gated_delta_rule_forward(Tensor q, Tensor k, Tensor v, Tensor log_decay, Tensor beta, "
     "Tensor? first, Tensor? doc, float scale, bool normalize) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "-> (Tensor, Tensor, Tensor, Tensor)",
     _forward,
     _forward_fake,
 )
 _backward_op = define_op(
     "gated_delta_rule_backward(Tensor do, Tensor? dlast, Tensor q, Tensor k, Tensor v, "
-    "Tensor? first, Tensor? doc, Tensor factors, Tensor keep, Tensor pairs, float scale, "
+    "Tensor? first, Tensor? doc, Tensor factors, Tensor pairs, float scale, "
     "bool normalize) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _backward,
     _backward_fake,
@@ -666,10 +663,10 @@ class _GatedDeltaRule(torch.autograd.Function):
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor,
         first: Tensor | None, doc: Tensor | None, scale: float, normalize: bool,
     ) -> Any:  # fmt: skip
-        o, last, factors, keep, pairs = _forward_op(
+        o, last, factors, pairs = _forward_op(
             q, k, v, log_decay, beta, first, doc, scale, normalize
         )
-        ctx.save_for_backward(q, k, v, first, doc, factors, keep, pairs)
+        ctx.save_for_backward(q, k, v, first, doc, factors, pairs)
         ctx.scale, ctx.normalize = scale, normalize
         ctx.dtypes = log_decay.dtype, beta.dtype
         ctx.first_dtype = None if first is None else first.dtype
@@ -678,10 +675,10 @@ class _GatedDeltaRule(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        q, k, v, first, doc, factors, keep, pairs = ctx.saved_tensors
+        q, k, v, first, doc, factors, pairs = ctx.saved_tensors
         do = torch.zeros_like(v) if grads[0] is None else grads[0]
         dq, dk, dv, ddecay, dbeta, dfirst = _backward_op(
-            do, grads[1], q, k, v, first, doc, factors, keep, pairs, ctx.scale, ctx.normalize
+            do, grads[1], q, k, v, first, doc, factors, pairs, ctx.scale, ctx.normalize
         )
         return (
             dq,
