@@ -41,12 +41,19 @@ from ablate.kernels.dispatch import define_op
 from ablate.kernels.gated_delta_rule import NORM_EPS, STRONGEST
 
 Q = 64
-# Factors of a chunk's tokens, each Q numbers: the sums of log decays within the chunk in units of
-# log2; beta; what the query and the key are multiplied by to have length one; the factors of the
-# query that reads the entering state, of the key that does, and of the key that writes to the
-# leaving one; and, the same for all, what is kept of the state.
-CUM, BETA, RQ, RK, READ_Q, READ_K, WRITE_K, KEEP = (tl.constexpr(i * Q) for i in range(8))
-FACTORS: tl.constexpr = tl.constexpr(8 * Q)
+# Of a chunk's tokens, each Q numbers: the sums of log decays within the chunk in units of log2;
+# beta; what makes the query and the key as long as they are to be; the factors of the query that
+# reads the entering state, of the key that does, of the key that adds to the leaving one, and the
+# same with beta; and, equal for all, what is kept of the state.
+CUM, BETA, RQ, RK, READ_Q, READ_K, LEAVE_K, WRITE_K, KEEP = (tl.constexpr(i * Q) for i in range(9))
+FACTORS: tl.constexpr = tl.constexpr(9 * Q)
+# Of a chunk's tokens, what the gradients of decay and beta are sums of: of pairs, a token with
+# itself, those that begin and those that end at a token; what the query and the key gave for what
+# they read of the entering state; what the key gave to the leaving one; and, of value channels, the
+# product of the entering state and the gradient of the leaving one. Where a part knows nothing of
+# beta of the source, its sum is the gradient of that.
+OWN, BEGIN, END, SEEN_Q, SEEN_K, LEAVES, THROUGH = (tl.constexpr(i * Q) for i in range(7))
+PARTS: tl.constexpr = tl.constexpr(7 * Q)
 
 
 @triton.jit
@@ -170,6 +177,7 @@ def _prepare_kernel(
     tl.store(factors_ptr + RK, rk)
     tl.store(factors_ptr + READ_Q, seen * rq * scale)
     tl.store(factors_ptr + READ_K, seen * rk)
+    tl.store(factors_ptr + LEAVE_K, leaves * rk)
     tl.store(factors_ptr + WRITE_K, leaves * rk * beta)
     tl.store(factors_ptr + KEEP, tl.zeros((Q,), tl.float32) + keep)
 
@@ -308,25 +316,36 @@ def _reverse_kernel(
 
 
 @triton.jit
-def _unscale(dx, x, r, NORMALIZE: tl.constexpr):
-    """The gradient of x from that of x r, where r is one over the length of x."""
-    if NORMALIZE:
-        along = tl.sum(dx * x, axis=1) * r
-        dx = (dx - x * (along * r)[:, None]) * r[:, None]
-    return dx
+def _add_writes(
+    writes, through, e_ptr, states_ptr, dstates_ptr, first, rows, cols, values, left,
+    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, FULL: tl.constexpr, FULL_K: tl.constexpr,
+    FULL_V: tl.constexpr, PREC: tl.constexpr,
+):  # fmt: skip
+    """Adds of the value channels from `first` what the gradient of the leaving state gives to the
+    keys (K, Q), and its product with the entering state."""
+    e = _load(e_ptr + first, rows, values, left, V - first, H * V, FULL, FULL_V)
+    state = _load(states_ptr + first * K, values, cols, V - first, K, K, FULL_V, FULL_K)
+    dstate = _load(dstates_ptr + first * K, values, cols, V - first, K, K, FULL_V, FULL_K)
+    writes = tl.dot(tl.trans(dstate), tl.trans(e), writes, input_precision=PREC)
+    through += tl.sum(state.to(tl.float32) * dstate.to(tl.float32), axis=1)
+    return writes, through
 
 
 @triton.jit
 def _gradient_kernel(
     do_ptr, dv_ptr, e_ptr, q_ptr, k_ptr, doc_ptr, factors_ptr, states_ptr, dstates_ptr,
-    dq_ptr, dk_ptr, ddecay_ptr, dbeta_ptr, q_stride_b, k_stride_b, length, scale,
+    dq_ptr, dk_ptr, parts_ptr, q_stride_b, k_stride_b, length, scale,
     UNIT: tl.constexpr, Q_STRIDE_L: tl.constexpr, K_STRIDE_L: tl.constexpr, H: tl.constexpr,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, Q: tl.constexpr,
     NORMALIZE: tl.constexpr, HAS_DOC: tl.constexpr, FULL: tl.constexpr, PREC: tl.constexpr,
     TWICE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """dq, dk and the gradients of decay and beta in one chunk of one head. TWICE passes over the
-    value channels a second time, where all sums of the first would not fit the registers."""
+    """dq, dk and the parts of the gradients of decay and beta in one chunk of one head.
+
+    dq stands tokens first and dk channels first: so the matrices of pairs (target, source), which
+    would need to be turned in registers to stand on a product's left, stand on its right. TWICE
+    passes over the value channels again, where the registers do not hold all sums at once.
+    """
     c, h = tl.program_id(0), tl.program_id(1)
     b = tl.program_id(2).to(tl.int64)
     n_chunks = tl.num_programs(0)
@@ -345,15 +364,19 @@ def _gradient_kernel(
     at = ((b * n_chunks + c) * H + h) * (K * V)
     states_ptr += at
     dstates_ptr += at
+    at = (b * length + wide) * (H * K) + h * K
+    dq_ptr += at
+    dk_ptr += at
     factors_ptr += ((b * H + h) * n_chunks + c) * FACTORS
+    parts_ptr += ((b * H + h) * n_chunks + c) * PARTS
     if HAS_DOC:
         doc_ptr += b * length + start
 
     dP = tl.zeros((Q, Q), tl.float32)
     dA = tl.zeros((Q, Q), tl.float32)
     dq = tl.zeros((Q, BK), tl.float32)
-    dk = tl.zeros((Q, BK), tl.float32)
-    writes = tl.zeros((Q, BK), tl.float32)
+    dk = tl.zeros((BK, Q), tl.float32)
+    writes = tl.zeros((BK, Q), tl.float32)
     through = tl.zeros((BV,), tl.float32)
     for first in tl.range(0, V, BV, num_stages=STAGES):
         do = _load(do_ptr + first, rows, values, left, V - first, H * V, FULL, FULL_V)
@@ -363,78 +386,99 @@ def _gradient_kernel(
         dP = tl.dot(do, tl.trans(e), dP, input_precision=PREC)
         dA = tl.dot(dv, tl.trans(e), dA, input_precision=PREC)
         dq = tl.dot(do, state, dq, input_precision=PREC)
-        dk = tl.dot(dv, state, dk, input_precision=PREC)
+        dk = tl.dot(tl.trans(state), tl.trans(dv), dk, input_precision=PREC)
         if not TWICE:
-            dstate = _load(dstates_ptr + first * K, values, cols, V - first, K, K, FULL_V, FULL_K)
-            writes = tl.dot(e, dstate, writes, input_precision=PREC)
-            through += tl.sum(state.to(tl.float32) * dstate.to(tl.float32), axis=1)
+            writes, through = _add_writes(
+                writes, through, e_ptr, states_ptr, dstates_ptr, first, rows, cols, values, left,
+                H, K, V, FULL, FULL_K, FULL_V, PREC,
+            )  # fmt: skip
 
-    k = _load(k_ptr, rows, cols, left, K, K_STRIDE_L, FULL, FULL_K)
     q = _load(q_ptr, rows, cols, left, K, Q_STRIDE_L, FULL, FULL_K)
-    cum = tl.load(factors_ptr + CUM + rows)
+    k = _load(k_ptr, rows, cols, left, K, K_STRIDE_L, FULL, FULL_K)
     beta = tl.load(factors_ptr + BETA + rows)
     rq = tl.load(factors_ptr + RQ + rows)
     rk = tl.load(factors_ptr + RK + rows)
-    last = tl.load(factors_ptr + CUM + Q - 1)
-    seen = tl.exp2(cum)
-    leaves = tl.exp2(tl.minimum(last - cum, 0.0))
-    if HAS_DOC:
-        doc = tl.load(doc_ptr + rows, mask=rows < left, other=0)
-        doc_last = tl.load(doc_ptr + tl.minimum(left, Q) - 1)
-        seen = tl.where(doc < start, seen, 0.0)
-        leaves = tl.where(start + rows >= doc_last, leaves, 0.0)
-    decay = tl.exp2(tl.minimum(cum[:, None] - cum[None, :], 0.0))
-    decay = tl.where(_pairs(doc_ptr, start, rows, left, HAS_DOC), decay, 0.0)
+    cum = tl.load(factors_ptr + CUM + rows)
+    weight = tl.exp2(tl.minimum(cum[:, None] - cum[None, :], 0.0)) * rk[None, :]
+    weight = tl.where(_pairs(doc_ptr, start, rows, left, HAS_DOC), weight, 0.0)
     before = rows[:, None] > rows[None, :]
-    # of the products of queries with keys and of keys with keys, but for beta of the source
-    dP = dP * decay * scale
-    dA = tl.where(before, -dA * decay, 0.0)
-    qk = tl.dot(q, tl.trans(k), input_precision=PREC) * rq[:, None] * rk[None, :]
-    kk = tl.dot(k, tl.trans(k), input_precision=PREC) * rk[:, None] * rk[None, :]
-    # what a pair gives for the decay of its span, which a pair of a token with itself has not
-    own = tl.sum(tl.where(rows[:, None] == rows[None, :], dP * qk, 0.0), axis=0)
-    spans = tl.where(before, dP * qk + dA * kk, 0.0)
-    from_here = tl.sum(spans, axis=0)
-    ends = tl.sum(spans * beta[None, :], axis=1) - beta * from_here
-    dP *= beta[None, :]
-    dA *= beta[None, :]
+    # Of the products of keys with keys and of queries with keys, but for beta of the source; and
+    # what a pair gives to its span of decay, which a pair of a token with itself has not.
+    dA = tl.where(before, -dA * weight, 0.0) * rk[:, None]
+    dP = dP * weight * (rq * scale)[:, None]
+    spans = dA * tl.dot(k, tl.trans(k), input_precision=PREC)
+    both = dP * tl.dot(q, tl.trans(k), input_precision=PREC)
+    own = tl.sum(tl.where(rows[:, None] == rows[None, :], both, 0.0), axis=0)
+    tl.store(parts_ptr + OWN + rows, own)
+    spans += tl.where(before, both, 0.0)
+    tl.store(parts_ptr + BEGIN + rows, tl.sum(spans, axis=0))
+    tl.store(parts_ptr + END + rows, tl.sum(spans * beta[None, :], axis=1))
+    dA = (dA * beta[None, :]).to(k.dtype)
+    dP = (dP * beta[None, :]).to(k.dtype)
 
-    q32 = q.to(tl.float32)
-    dq *= (seen * scale)[:, None]
-    ends += tl.sum(dq * q32, axis=1) * rq
-    dq = tl.dot((dP * rk[None, :]).to(k.dtype), k, dq, input_precision=PREC)
-    dq = _unscale(dq, q32, rq, NORMALIZE)
-    to = (b * length + wide) * (H * K) + h * K
-    _store(dq_ptr + to, dq, rows, cols, left, K, H * K, FULL, FULL_K)
+    q32 = _load(q_ptr, rows, cols, left, K, Q_STRIDE_L, FULL, FULL_K).to(tl.float32)
+    dq *= tl.load(factors_ptr + READ_Q + rows)[:, None]
+    tl.store(parts_ptr + SEEN_Q + rows, tl.sum(dq * q32, axis=1))
+    dq = tl.dot(dP, k, dq, input_precision=PREC)
+    if NORMALIZE:  # x / |x| does not change along x
+        dq -= q32 * (tl.sum(dq * q32, axis=1) * rq * rq)[:, None]
+    _store(dq_ptr, dq, rows, cols, left, K, H * K, FULL, FULL_K)
 
-    k32 = k.to(tl.float32)
-    dk *= -seen[:, None]
-    ends += tl.sum(dk * k32, axis=1) * rk
-    dk = tl.dot(tl.trans((dP * rq[:, None]).to(k.dtype)), q, dk, input_precision=PREC)
-    both = (dA + tl.trans(dA)) * rk[None, :]
-    dk = tl.dot(both.to(k.dtype), k, dk, input_precision=PREC)
+    dk *= -tl.load(factors_ptr + READ_K + rows)[None, :]
+    k32 = tl.trans(_load(k_ptr, rows, cols, left, K, K_STRIDE_L, FULL, FULL_K)).to(tl.float32)
+    tl.store(parts_ptr + SEEN_K + rows, tl.sum(dk * k32, axis=0))
+    dk = tl.dot(tl.trans(q), dP, dk, input_precision=PREC)
+    dk = tl.dot(tl.trans(k), dA, dk, input_precision=PREC)
+    dk = tl.dot(tl.trans(k), tl.trans(dA), dk, input_precision=PREC)
     if TWICE:
         for first in tl.range(0, V, BV, num_stages=STAGES):
-            e = _load(e_ptr + first, rows, values, left, V - first, H * V, FULL, FULL_V)
-            state = _load(states_ptr + first * K, values, cols, V - first, K, K, FULL_V, FULL_K)
-            dstate = _load(dstates_ptr + first * K, values, cols, V - first, K, K, FULL_V, FULL_K)
-            writes = tl.dot(e, dstate, writes, input_precision=PREC)
-            through += tl.sum(state.to(tl.float32) * dstate.to(tl.float32), axis=1)
-    writes *= leaves[:, None]
-    carried = tl.sum(writes * k32, axis=1) * rk
-    dk = _unscale(dk + writes * beta[:, None], k32, rk, NORMALIZE)
-    _store(dk_ptr + to, dk, rows, cols, left, K, H * K, FULL, FULL_K)
+            writes, through = _add_writes(
+                writes, through, e_ptr, states_ptr, dstates_ptr, first, rows, cols, values, left,
+                H, K, V, FULL, FULL_K, FULL_V, PREC,
+            )  # fmt: skip
+        k32 = tl.trans(_load(k_ptr, rows, cols, left, K, K_STRIDE_L, FULL, FULL_K)).to(tl.float32)
+    tl.store(parts_ptr + THROUGH + values, through)
+    writes *= tl.load(factors_ptr + LEAVE_K + rows)[None, :]
+    tl.store(parts_ptr + LEAVES + rows, tl.sum(writes * k32, axis=0))
+    dk += writes * beta[None, :]
+    if NORMALIZE:
+        dk -= k32 * (tl.sum(dk * k32, axis=0) * rk * rk)[None, :]
+    _store(dk_ptr, tl.trans(dk), rows, cols, left, K, H * K, FULL, FULL_K)
 
-    to = (b * length + wide) * H + h + rows * H
-    dbeta = own + from_here + carried
-    tl.store(dbeta_ptr + to, dbeta.to(dbeta_ptr.dtype.element_ty), mask=rows < left)
+
+@triton.jit
+def _sum_parts_kernel(
+    parts_ptr, factors_ptr, doc_ptr, ddecay_ptr, dbeta_ptr, length,
+    H: tl.constexpr, BH: tl.constexpr, BV: tl.constexpr, Q: tl.constexpr, HAS_DOC: tl.constexpr,
+):  # fmt: skip
+    """The gradients of decay and beta in a chunk of BH heads."""
+    c, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    n_chunks = tl.num_programs(0)
+    rows, values = tl.arange(0, Q)[None, :], tl.arange(0, BV)[None, :]
+    heads = (tl.program_id(2) * BH + tl.arange(0, BH))[:, None]
+    mask = (heads < H) & (rows >= 0)
+    at = (b * H + heads) * n_chunks + c
+    factors = factors_ptr + at * FACTORS
+    parts = parts_ptr + at * PARTS
+    beta = tl.load(factors + BETA + rows, mask=mask, other=0.0)
+    begins = tl.load(parts + BEGIN + rows, mask=mask, other=0.0)
+    leaves = tl.load(parts + LEAVES + rows, mask=mask, other=0.0)
+    dbeta = tl.load(parts + OWN + rows, mask=mask, other=0.0) + begins + leaves
+    ends = tl.load(parts + END + rows, mask=mask, other=0.0) - begins * beta
+    ends += tl.load(parts + SEEN_Q + rows, mask=mask, other=0.0)
+    ends += tl.load(parts + SEEN_K + rows, mask=mask, other=0.0)
+    leaves *= beta
+    through = tl.load(parts + THROUGH + values, mask=(heads < H) & (values >= 0), other=0.0)
+    through = tl.sum(through, axis=1)[:, None] * tl.load(factors + KEEP, mask=heads < H, other=0.0)
     # a token's decay lies in every span that begins before it and ends at it or later
-    carried *= beta
-    ddecay = tl.cumsum(ends, axis=0, reverse=True) + (tl.cumsum(carried, axis=0) - carried)
-    ddecay += tl.sum(through, axis=0) * tl.load(factors_ptr + KEEP)
+    ddecay = tl.cumsum(ends, axis=1, reverse=True) + (tl.cumsum(leaves, axis=1) - leaves) + through
+    inside = mask & (c * Q + rows < length)
     if HAS_DOC:
-        ddecay = tl.where(doc == start + rows, 0.0, ddecay)
-    tl.store(ddecay_ptr + to, ddecay.to(ddecay_ptr.dtype.element_ty), mask=rows < left)
+        doc = tl.load(doc_ptr + b * length + c * Q + rows, mask=c * Q + rows < length, other=0)
+        ddecay = tl.where(doc == c * Q + rows, 0.0, ddecay)
+    to = (b * length + c * Q + rows) * H + heads
+    tl.store(ddecay_ptr + to, ddecay, mask=inside)
+    tl.store(dbeta_ptr + to, dbeta, mask=inside)
 
 
 @dataclass(frozen=True)
@@ -490,11 +534,11 @@ def prepare(
     q: Tensor, k: Tensor, log_decay: Tensor, beta: Tensor, doc: Tensor | None, scale: float,
     normalize: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Factors of the tokens (B, H, c, 8, Q), float32, and the matrices N and P (B, H, c, 2, Q, Q) in
+    """Factors of the tokens (B, H, c, 9, Q), float32, and the matrices N and P (B, H, c, 2, Q, Q) in
     q's type."""
     b, length, n_heads, width = q.shape
     n_chunks = triton.cdiv(length, Q)
-    factors = q.new_empty((b, n_heads, n_chunks, 8, Q), dtype=torch.float32)
+    factors = q.new_empty((b, n_heads, n_chunks, 9, Q), dtype=torch.float32)
     pairs = q.new_empty((b, n_heads, n_chunks, 2, Q, Q))
     unit = _unit(q, k)
     _prepare_kernel[(n_chunks, n_heads, b)](
@@ -573,15 +617,21 @@ def gradients(
     n_chunks = factors.shape[2]
     dq, dk = (q.new_empty(q.shape) for _ in range(2))
     ddecay, dbeta = (factors.new_empty((b, length, n_heads)) for _ in range(2))
+    parts = factors.new_empty((b, n_heads, n_chunks, 7, Q))
     options = config("gradient", width, values)
     unit = _unit(q, k)
     _gradient_kernel[(n_chunks, n_heads, b)](
-        do, dv, e, q, k, doc, factors, states, dstates, dq, dk, ddecay, dbeta,
+        do, dv, e, q, k, doc, factors, states, dstates, dq, dk, parts,
         q.stride(0) // unit, k.stride(0) // unit, length, scale,
         UNIT=unit, Q_STRIDE_L=q.stride(1), K_STRIDE_L=k.stride(1), H=n_heads, K=width, V=values,
         BK=_block(width), BV=options.values, Q=Q, NORMALIZE=normalize, HAS_DOC=doc is not None,
         FULL=length % Q == 0, PREC=_precision(q.dtype), TWICE=width > 128,
         STAGES=options.stages, num_warps=options.warps,
+    )  # fmt: skip
+    block = min(8, triton.next_power_of_2(n_heads))
+    _sum_parts_kernel[(n_chunks, b, triton.cdiv(n_heads, block))](
+        parts, factors, doc, ddecay, dbeta, length,
+        H=n_heads, BH=block, BV=options.values, Q=Q, HAS_DOC=doc is not None, num_warps=2,
     )  # fmt: skip
     return dq, dk, ddecay, dbeta
 
@@ -605,7 +655,7 @@ def _forward_fake(
     return (
         q.new_empty(v.shape),
         q.new_empty((b, n_heads, width, v.shape[3]), dtype=torch.float32),
-        q.new_empty((b, n_heads, n_chunks, 8, Q), dtype=torch.float32),
+        q.new_empty((b, n_heads, n_chunks, 9, Q), dtype=torch.float32),
         q.new_empty((b, n_heads, n_chunks, 2, Q, Q)),
     )
 
