@@ -316,19 +316,22 @@ def _reverse_kernel(
 
 
 @triton.jit
-def _add_writes(
-    writes, through, e_ptr, states_ptr, dstates_ptr, first, rows, cols, values, left,
+def _add_keys(
+    reads, writes, through, dv_ptr, e_ptr, states_ptr, dstates_ptr, first, rows, cols, values, left,
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, FULL: tl.constexpr, FULL_K: tl.constexpr,
     FULL_V: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
-    """Adds of the value channels from `first` what the gradient of the leaving state gives to the
-    keys (K, Q), and its product with the entering state."""
+    """Adds, of the value channels from `first`, what the keys are given as they read the entering
+    state and as they write to the leaving one, both (K, Q), and the product of the entering state
+    and the gradient of the leaving one."""
+    dv = _load(dv_ptr + first, rows, values, left, V - first, H * V, FULL, FULL_V)
     e = _load(e_ptr + first, rows, values, left, V - first, H * V, FULL, FULL_V)
     state = _load(states_ptr + first * K, values, cols, V - first, K, K, FULL_V, FULL_K)
     dstate = _load(dstates_ptr + first * K, values, cols, V - first, K, K, FULL_V, FULL_K)
+    reads = tl.dot(tl.trans(state), tl.trans(dv), reads, input_precision=PREC)
     writes = tl.dot(tl.trans(dstate), tl.trans(e), writes, input_precision=PREC)
     through += tl.sum(state.to(tl.float32) * dstate.to(tl.float32), axis=1)
-    return writes, through
+    return reads, writes, through
 
 
 @triton.jit
@@ -386,11 +389,10 @@ def _gradient_kernel(
         dP = tl.dot(do, tl.trans(e), dP, input_precision=PREC)
         dA = tl.dot(dv, tl.trans(e), dA, input_precision=PREC)
         dq = tl.dot(do, state, dq, input_precision=PREC)
-        dk = tl.dot(tl.trans(state), tl.trans(dv), dk, input_precision=PREC)
         if not TWICE:
-            writes, through = _add_writes(
-                writes, through, e_ptr, states_ptr, dstates_ptr, first, rows, cols, values, left,
-                H, K, V, FULL, FULL_K, FULL_V, PREC,
+            dk, writes, through = _add_keys(
+                dk, writes, through, dv_ptr, e_ptr, states_ptr, dstates_ptr, first, rows, cols,
+                values, left, H, K, V, FULL, FULL_K, FULL_V, PREC,
             )  # fmt: skip
 
     q = _load(q_ptr, rows, cols, left, K, Q_STRIDE_L, FULL, FULL_K)
@@ -424,23 +426,22 @@ def _gradient_kernel(
         dq -= q32 * (tl.sum(dq * q32, axis=1) * rq * rq)[:, None]
     _store(dq_ptr, dq, rows, cols, left, K, H * K, FULL, FULL_K)
 
-    dk *= -tl.load(factors_ptr + READ_K + rows)[None, :]
-    k32 = tl.trans(_load(k_ptr, rows, cols, left, K, K_STRIDE_L, FULL, FULL_K)).to(tl.float32)
-    tl.store(parts_ptr + SEEN_K + rows, tl.sum(dk * k32, axis=0))
-    dk = tl.dot(tl.trans(q), dP, dk, input_precision=PREC)
-    dk = tl.dot(tl.trans(k), dA, dk, input_precision=PREC)
-    dk = tl.dot(tl.trans(k), tl.trans(dA), dk, input_precision=PREC)
     if TWICE:
         for first in tl.range(0, V, BV, num_stages=STAGES):
-            writes, through = _add_writes(
-                writes, through, e_ptr, states_ptr, dstates_ptr, first, rows, cols, values, left,
-                H, K, V, FULL, FULL_K, FULL_V, PREC,
+            dk, writes, through = _add_keys(
+                dk, writes, through, dv_ptr, e_ptr, states_ptr, dstates_ptr, first, rows, cols,
+                values, left, H, K, V, FULL, FULL_K, FULL_V, PREC,
             )  # fmt: skip
-        k32 = tl.trans(_load(k_ptr, rows, cols, left, K, K_STRIDE_L, FULL, FULL_K)).to(tl.float32)
     tl.store(parts_ptr + THROUGH + values, through)
+    k32 = tl.trans(_load(k_ptr, rows, cols, left, K, K_STRIDE_L, FULL, FULL_K)).to(tl.float32)
+    dk *= -tl.load(factors_ptr + READ_K + rows)[None, :]
+    tl.store(parts_ptr + SEEN_K + rows, tl.sum(dk * k32, axis=0))
     writes *= tl.load(factors_ptr + LEAVE_K + rows)[None, :]
     tl.store(parts_ptr + LEAVES + rows, tl.sum(writes * k32, axis=0))
     dk += writes * beta[None, :]
+    dk = tl.dot(tl.trans(q), dP, dk, input_precision=PREC)
+    dk = tl.dot(tl.trans(k), dA, dk, input_precision=PREC)
+    dk = tl.dot(tl.trans(k), tl.trans(dA), dk, input_precision=PREC)
     if NORMALIZE:
         dk -= k32 * (tl.sum(dk * k32, axis=0) * rk * rk)[None, :]
     _store(dk_ptr, tl.trans(dk), rows, cols, left, K, H * K, FULL, FULL_K)
