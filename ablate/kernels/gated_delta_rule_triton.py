@@ -40,20 +40,19 @@ from torch import Tensor
 from ablate.kernels.dispatch import define_op
 from ablate.kernels.gated_delta_rule import NORM_EPS, STRONGEST
 
-Q = 64
-# Of a chunk's tokens, each Q numbers: the sums of log decays within the chunk in units of log2;
-# beta; what makes the query and the key as long as they are to be; the factors of the query that
-# reads the entering state, of the key that does, of the key that adds to the leaving one, and the
-# same with beta; and, equal for all, what is kept of the state.
-CUM, BETA, RQ, RK, READ_Q, READ_K, LEAVE_K, WRITE_K, KEEP = (tl.constexpr(i * Q) for i in range(9))
-FACTORS: tl.constexpr = tl.constexpr(9 * Q)
-# Of a chunk's tokens, what the gradients of decay and beta are sums of: of pairs, a token with
-# itself, those that begin and those that end at a token; what the query and the key gave for what
-# they read of the entering state; what the key gave to the leaving one; and, of value channels, the
-# product of the entering state and the gradient of the leaving one. Where a part knows nothing of
-# beta of the source, its sum is the gradient of that.
-OWN, BEGIN, END, SEEN_Q, SEEN_K, LEAVES, THROUGH = (tl.constexpr(i * Q) for i in range(7))
-PARTS: tl.constexpr = tl.constexpr(7 * Q)
+# Of a chunk's tokens, a row of 64 numbers each: the sums of log decays within the chunk in units of log2; beta;
+# what makes the query and the key as long as they are to be; the factors of the query that reads
+# the entering state, of the key that does, of the key that adds to the leaving one, and the same
+# with beta; and, equal for all, what is kept of the state.
+CUM, BETA, RQ, RK, READ_Q, READ_K, LEAVE_K, WRITE_K, KEEP = (tl.constexpr(i * 64) for i in range(9))
+FACTORS = tl.constexpr(9 * 64)
+# Rows of what the gradients of decay and beta are sums of: of pairs, a token with itself, those
+# that begin and those that end at a token; what the query and the key gave for what they read of
+# the entering state; what the key gave to the leaving one; and, of value channels, the product of
+# the entering state and the gradient of the leaving one. A part that knows nothing of beta of its
+# source makes that one's gradient.
+OWN, BEGIN, END, SEEN_Q, SEEN_K, LEAVES, THROUGH = (tl.constexpr(i * 64) for i in range(7))
+PARTS = tl.constexpr(7 * 64)
 
 
 @triton.jit
@@ -98,8 +97,8 @@ def _pairs(doc_ptr, start, rows, left, HAS_DOC: tl.constexpr):
 def _solve(A, Q: tl.constexpr, PREC: tl.constexpr):
     """N = I - (I + A)^-1 for a strictly lower triangular A.
 
-    Blocks of 16 by forward substitution, all at once; then blocks of 2b from blocks of b, twice: if
-    C stands below the diagonal blocks, N there is (I - N) C (I - N).
+    Blocks of 16 by forward substitution, all at once; then blocks of 2b from blocks of b: if C
+    stands below the diagonal blocks, N there is (I - N) C (I - N).
     """
     BLOCKS: tl.constexpr = Q // 16
     block = tl.arange(0, BLOCKS)
@@ -113,7 +112,7 @@ def _solve(A, Q: tl.constexpr, PREC: tl.constexpr):
         N3 = tl.where(row == i, N3 - tl.sum(mine[:, :, None] * N3, axis=1)[:, None, :], N3)
     N = tl.reshape(tl.where(diagonal, N3[:, :, None, :], 0.0), (Q, Q))
     at = tl.arange(0, Q)
-    for level in tl.static_range(4, 6):
+    for level in tl.static_range(4, 4 + BLOCKS // 2):  # once or twice
         below = (at[:, None] >> level) == (at[None, :] >> level) + 1
         below = below & ((at[:, None] >> (level + 1)) == (at[None, :] >> (level + 1)))
         C = tl.where(below, A, 0.0)
@@ -228,7 +227,7 @@ def _scan_kernel(
         start = c * Q
         left = length - start
         wide = start.to(tl.int64)
-        factors = factors_ptr + wide * (FACTORS // Q)
+        factors = factors_ptr + wide // Q * FACTORS
         k = _load(k_ptr + wide * K_STRIDE_L, rows, cols, left, K, K_STRIDE_L, FULL, FULL_K)
         v = _load(v_ptr + wide * V_STRIDE_L, rows, values, left, V, V_STRIDE_L, FULL, FULL_V)
         N = tl.load(pairs_ptr + wide * (2 * Q) + square)
@@ -291,7 +290,7 @@ def _reverse_kernel(
         start = c * Q
         left = length - start
         wide = start.to(tl.int64)
-        factors = factors_ptr + wide * (FACTORS // Q)
+        factors = factors_ptr + wide // Q * FACTORS
         k = _load(k_ptr + wide * K_STRIDE_L, rows, cols, left, K, K_STRIDE_L, FULL, FULL_K)
         do = _load(do_ptr + wide * (H * V), rows, values, left, V, H * V, FULL, FULL_V)
         N = tl.load(pairs_ptr + wide * (2 * Q) + square)
@@ -343,20 +342,23 @@ def _gradient_kernel(
     NORMALIZE: tl.constexpr, HAS_DOC: tl.constexpr, FULL: tl.constexpr, PREC: tl.constexpr,
     TWICE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """dq, dk and the parts of the gradients of decay and beta in one chunk of one head.
+    """dq, dk and the parts of the gradients of decay and beta in one chunk of one head, for BK of
+    the key's channels; NORMALIZE only where these are all.
 
     dq stands tokens first and dk channels first: so the matrices of pairs (target, source), which
     would need to be turned in registers to stand on a product's left, stand on its right. TWICE
     passes over the value channels again, where the registers do not hold all sums at once.
     """
-    c, h = tl.program_id(0), tl.program_id(1)
+    BLOCKS: tl.constexpr = (K + BK - 1) // BK
+    c, h, block = tl.program_id(0), tl.program_id(1) // BLOCKS, tl.program_id(1) % BLOCKS
     b = tl.program_id(2).to(tl.int64)
     n_chunks = tl.num_programs(0)
     start = c * Q
     left = length - start
     wide = start.to(tl.int64)
-    rows, cols, values = tl.arange(0, Q), tl.arange(0, BK), tl.arange(0, BV)
-    FULL_K: tl.constexpr = K == BK
+    rows, all_cols, values = tl.arange(0, Q), tl.arange(0, BK), tl.arange(0, BV)
+    cols = block * BK + all_cols
+    FULL_K: tl.constexpr = K % BK == 0
     FULL_V: tl.constexpr = V % BV == 0
     q_ptr += b * q_stride_b * UNIT + wide * Q_STRIDE_L + h * K
     k_ptr += b * k_stride_b * UNIT + wide * K_STRIDE_L + h * K
@@ -370,8 +372,9 @@ def _gradient_kernel(
     at = (b * length + wide) * (H * K) + h * K
     dq_ptr += at
     dk_ptr += at
-    factors_ptr += ((b * H + h) * n_chunks + c) * FACTORS
-    parts_ptr += ((b * H + h) * n_chunks + c) * PARTS
+    at = (b * H + h) * n_chunks + c
+    factors_ptr += at * FACTORS
+    parts_ptr += (at * BLOCKS + block) * PARTS
     if HAS_DOC:
         doc_ptr += b * length + start
 
@@ -397,6 +400,14 @@ def _gradient_kernel(
 
     q = _load(q_ptr, rows, cols, left, K, Q_STRIDE_L, FULL, FULL_K)
     k = _load(k_ptr, rows, cols, left, K, K_STRIDE_L, FULL, FULL_K)
+    kk = tl.dot(k, tl.trans(k), input_precision=PREC)
+    qk = tl.dot(q, tl.trans(k), input_precision=PREC)
+    for step in tl.static_range(1, BLOCKS):
+        others = (block + step) % BLOCKS * BK + all_cols
+        other = _load(k_ptr, rows, others, left, K, K_STRIDE_L, FULL, FULL_K)
+        kk = tl.dot(other, tl.trans(other), kk, input_precision=PREC)
+        other_q = _load(q_ptr, rows, others, left, K, Q_STRIDE_L, FULL, FULL_K)
+        qk = tl.dot(other_q, tl.trans(other), qk, input_precision=PREC)
     beta = tl.load(factors_ptr + BETA + rows)
     rq = tl.load(factors_ptr + RQ + rows)
     rk = tl.load(factors_ptr + RK + rows)
@@ -408,11 +419,10 @@ def _gradient_kernel(
     # what a pair gives to its span of decay, which a pair of a token with itself has not.
     dA = tl.where(before, -dA * weight, 0.0) * rk[:, None]
     dP = dP * weight * (rq * scale)[:, None]
-    spans = dA * tl.dot(k, tl.trans(k), input_precision=PREC)
-    both = dP * tl.dot(q, tl.trans(k), input_precision=PREC)
-    own = tl.sum(tl.where(rows[:, None] == rows[None, :], both, 0.0), axis=0)
-    tl.store(parts_ptr + OWN + rows, own)
-    spans += tl.where(before, both, 0.0)
+    qk *= dP
+    own = tl.where(rows[:, None] == rows[None, :], qk, 0.0)
+    tl.store(parts_ptr + OWN + rows, tl.sum(own, axis=0))
+    spans = tl.where(before, qk, 0.0) + dA * kk
     tl.store(parts_ptr + BEGIN + rows, tl.sum(spans, axis=0))
     tl.store(parts_ptr + END + rows, tl.sum(spans * beta[None, :], axis=1))
     dA = (dA * beta[None, :]).to(k.dtype)
@@ -448,9 +458,34 @@ def _gradient_kernel(
 
 
 @triton.jit
+def _project_kernel(
+    x_ptr, dx_ptr, r_ptr, x_stride_b, length,
+    UNIT: tl.constexpr, X_STRIDE_L: tl.constexpr, H: tl.constexpr, K: tl.constexpr,
+    BK: tl.constexpr, BL: tl.constexpr, Q: tl.constexpr, FULL: tl.constexpr,
+):  # fmt: skip
+    """Takes from dx, in place, what lies along x; r is one over the length of x."""
+    h = tl.program_id(1)
+    b = tl.program_id(2).to(tl.int64)
+    start = tl.program_id(0) * BL
+    left = length - start
+    wide = start.to(tl.int64)
+    rows, cols = tl.arange(0, BL), tl.arange(0, BK)
+    FULL_K: tl.constexpr = K == BK
+    x_ptr += b * x_stride_b * UNIT + wide * X_STRIDE_L + h * K
+    dx_ptr += (b * length + wide) * (H * K) + h * K
+    r_ptr += ((b * H + h) * tl.cdiv(length, Q) + start // Q) * FACTORS + start % Q
+    x = _load(x_ptr, rows, cols, left, K, X_STRIDE_L, FULL, FULL_K).to(tl.float32)
+    dx = _load(dx_ptr, rows, cols, left, K, H * K, FULL, FULL_K).to(tl.float32)
+    r = tl.load(r_ptr + rows)
+    dx -= x * (tl.sum(dx * x, axis=1) * r * r)[:, None]
+    _store(dx_ptr, dx, rows, cols, left, K, H * K, FULL, FULL_K)
+
+
+@triton.jit
 def _sum_parts_kernel(
     parts_ptr, factors_ptr, doc_ptr, ddecay_ptr, dbeta_ptr, length,
-    H: tl.constexpr, BH: tl.constexpr, BV: tl.constexpr, Q: tl.constexpr, HAS_DOC: tl.constexpr,
+    H: tl.constexpr, BH: tl.constexpr, BLOCKS: tl.constexpr, BV: tl.constexpr, Q: tl.constexpr,
+    HAS_DOC: tl.constexpr,
 ):  # fmt: skip
     """The gradients of decay and beta in a chunk of BH heads."""
     c, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
@@ -458,21 +493,27 @@ def _sum_parts_kernel(
     rows, values = tl.arange(0, Q)[None, :], tl.arange(0, BV)[None, :]
     heads = (tl.program_id(2) * BH + tl.arange(0, BH))[:, None]
     mask = (heads < H) & (rows >= 0)
+    wide = (heads < H) & (values >= 0)
     at = (b * H + heads) * n_chunks + c
     factors = factors_ptr + at * FACTORS
-    parts = parts_ptr + at * PARTS
+    parts = parts_ptr + at * (BLOCKS * PARTS)
     beta = tl.load(factors + BETA + rows, mask=mask, other=0.0)
     begins = tl.load(parts + BEGIN + rows, mask=mask, other=0.0)
-    leaves = tl.load(parts + LEAVES + rows, mask=mask, other=0.0)
-    dbeta = tl.load(parts + OWN + rows, mask=mask, other=0.0) + begins + leaves
+    dbeta = tl.load(parts + OWN + rows, mask=mask, other=0.0) + begins
     ends = tl.load(parts + END + rows, mask=mask, other=0.0) - begins * beta
-    ends += tl.load(parts + SEEN_Q + rows, mask=mask, other=0.0)
-    ends += tl.load(parts + SEEN_K + rows, mask=mask, other=0.0)
+    leaves = tl.zeros((BH, Q), tl.float32)
+    through = tl.zeros((BH, BV), tl.float32)
+    for block in tl.static_range(BLOCKS):  # of the key's channels
+        ends += tl.load(parts + block * PARTS + SEEN_Q + rows, mask=mask, other=0.0)
+        ends += tl.load(parts + block * PARTS + SEEN_K + rows, mask=mask, other=0.0)
+        leaves += tl.load(parts + block * PARTS + LEAVES + rows, mask=mask, other=0.0)
+        through += tl.load(parts + block * PARTS + THROUGH + values, mask=wide, other=0.0)
+    dbeta += leaves
     leaves *= beta
-    through = tl.load(parts + THROUGH + values, mask=(heads < H) & (values >= 0), other=0.0)
-    through = tl.sum(through, axis=1)[:, None] * tl.load(factors + KEEP, mask=heads < H, other=0.0)
+    kept = tl.load(factors + KEEP, mask=heads < H, other=0.0)
     # a token's decay lies in every span that begins before it and ends at it or later
-    ddecay = tl.cumsum(ends, axis=1, reverse=True) + (tl.cumsum(leaves, axis=1) - leaves) + through
+    ddecay = tl.cumsum(ends, axis=1, reverse=True) + (tl.cumsum(leaves, axis=1) - leaves)
+    ddecay += tl.sum(through, axis=1)[:, None] * kept
     inside = mask & (c * Q + rows < length)
     if HAS_DOC:
         doc = tl.load(doc_ptr + b * length + c * Q + rows, mask=c * Q + rows < length, other=0)
@@ -484,27 +525,53 @@ def _sum_parts_kernel(
 
 @dataclass(frozen=True)
 class Config:
-    """Warps of a program, value channels of a block, and software-pipelining stages."""
+    """Warps of a program, value channels of a block, software-pipelining stages, key channels of a
+    block and whether values are passed over twice, the last two of the gradients alone."""
 
     warps: int
-    values: int
-    stages: int
+    values: int = 64
+    stages: int = 2
+    keys: int = 128
+    twice: bool = False
 
 
-# By kernel, bytes an element and whether a program may have 160 kB of shared memory (sm_80, sm_90) or
-# 99 kB; then by the widest key that it is for.
+# Kernel and widest key -> options: for sm_90 with 16-bit data in chunks of 64 tokens, and for all
+# else, within 99 kB of shared memory, in chunks of 32 (the products of older architectures keep
+# their operands in registers).
 CONFIGS = {
-    "prepare": {64: Config(4, 0, 1), 128: Config(4, 0, 1), 256: Config(4, 0, 1)},
-    "scan": {64: Config(4, 64, 2), 128: Config(4, 64, 2), 256: Config(8, 64, 2)},
-    "reverse": {64: Config(4, 64, 2), 128: Config(4, 64, 2), 256: Config(8, 64, 2)},
-    "gradient": {64: Config(8, 64, 2), 128: Config(8, 64, 2), 256: Config(8, 32, 2)},
-}
+    64: {
+        ("prepare", 256): Config(4),
+        ("scan", 128): Config(4),
+        ("scan", 256): Config(8, values=32),
+        ("reverse", 128): Config(4),
+        ("reverse", 256): Config(8, values=32, stages=1),
+        ("gradient", 256): Config(8),
+    },
+    32: {
+        ("prepare", 256): Config(4),
+        ("scan", 128): Config(4, values=32),
+        ("scan", 256): Config(8, values=32),
+        ("reverse", 128): Config(4, values=32),
+        ("reverse", 256): Config(8, values=32),
+        ("gradient", 256): Config(8, values=32, twice=True),
+    },
+}  # fmt: skip
 
 
-def config(kernel: str, key_width: int, value_width: int) -> Config:
-    table = CONFIGS[kernel]
-    found = table[min(width for width in table if width >= key_width)]
-    return dataclasses.replace(found, values=min(found.values, _block(value_width)))
+def chunk(x: Tensor) -> int:
+    """Tokens of a chunk for data like x."""
+    hopper = not x.is_cuda or torch.cuda.get_device_capability(x.device) == (9, 0)
+    return 64 if hopper and x.element_size() == 2 else 32
+
+
+def config(kernel: str, q: Tensor, values: int) -> Config:
+    """The launch options of a kernel for queries like q and values of this width."""
+    width = q.shape[3]
+    table = CONFIGS[chunk(q)]
+    found = table[kernel, min(widest for name, widest in table if name == kernel and widest >= width)]
+    return dataclasses.replace(
+        found, values=min(found.values, _block(values)), keys=min(found.keys, _block(width))
+    )
 
 
 def _block(width: int) -> int:
@@ -535,11 +602,12 @@ def prepare(
     q: Tensor, k: Tensor, log_decay: Tensor, beta: Tensor, doc: Tensor | None, scale: float,
     normalize: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Factors of the tokens (B, H, c, 9, Q), float32, and the matrices N and P (B, H, c, 2, Q, Q) in
-    q's type."""
+    """Factors of the tokens (B, H, c, 9, 64), float32, and the matrices N and P (B, H, c, 2, Q, Q)
+    in q's type."""
     b, length, n_heads, width = q.shape
+    Q = chunk(q)
     n_chunks = triton.cdiv(length, Q)
-    factors = q.new_empty((b, n_heads, n_chunks, 9, Q), dtype=torch.float32)
+    factors = q.new_empty((b, n_heads, n_chunks, 9, 64), dtype=torch.float32)
     pairs = q.new_empty((b, n_heads, n_chunks, 2, Q, Q))
     unit = _unit(q, k)
     _prepare_kernel[(n_chunks, n_heads, b)](
@@ -550,7 +618,7 @@ def prepare(
         DECAY_STRIDE_L=log_decay.stride(1), BETA_STRIDE_L=beta.stride(1), H=n_heads, K=width,
         BK=_block(width), Q=Q, NORMALIZE=normalize, HAS_DOC=doc is not None,
         FULL=length % Q == 0, PREC=_precision(q.dtype), SOLVE=_solve_precision(q.dtype),
-        num_warps=config("prepare", width, 16).warps,
+        num_warps=config("prepare", q, 16).warps,
     )  # fmt: skip
     return factors, pairs
 
@@ -563,13 +631,13 @@ def scan(
     states before each chunk (B, c, H, V, K) in v's type."""
     b, length, n_heads, width = k.shape
     values = v.shape[3]
-    n_chunks = factors.shape[2]
+    n_chunks, Q = pairs.shape[2], pairs.shape[4]
     out = v.new_empty((b, length, n_heads, values))
     if output:
         states = v.new_empty((b, n_heads, width, values), dtype=torch.float32)
     else:
         states = v.new_empty((b, n_chunks, n_heads, values, width))
-    options = config("scan", width, values)
+    options = config("scan", q, values)
     unit = _unit(q, k, v)
     _scan_kernel[(triton.cdiv(values, options.values), n_heads, b)](
         q, k, v, factors, pairs, first, out, states,
@@ -590,11 +658,11 @@ def reverse(
     and that of the first state (B, H, K, V) in float32; do is dense."""
     b, length, n_heads, values = do.shape
     width = k.shape[3]
-    n_chunks = factors.shape[2]
+    n_chunks, Q = pairs.shape[2], pairs.shape[4]
     dv = do.new_empty(do.shape)
     dstates = do.new_empty((b, n_chunks, n_heads, values, width))
     dfirst = do.new_empty((b, n_heads, width, values), dtype=torch.float32)
-    options = config("reverse", width, values)
+    options = config("reverse", q, values)
     unit = _unit(q, k)
     _reverse_kernel[(triton.cdiv(values, options.values), n_heads, b)](
         do, q, k, factors, pairs, dlast, dv, dstates, dfirst,
@@ -615,24 +683,33 @@ def gradients(
     float32."""
     b, length, n_heads, width = q.shape
     values = do.shape[3]
-    n_chunks = factors.shape[2]
+    n_chunks, Q = states.shape[1], chunk(q)
     dq, dk = (q.new_empty(q.shape) for _ in range(2))
     ddecay, dbeta = (factors.new_empty((b, length, n_heads)) for _ in range(2))
-    parts = factors.new_empty((b, n_heads, n_chunks, 7, Q))
-    options = config("gradient", width, values)
+    options = config("gradient", q, values)
+    blocks = triton.cdiv(width, options.keys)
+    parts = factors.new_empty((b, n_heads, n_chunks, blocks, 7, 64))
     unit = _unit(q, k)
-    _gradient_kernel[(n_chunks, n_heads, b)](
+    _gradient_kernel[(n_chunks, n_heads * blocks, b)](
         do, dv, e, q, k, doc, factors, states, dstates, dq, dk, parts,
         q.stride(0) // unit, k.stride(0) // unit, length, scale,
         UNIT=unit, Q_STRIDE_L=q.stride(1), K_STRIDE_L=k.stride(1), H=n_heads, K=width, V=values,
-        BK=_block(width), BV=options.values, Q=Q, NORMALIZE=normalize, HAS_DOC=doc is not None,
-        FULL=length % Q == 0, PREC=_precision(q.dtype), TWICE=width > 128,
-        STAGES=options.stages, num_warps=options.warps,
+        BK=options.keys, BV=options.values, Q=Q, NORMALIZE=normalize and blocks == 1,
+        HAS_DOC=doc is not None, FULL=length % Q == 0, PREC=_precision(q.dtype),
+        TWICE=options.twice, STAGES=options.stages, num_warps=options.warps,
     )  # fmt: skip
+    if normalize and blocks > 1:
+        for x, dx, r in ((q, dq, factors[0, 0, 0, 2]), (k, dk, factors[0, 0, 0, 3])):
+            _project_kernel[(n_chunks * (Q // 16), n_heads, b)](
+                x, dx, r, x.stride(0) // unit, length,
+                UNIT=unit, X_STRIDE_L=x.stride(1), H=n_heads, K=width, BK=_block(width), BL=16,
+                Q=Q, FULL=length % Q == 0, num_warps=4,
+            )  # fmt: skip
     block = min(8, triton.next_power_of_2(n_heads))
     _sum_parts_kernel[(n_chunks, b, triton.cdiv(n_heads, block))](
         parts, factors, doc, ddecay, dbeta, length,
-        H=n_heads, BH=block, BV=options.values, Q=Q, HAS_DOC=doc is not None, num_warps=2,
+        H=n_heads, BH=block, BLOCKS=blocks, BV=options.values, Q=Q, HAS_DOC=doc is not None,
+        num_warps=2,
     )  # fmt: skip
     return dq, dk, ddecay, dbeta
 
@@ -652,11 +729,12 @@ def _forward_fake(
     doc: Tensor | None, scale: float, normalize: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     b, length, n_heads, width = q.shape
+    Q = chunk(q)
     n_chunks = (length + Q - 1) // Q
     return (
         q.new_empty(v.shape),
         q.new_empty((b, n_heads, width, v.shape[3]), dtype=torch.float32),
-        q.new_empty((b, n_heads, n_chunks, 9, Q), dtype=torch.float32),
+        q.new_empty((b, n_heads, n_chunks, 9, 64), dtype=torch.float32),
         q.new_empty((b, n_heads, n_chunks, 2, Q, Q)),
     )
 
