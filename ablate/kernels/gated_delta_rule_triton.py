@@ -138,7 +138,7 @@ def _prepare_kernel(
     left = length - start
     wide = start.to(tl.int64)
     rows, cols = tl.arange(0, Q), tl.arange(0, BK)
-    FULL_K: tl.constexpr = K == BK
+    FULL_K: tl.constexpr = K % BK == 0
     inside = rows < left
     decay_ptr += b * decay_stride_b + wide * DECAY_STRIDE_L + h
     beta_ptr += b * beta_stride_b + wide * BETA_STRIDE_L + h
@@ -149,18 +149,29 @@ def _prepare_kernel(
     factors_ptr += ((b * H + h) * n_chunks + c) * FACTORS + rows
     pairs_ptr += ((b * H + h) * n_chunks + c) * (2 * Q * Q)
 
-    k = _load(k_ptr, rows, cols, left, K, K_STRIDE_L, FULL, FULL_K)
-    q = _load(q_ptr, rows, cols, left, K, Q_STRIDE_L, FULL, FULL_K)
+    kk = tl.zeros((Q, Q), tl.float32)
+    qk = tl.zeros((Q, Q), tl.float32)
+    rq = tl.full((Q,), 1.0, tl.float32)
+    rk = tl.full((Q,), 1.0, tl.float32)
+    if NORMALIZE:
+        rq = tl.full((Q,), eps, tl.float32)
+        rk = tl.full((Q,), eps, tl.float32)
+    for first in tl.range(0, K, BK, num_stages=1):
+        k = _load(k_ptr + first, rows, cols, left, K - first, K_STRIDE_L, FULL, FULL_K)
+        q = _load(q_ptr + first, rows, cols, left, K - first, Q_STRIDE_L, FULL, FULL_K)
+        kk = tl.dot(k, tl.trans(k), kk, input_precision=PREC)
+        qk = tl.dot(q, tl.trans(k), qk, input_precision=PREC)
+        if NORMALIZE:
+            q32, k32 = q.to(tl.float32), k.to(tl.float32)
+            rq += tl.sum(q32 * q32, axis=1)
+            rk += tl.sum(k32 * k32, axis=1)
+    if NORMALIZE:
+        rq = 1.0 / tl.sqrt(rq)
+        rk = 1.0 / tl.sqrt(rk)
     decay = tl.load(decay_ptr + rows * DECAY_STRIDE_L, mask=inside, other=0.0).to(tl.float32)
     beta = tl.load(beta_ptr + rows * BETA_STRIDE_L, mask=inside, other=0.0).to(tl.float32)
     cum = tl.cumsum(tl.maximum(decay, strongest) * 1.4426950408889634, axis=0)
     total = tl.sum(tl.where(rows == Q - 1, cum, 0.0), axis=0)
-    rq = tl.full((Q,), 1.0, tl.float32)
-    rk = tl.full((Q,), 1.0, tl.float32)
-    if NORMALIZE:
-        q32, k32 = q.to(tl.float32), k.to(tl.float32)
-        rq = 1.0 / tl.sqrt(tl.sum(q32 * q32, axis=1) + eps)
-        rk = 1.0 / tl.sqrt(tl.sum(k32 * k32, axis=1) + eps)
     seen = tl.exp2(cum)
     leaves = tl.exp2(tl.minimum(total - cum, 0.0))
     keep = tl.exp2(total)
@@ -183,12 +194,11 @@ def _prepare_kernel(
     allowed = _pairs(doc_ptr, start, rows, left, HAS_DOC)
     weight = tl.exp2(tl.minimum(cum[:, None] - cum[None, :], 0.0)) * (beta * rk)[None, :]
     weight = tl.where(allowed, weight, 0.0)
-    P = tl.dot(q, tl.trans(k), input_precision=PREC) * weight * (rq * scale)[:, None]
-    A = tl.dot(k, tl.trans(k), input_precision=PREC) * weight * rk[:, None]
-    N = _solve(tl.where(rows[:, None] > rows[None, :], A, 0.0), Q, SOLVE)
     at = rows[:, None] * Q + rows[None, :]
-    tl.store(pairs_ptr + at, N.to(pairs_ptr.dtype.element_ty))
+    P = qk * weight * (rq * scale)[:, None]
     tl.store(pairs_ptr + Q * Q + at, P.to(pairs_ptr.dtype.element_ty))
+    A = tl.where(rows[:, None] > rows[None, :], kk * weight * rk[:, None], 0.0)
+    tl.store(pairs_ptr + at, _solve(A, Q, SOLVE).to(pairs_ptr.dtype.element_ty))
 
 
 @triton.jit
@@ -235,6 +245,8 @@ def _scan_kernel(
         if OUTPUT:
             q = _load(q_ptr + wide * Q_STRIDE_L, rows, cols, left, K, Q_STRIDE_L, FULL, FULL_K)
             P = tl.load(pairs_ptr + wide * (2 * Q) + Q * Q + square)
+            out = tl.dot(held, tl.trans(q), input_precision=PREC)
+            out = out * tl.load(factors + READ_Q + rows)[None, :]
         else:
             to = states_ptr + wide // Q * (H * K * V)
             _store(to, held, values, cols, V, K, K, FULL_V, FULL_K)
@@ -242,8 +254,6 @@ def _scan_kernel(
         x = tl.trans(v).to(tl.float32) - x * tl.load(factors + READ_K + rows)[None, :]
         e = x - tl.dot(x.to(k.dtype), tl.trans(N), input_precision=PREC)
         if OUTPUT:
-            out = tl.dot(held, tl.trans(q), input_precision=PREC)
-            out = out * tl.load(factors + READ_Q + rows)[None, :]
             out = tl.dot(e.to(k.dtype), tl.trans(P), out, input_precision=PREC)
         else:
             out = e
@@ -402,7 +412,7 @@ def _gradient_kernel(
     k = _load(k_ptr, rows, cols, left, K, K_STRIDE_L, FULL, FULL_K)
     kk = tl.dot(k, tl.trans(k), input_precision=PREC)
     qk = tl.dot(q, tl.trans(k), input_precision=PREC)
-    for step in tl.static_range(1, BLOCKS):
+    for step in tl.range(1, BLOCKS, num_stages=1):
         others = (block + step) % BLOCKS * BK + all_cols
         other = _load(k_ptr, rows, others, left, K, K_STRIDE_L, FULL, FULL_K)
         kk = tl.dot(other, tl.trans(other), kk, input_precision=PREC)
@@ -525,50 +535,63 @@ def _sum_parts_kernel(
 
 @dataclass(frozen=True)
 class Config:
-    """Warps of a program, value channels of a block, software-pipelining stages, key channels of a
-    block and whether values are passed over twice, the last two of the gradients alone."""
+    """Warps of a program, value channels of a block, software-pipelining stages and the precision
+    of products of float32; key channels of a block, of the gradients and of the preparation; and
+    whether the gradients pass over the values twice."""
 
     warps: int
     values: int = 64
     stages: int = 2
-    keys: int = 128
+    precision: str = "ieee"
+    keys: int = 256
     twice: bool = False
 
 
-# Kernel and widest key -> options: for sm_90 with 16-bit data in chunks of 64 tokens, and for all
-# else, within 99 kB of shared memory, in chunks of 32 (the products of older architectures keep
-# their operands in registers).
-CONFIGS = {
-    64: {
-        ("prepare", 256): Config(4),
-        ("scan", 128): Config(4),
-        ("scan", 256): Config(8, values=32),
-        ("reverse", 128): Config(4),
-        ("reverse", 256): Config(8, values=32, stages=1),
-        ("gradient", 256): Config(8),
-    },
-    32: {
-        ("prepare", 256): Config(4),
-        ("scan", 128): Config(4, values=32),
-        ("scan", 256): Config(8, values=32),
-        ("reverse", 128): Config(4, values=32),
-        ("reverse", 256): Config(8, values=32),
-        ("gradient", 256): Config(8, values=32, twice=True),
-    },
-}  # fmt: skip
+# Kernel and widest key -> options, none of which spills registers. sm_90 multiplies what lies in
+# shared memory, where the tables of the other architectures keep within 99 kB and in chunks of 32.
+# Products of float32 in three parts take three times the registers, so the gradients are plain.
+HOPPER = {
+    ("prepare", 256): Config(4),
+    ("scan", 128): Config(4),
+    ("scan", 256): Config(8, values=32),
+    ("reverse", 128): Config(4),
+    ("reverse", 256): Config(8, values=32, stages=1),
+    ("gradient", 256): Config(8, keys=128),
+}
+OTHER = {
+    ("prepare", 256): Config(4, keys=128),
+    ("scan", 128): Config(4),
+    ("scan", 256): Config(8, values=32),
+    ("reverse", 128): Config(4, values=32),
+    ("reverse", 256): Config(8, values=32),
+    ("gradient", 256): Config(8, values=32, keys=128, twice=True),
+}
+SINGLE = {
+    ("prepare", 128): Config(4, precision="tf32x3", keys=32),
+    ("scan", 128): Config(8, values=16, stages=1, precision="tf32x3"),
+    ("reverse", 128): Config(8, values=16, stages=1, precision="tf32x3"),
+    ("gradient", 128): Config(8, values=16, stages=1, keys=32, twice=True),
+}
+
+
+def table(x: Tensor) -> dict[tuple[str, int], Config]:
+    """The launch options for data like x; in the interpreter those of sm_90."""
+    if x.element_size() == 4:
+        return SINGLE
+    hopper = not x.is_cuda or torch.cuda.get_device_capability(x.device) == (9, 0)
+    return HOPPER if hopper else OTHER
 
 
 def chunk(x: Tensor) -> int:
     """Tokens of a chunk for data like x."""
-    hopper = not x.is_cuda or torch.cuda.get_device_capability(x.device) == (9, 0)
-    return 64 if hopper and x.element_size() == 2 else 32
+    return 64 if table(x) is HOPPER else 32
 
 
 def config(kernel: str, q: Tensor, values: int) -> Config:
     """The launch options of a kernel for queries like q and values of this width."""
     width = q.shape[3]
-    table = CONFIGS[chunk(q)]
-    found = table[kernel, min(widest for name, widest in table if name == kernel and widest >= width)]
+    options = table(q)
+    found = options[min(key for key in options if key[0] == kernel and key[1] >= width)]
     return dataclasses.replace(
         found, values=min(found.values, _block(values)), keys=min(found.keys, _block(width))
     )
@@ -576,15 +599,6 @@ def config(kernel: str, q: Tensor, values: int) -> Config:
 
 def _block(width: int) -> int:
     return max(16, triton.next_power_of_2(width))
-
-
-def _precision(dtype: torch.dtype) -> str:
-    return "tf32x3" if dtype == torch.float32 else "ieee"
-
-
-def _solve_precision(dtype: torch.dtype) -> str:
-    """Of N's blocks, which 16-bit data round to fewer bits than tf32 has."""
-    return "tf32x3" if dtype == torch.float32 else "tf32"
 
 
 def _rows(v: Tensor) -> Tensor:
@@ -609,6 +623,7 @@ def prepare(
     n_chunks = triton.cdiv(length, Q)
     factors = q.new_empty((b, n_heads, n_chunks, 9, 64), dtype=torch.float32)
     pairs = q.new_empty((b, n_heads, n_chunks, 2, Q, Q))
+    options = config("prepare", q, 16)
     unit = _unit(q, k)
     _prepare_kernel[(n_chunks, n_heads, b)](
         q, k, log_decay, beta, doc, factors, pairs,
@@ -616,9 +631,10 @@ def prepare(
         scale, STRONGEST, NORM_EPS,
         UNIT=unit, Q_STRIDE_L=q.stride(1), K_STRIDE_L=k.stride(1),
         DECAY_STRIDE_L=log_decay.stride(1), BETA_STRIDE_L=beta.stride(1), H=n_heads, K=width,
-        BK=_block(width), Q=Q, NORMALIZE=normalize, HAS_DOC=doc is not None,
-        FULL=length % Q == 0, PREC=_precision(q.dtype), SOLVE=_solve_precision(q.dtype),
-        num_warps=config("prepare", q, 16).warps,
+        BK=options.keys, Q=Q, NORMALIZE=normalize, HAS_DOC=doc is not None,
+        FULL=length % Q == 0, PREC=options.precision,
+        # of blocks of N, which 16-bit data round to fewer bits than tf32 has
+        SOLVE="tf32x3" if q.dtype == torch.float32 else "tf32", num_warps=options.warps,
     )  # fmt: skip
     return factors, pairs
 
@@ -645,7 +661,7 @@ def scan(
         UNIT=unit, Q_STRIDE_L=q.stride(1), K_STRIDE_L=k.stride(1), V_STRIDE_L=v.stride(1),
         H=n_heads, K=width, V=values, BK=_block(width), BV=options.values, Q=Q,
         HAS_FIRST=first is not None, OUTPUT=output, FULL=length % Q == 0,
-        PREC=_precision(q.dtype), STAGES=options.stages, num_warps=options.warps,
+        PREC=options.precision, STAGES=options.stages, num_warps=options.warps,
     )  # fmt: skip
     return out, states
 
@@ -669,7 +685,7 @@ def reverse(
         q.stride(0) // unit, k.stride(0) // unit, length, n_chunks,
         UNIT=unit, Q_STRIDE_L=q.stride(1), K_STRIDE_L=k.stride(1), H=n_heads, K=width, V=values,
         BK=_block(width), BV=options.values, Q=Q, HAS_LAST=dlast is not None,
-        FULL=length % Q == 0, PREC=_precision(q.dtype), STAGES=options.stages,
+        FULL=length % Q == 0, PREC=options.precision, STAGES=options.stages,
         num_warps=options.warps,
     )  # fmt: skip
     return dv, dstates, dfirst
@@ -695,7 +711,7 @@ def gradients(
         q.stride(0) // unit, k.stride(0) // unit, length, scale,
         UNIT=unit, Q_STRIDE_L=q.stride(1), K_STRIDE_L=k.stride(1), H=n_heads, K=width, V=values,
         BK=options.keys, BV=options.values, Q=Q, NORMALIZE=normalize and blocks == 1,
-        HAS_DOC=doc is not None, FULL=length % Q == 0, PREC=_precision(q.dtype),
+        HAS_DOC=doc is not None, FULL=length % Q == 0, PREC=options.precision,
         TWICE=options.twice, STAGES=options.stages, num_warps=options.warps,
     )  # fmt: skip
     if normalize and blocks > 1:
