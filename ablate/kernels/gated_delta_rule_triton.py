@@ -151,23 +151,20 @@ def _prepare_kernel(
 
     kk = tl.zeros((Q, Q), tl.float32)
     qk = tl.zeros((Q, Q), tl.float32)
-    rq = tl.full((Q,), 1.0, tl.float32)
-    rk = tl.full((Q,), 1.0, tl.float32)
-    if NORMALIZE:
-        rq = tl.full((Q,), eps, tl.float32)
-        rk = tl.full((Q,), eps, tl.float32)
+    qq = tl.zeros((Q, Q), tl.float32)
     for first in tl.range(0, K, BK, num_stages=1):
         k = _load(k_ptr + first, rows, cols, left, K - first, K_STRIDE_L, FULL, FULL_K)
         q = _load(q_ptr + first, rows, cols, left, K - first, Q_STRIDE_L, FULL, FULL_K)
         kk = tl.dot(k, tl.trans(k), kk, input_precision=PREC)
         qk = tl.dot(q, tl.trans(k), qk, input_precision=PREC)
         if NORMALIZE:
-            q32, k32 = q.to(tl.float32), k.to(tl.float32)
-            rq += tl.sum(q32 * q32, axis=1)
-            rk += tl.sum(k32 * k32, axis=1)
+            qq = tl.dot(q, tl.trans(q), qq, input_precision=PREC)
+    rq = tl.full((Q,), 1.0, tl.float32)
+    rk = tl.full((Q,), 1.0, tl.float32)
     if NORMALIZE:
-        rq = 1.0 / tl.sqrt(rq)
-        rk = 1.0 / tl.sqrt(rk)
+        own = rows[:, None] == rows[None, :]
+        rq = 1.0 / tl.sqrt(tl.sum(tl.where(own, qq, 0.0), axis=1) + eps)
+        rk = 1.0 / tl.sqrt(tl.sum(tl.where(own, kk, 0.0), axis=1) + eps)
     decay = tl.load(decay_ptr + rows * DECAY_STRIDE_L, mask=inside, other=0.0).to(tl.float32)
     beta = tl.load(beta_ptr + rows * BETA_STRIDE_L, mask=inside, other=0.0).to(tl.float32)
     cum = tl.cumsum(tl.maximum(decay, strongest) * 1.4426950408889634, axis=0)
