@@ -183,8 +183,9 @@ def gated_delta_rule_chunked(
                     error = error - torch.matmul(reads[:, :, c], state)
                 errors.append(error)
                 added = torch.matmul(writes[:, :, c].transpose(-1, -2), error)
-                kept = None if state is None else keep[:, :, c, None, None]
-                state = added if kept is None else torch.addcmul(added, state, kept)
+                if state is not None:
+                    added = torch.addcmul(added, state, keep[:, :, c, None, None])
+                state = added
             e = torch.stack(errors, dim=2)
         o = torch.matmul(torch.matmul(q, k.transpose(-1, -2)) * decay, beta * e)
         if needs_state:

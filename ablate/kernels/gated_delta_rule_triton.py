@@ -40,10 +40,10 @@ from torch import Tensor
 from ablate.kernels.dispatch import define_op
 from ablate.kernels.gated_delta_rule import NORM_EPS, STRONGEST
 
-# Of a chunk's tokens, a row of 64 numbers each: the sums of log decays within the chunk in units of log2; beta;
-# what makes the query and the key as long as they are to be; the factors of the query that reads
-# the entering state, of the key that does, of the key that adds to the leaving one, and the same
-# with beta; and, equal for all, what is kept of the state.
+# Of a chunk's tokens, a row of 64 numbers each: the sums of log decays within the chunk in units of
+# log2; beta; what makes the query and the key as long as they are to be; the factors of the query
+# that reads the entering state, of the key that does, of the key that adds to the leaving one, and
+# the same with beta; and, equal for all, what is kept of the state.
 CUM, BETA, RQ, RK, READ_Q, READ_K, LEAVE_K, WRITE_K, KEEP = (tl.constexpr(i * 64) for i in range(9))
 FACTORS = tl.constexpr(9 * 64)
 # Rows of what the gradients of decay and beta are sums of: of pairs, a token with itself, those
@@ -242,18 +242,17 @@ def _scan_kernel(
         if OUTPUT:
             q = _load(q_ptr + wide * Q_STRIDE_L, rows, cols, left, K, Q_STRIDE_L, FULL, FULL_K)
             P = tl.load(pairs_ptr + wide * (2 * Q) + Q * Q + square)
-            out = tl.dot(held, tl.trans(q), input_precision=PREC)
-            out = out * tl.load(factors + READ_Q + rows)[None, :]
+            read = tl.dot(held, tl.trans(q), input_precision=PREC)
+            read = read * tl.load(factors + READ_Q + rows)[None, :]
         else:
             to = states_ptr + wide // Q * (H * K * V)
             _store(to, held, values, cols, V, K, K, FULL_V, FULL_K)
         x = tl.dot(held, tl.trans(k), input_precision=PREC)
         x = tl.trans(v).to(tl.float32) - x * tl.load(factors + READ_K + rows)[None, :]
         e = x - tl.dot(x.to(k.dtype), tl.trans(N), input_precision=PREC)
+        out = e
         if OUTPUT:
-            out = tl.dot(e.to(k.dtype), tl.trans(P), out, input_precision=PREC)
-        else:
-            out = e
+            out = tl.dot(e.to(k.dtype), tl.trans(P), read, input_precision=PREC)
         to = out_ptr + wide * (H * V)
         _store(to, tl.trans(out.to(k.dtype)), rows, values, left, V, H * V, FULL, FULL_V)
         e = e * tl.load(factors + WRITE_K + rows)[None, :]
@@ -612,7 +611,7 @@ def _unit(*tensors: Tensor) -> int:
 def prepare(
     q: Tensor, k: Tensor, log_decay: Tensor, beta: Tensor, doc: Tensor | None, scale: float,
     normalize: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Factors of the tokens (B, H, c, 9, 64), float32, and the matrices N and P (B, H, c, 2, Q, Q)
     in q's type."""
     b, length, n_heads, width = q.shape
