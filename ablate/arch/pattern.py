@@ -1,7 +1,7 @@
 """The pattern language, and patterns made from shares, positions and units.
 
-One letter is one residual layer: `M` Mamba-2, `m` Mamba-1, `*` full attention, `S` sliding-window
-attention, `-` MLP. `xN` repeats the unit before it, `.` separates units:
+One letter is one residual layer: `M` Mamba-2, `m` Mamba-1, `G` Gated DeltaNet, `*` full attention,
+`S` sliding-window attention, `-` MLP. `xN` repeats the unit before it, `.` separates units:
 
     pattern = part { "." part }        part = letter { letter } [ "x" count ]
 
@@ -31,6 +31,7 @@ EXAMPLES = {
     "m-S-x6.*-": "the same with a block of full attention at the end",
     "mS-x8": "Samba's variant with one MLP for two mixers",
     "M-M-M--*M-M-M-M-*M--M-M-": "a pattern given whole",
+    "G-G-G-*-x6": "three layers of Gated DeltaNet to one of attention",
     "Mx6.*.Mx6.*.Mx6": "Mamba-2 with two attention layers, no MLP",
     "Sx4.*": "four windowed layers and a full one",
     "-M*": "a stack may open with any layer",

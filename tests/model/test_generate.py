@@ -14,11 +14,12 @@ from ablate.model.generate import padded_length
 
 OPTIONS = {
     "mamba1": {"d_state": 4},
+    "gated_deltanet": {"head_dim": 8},
     "mamba2": {"head_dim": 16, "d_state": 16, "n_groups": 2},
     "attention": {"head_dim": 16, "n_kv_heads": 1, "d_conv": 4},
     "swa": {"head_dim": 16, "window": 5},
 }
-PATTERNS = ["M-", "m-", "*-", "S-", "mM-*S-"]
+PATTERNS = ["M-", "m-", "*-", "S-", "G-", "mM-*S-"]
 
 
 def model(pattern="mM-*S-"):
