@@ -531,9 +531,9 @@ def _sum_parts_kernel(
 
 @dataclass(frozen=True)
 class Config:
-    """Warps of a program, value channels of a block, software-pipelining stages and the precision
-    of products of float32; key channels of a block, of the gradients and of the preparation; and
-    whether the gradients pass over the values twice."""
+    """Warps of a program, value channels of a block (of the gradients at most 64), software-
+    pipelining stages and the precision of products of float32; key channels of a block, of the
+    gradients and of the preparation; and whether the gradients pass over the values twice."""
 
     warps: int
     values: int = 64
