@@ -244,10 +244,10 @@ def _scan_kernel(
             P = tl.load(pairs_ptr + wide * (2 * Q) + Q * Q + square)
             read = tl.dot(held, tl.trans(q), input_precision=PREC)
             read = read * tl.load(factors + READ_Q + rows)[None, :]
-        else:
+        x = tl.dot(held, tl.trans(k), input_precision=PREC)
+        if not OUTPUT:
             to = states_ptr + wide // Q * (H * K * V)
             _store(to, held, values, cols, V, K, K, FULL_V, FULL_K)
-        x = tl.dot(held, tl.trans(k), input_precision=PREC)
         x = tl.trans(v).to(tl.float32) - x * tl.load(factors + READ_K + rows)[None, :]
         e = x - tl.dot(x.to(k.dtype), tl.trans(N), input_precision=PREC)
         out = e
@@ -303,9 +303,9 @@ def _reverse_kernel(
         P = tl.load(pairs_ptr + wide * (2 * Q) + Q * Q + square)
         q = _load(q_ptr + wide * Q_STRIDE_L, rows, cols, left, K, Q_STRIDE_L, FULL, FULL_K)
         held = dstate.to(k.dtype)
+        de = tl.dot(held, tl.trans(k), input_precision=PREC)
         to = dstates_ptr + wide // Q * (H * K * V)
         _store(to, held, values, cols, V, K, K, FULL_V, FULL_K)
-        de = tl.dot(held, tl.trans(k), input_precision=PREC)
         de = de * tl.load(factors + WRITE_K + rows)[None, :]
         do = tl.trans(do)
         de = tl.dot(do, P, de, input_precision=PREC)
@@ -531,9 +531,9 @@ def _sum_parts_kernel(
 
 @dataclass(frozen=True)
 class Config:
-    """Warps of a program, value channels of a block, software-pipelining stages and the precision
-    of products of float32; key channels of a block, of the gradients and of the preparation; and
-    whether the gradients pass over the values twice."""
+    """Warps of a program, value channels of a block (of the gradients at most 64), software-
+    pipelining stages and the precision of products of float32; key channels of a block, of the
+    gradients and of the preparation; and whether the gradients pass over the values twice."""
 
     warps: int
     values: int = 64

@@ -271,6 +271,7 @@ def assembled(kernel, name, arch, dtype, keys, values, **flags):
     ("arch", "dtype", "keys", "values", "flags"),
     [
         *((arch, "bf16", 128, 256, {}) for arch in (80, 86, 89, 90)),
+        (90, "bf16", 128, 256, {"HAS_DOC": True, "HAS_FIRST": True, "FULL": False}),
         (80, "bf16", 256, 512, {"HAS_DOC": True, "FULL": False}),
         (90, "bf16", 256, 512, {"HAS_DOC": True, "FULL": False}),
         (80, "fp16", 64, 128, {}),
