@@ -91,7 +91,7 @@ def test_a_misspelt_name_is_one_sentence(name, capsys, tmp_path, monkeypatch):
     misspelt = name[:-1] + "qx"
     said = fails(capsys, tmp_path, monkeypatch, f"{misspelt}=1")
     assert misspelt in said
-    said = fails(capsys, tmp_path, monkeypatch, f"+{misspelt}=1")
+    said = fails(capsys, tmp_path, monkeypatch, "scale=cpu", f"+{misspelt}=1")
     assert misspelt.split(".")[-1] in said
 
 

@@ -507,22 +507,25 @@ class _Supervisor:
             time.sleep(timeout)
             return
         for selected, _ in self.selector.select(timeout):
-            child: _Child = selected.data
-            assert child.process.stdout is not None
-            try:
-                data = os.read(child.process.stdout.fileno(), 1 << 16)
-            except BlockingIOError:
-                continue
-            if not data:
-                self.selector.unregister(child.process.stdout)
-                continue
-            *lines, child.rest = (child.rest + data).split(b"\n")
-            for line in lines:
-                try:
-                    message = json.loads(line)
-                except json.JSONDecodeError:
-                    continue
-                self._hear(child, message)
+            self._listen(selected.data)
+
+    def _listen(self, child: _Child, *, gone: bool = False) -> None:
+        """Hear what a child has said since; no more after the end of it, or when it is gone."""
+        stream = child.process.stdout
+        assert stream is not None
+        if stream.closed:
+            return
+        try:
+            while data := os.read(stream.fileno(), 1 << 16):
+                *lines, child.rest = (child.rest + data).split(b"\n")
+                for line in lines:
+                    with contextlib.suppress(json.JSONDecodeError):
+                        self._hear(child, json.loads(line))
+        except BlockingIOError:
+            if not gone:
+                return
+        self.selector.unregister(stream)
+        stream.close()
 
     def _hear(self, child: _Child, message: dict[str, Any]) -> None:
         event = message.pop("event", None)
@@ -570,7 +573,7 @@ class _Supervisor:
             code = child.process.poll()
             if code is None:
                 continue
-            self._drain(child)
+            self._listen(child, gone=True)
             self.children.remove(child)
             if child.process.stdin is not None:
                 with contextlib.suppress(OSError):
@@ -580,19 +583,6 @@ class _Supervisor:
             else:
                 self._record(child, child.cell, code)
             child.errors.close()
-
-    def _drain(self, child: _Child) -> None:
-        stream = child.process.stdout
-        assert stream is not None
-        with contextlib.suppress(KeyError, ValueError):
-            self.selector.unregister(stream)
-        with contextlib.suppress(BlockingIOError, OSError):
-            while data := os.read(stream.fileno(), 1 << 16):
-                child.rest += data
-        for line in child.rest.split(b"\n"):
-            with contextlib.suppress(json.JSONDecodeError):
-                self._hear(child, json.loads(line))
-        stream.close()
 
     def _record(self, child: _Child, cell: Cell, code: int) -> None:
         run = self.folder.run(cell.key)
