@@ -19,7 +19,7 @@ from ablate.evaluate import length, suites
 from ablate.evaluate.harness import chance
 from ablate.evaluate.local_data import NoLocalData, local_data
 from ablate.evaluate.subjects import load as load_subject
-from ablate.evaluate.trial import check, command, train_and_evaluate
+from ablate.evaluate.trial import check, command, evaluate, train_and_evaluate
 from ablate.run import RunFolder
 from ablate.train.validation import uninformative
 
@@ -372,6 +372,30 @@ def test_caches_are_made_for_few_shapes(run, monkeypatch):
     assert len(lm.generate_until(requests)) == 119
     assert len(made) <= 5
     assert all(batch * room <= 4 * 4096 for batch, room in made)
+
+
+def test_an_interrupt_stops_within_a_task(run):
+    subject = load_subject(str(run[0].path), device="cpu")
+    options = EvaluateConfig(
+        recall=["phonebook"], sizes={"entries": [3], "items": 9}, batch_tokens=256
+    )
+    calls = []
+
+    def between():
+        calls.append(0)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(
+            subject,
+            options,
+            write=lambda *a: None,
+            documents=list,
+            training_length=64,
+            between=between,
+        )
+    assert len(calls) == 4
 
 
 def test_a_sampled_answer_repeats(run):
