@@ -37,6 +37,7 @@ class SubjectLM(TemplateLM):
     batch_tokens: rows × longest row of a batch at most (one row may be longer).
     batch_size: rows at most of a batch that is continued, as each holds caches.
     quiet: no progress bars; None: where stderr is not a terminal.
+    check: called before every batch, and may raise to stop.
     """
 
     def __init__(
@@ -46,12 +47,14 @@ class SubjectLM(TemplateLM):
         batch_size: int = 256,
         batch_tokens: int = 16384,
         quiet: bool | None = None,
+        check: Callable[[], None] = lambda: None,
     ) -> None:
         super().__init__()
         self.subject = subject
         self.max_length = subject.max_length
         self.batch_size, self.batch_tokens = batch_size, batch_tokens
         self.quiet = not sys.stderr.isatty() if quiet is None else quiet
+        self.check = check
         self._device = subject.device
         self._encoded: dict[tuple[str, bool], list[int]] = {}
 
@@ -232,10 +235,12 @@ class SubjectLM(TemplateLM):
         for item in ordered:
             full = batch and (len(batch) + 1) * length(batch[0]) > self.batch_tokens
             if full or len(batch) == rows:
+                self.check()
                 yield batch
                 batch = []
             batch.append(item)
         if batch:
+            self.check()
             yield batch
 
     def _bar(self, total: int, what: str, off: bool) -> Any:

@@ -8,7 +8,7 @@ import importlib.util
 import logging
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -257,12 +257,12 @@ def _quiet() -> Iterator[None]:
             os.environ["TOKENIZERS_PARALLELISM"] = before
 
 
-def adapter(subject: Subject, *, batch_tokens: int, whole: bool) -> Any:
+def adapter(subject: Subject, *, batch_tokens: int, whole: bool, check: Callable[[], None]) -> Any:
     """lm-eval's face of a subject. whole: nothing of a prompt is cut, where a model has no end of
     its own, as ours have none."""
     from ablate.evaluate.adapter import UNLIMITED, SubjectLM
 
-    lm = SubjectLM(subject, batch_tokens=batch_tokens)
+    lm = SubjectLM(subject, batch_tokens=batch_tokens, check=check)
     if whole and not subject.bounded:
         lm.max_length = UNLIMITED
     return lm

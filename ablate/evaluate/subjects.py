@@ -24,7 +24,7 @@ from ablate.data import tokenizer as tokenizers
 from ablate.data.tokenizer import Tokenizer
 from ablate.errors import UserError
 from ablate.model import Decoder, LanguageModel, Sampling, generate
-from ablate.run import RunFolder
+from ablate.run import RunFolder, find_runs
 from ablate.train import checkpoint
 from ablate.train.environment import device_of, uses_bf16
 
@@ -278,6 +278,11 @@ def load(
         if max_length is not None or remote_code:
             raise UserError("max_length and remote_code are for transformers models only")
         return load_run(RunFolder(path), device=device)
+    runs = [run.key for run in find_runs(path)]
+    if runs:
+        raise UserError(f"'{target}' is a study's folder: give one of its runs, {target}/{runs[0]}")
+    if not path.exists() and (target[0] in "./~" or target.count("/") > 1):
+        raise UserError(f"there is no folder '{target}'")
     if path.is_dir() and not (path / "config.json").is_file():
         raise UserError(
             f"'{target}' is neither a run folder (no config.yaml) nor a transformers model "

@@ -112,13 +112,18 @@ def evaluate(
     summary: dict[str, Any] = {}
     data = None if options.local_data is None else local_data.check(options.local_data)
 
+    def adapter(whole: bool) -> Any:
+        return harness.adapter(
+            subject, batch_tokens=options.batch_tokens, whole=whole, check=between
+        )
+
     def keep(name: str, content: dict[str, Any], **more: Any) -> None:
         write(name, content)
         summary[name] = {"value": content["value"], "metric": content["metric"], **more}
 
     for task in options.recall:
         between()
-        lm = harness.adapter(subject, batch_tokens=options.batch_tokens, whole=True)
+        lm = adapter(whole=True)
         sizes = {n: v for n, v in options.sizes.items() if n not in TASKS}
         sizes |= options.sizes.get(task, {})
         content = harness.run_recall(subject, task, sizes=sizes, limit=None, lm=lm)
@@ -136,7 +141,7 @@ def evaluate(
     lm = None
     for name, (suite, entry) in entries.items():
         between()
-        lm = lm or harness.adapter(subject, batch_tokens=options.batch_tokens, whole=False)
+        lm = lm or adapter(whole=False)
         try:
             content = harness.run_suite_entry(subject, entry, data=data, limit=options.limit, lm=lm)
         except harness.Skipped as error:

@@ -19,7 +19,7 @@ from ablate.evaluate import length, suites
 from ablate.evaluate.harness import chance
 from ablate.evaluate.local_data import NoLocalData, local_data
 from ablate.evaluate.subjects import load as load_subject
-from ablate.evaluate.trial import check, command, train_and_evaluate
+from ablate.evaluate.trial import check, command, evaluate, train_and_evaluate
 from ablate.run import RunFolder
 from ablate.train.validation import uninformative
 
@@ -339,9 +339,70 @@ def test_mistakes_are_one_sentence(words, named):
     assert "\n" not in str(raised.value)
 
 
-def test_a_folder_that_is_no_model(tmp_path):
+def test_a_folder_that_is_no_model(run, tmp_path):
     with pytest.raises(UserError, match="neither a run folder"):
         load_subject(str(tmp_path))
+    with pytest.raises(UserError, match="there is no folder 'runs/study/key'"):
+        load_subject("runs/study/key")
+    study = run[0].path.parent
+    with pytest.raises(UserError, match=r"is a study's folder: give one of its runs, .*/key"):
+        load_subject(str(study))
+
+
+def test_caches_are_made_for_few_shapes(run, monkeypatch):
+    """On a GPU each is captured, which takes longer than most batches."""
+    from lm_eval.api.instance import Instance
+
+    from ablate.evaluate import subjects
+    from ablate.evaluate.adapter import SubjectLM
+
+    made = []
+
+    class Counted(subjects.Decoder):
+        def __init__(self, model, batch, room, **options):
+            made.append((batch, room))
+            super().__init__(model, batch, room, **options)
+
+    monkeypatch.setattr(subjects, "Decoder", Counted)
+    subject = load_subject(str(run[0].path), device="cpu")
+    lm = SubjectLM(subject, batch_tokens=4096, quiet=True)
+    options = {"until": ["\n"], "max_gen_toks": 2, "do_sample": False}
+    lm.max_length = 1 << 20
+    requests = [Instance("generate_until", {}, ("x" * (9 * i), options), i) for i in range(1, 120)]
+    assert len(lm.generate_until(requests)) == 119
+    assert len(made) <= 5
+    assert all(batch * room <= 4 * 4096 for batch, room in made)
+
+
+def test_an_interrupt_stops_within_a_task(run):
+    subject = load_subject(str(run[0].path), device="cpu")
+    options = EvaluateConfig(
+        recall=["phonebook"], sizes={"entries": [3], "items": 9}, batch_tokens=256
+    )
+    calls = []
+
+    def between():
+        calls.append(0)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(
+            subject,
+            options,
+            write=lambda *a: None,
+            documents=list,
+            training_length=64,
+            between=between,
+        )
+    assert len(calls) == 4
+
+
+def test_a_sampled_answer_repeats(run):
+    subject = load_subject(str(run[0].path), device="cpu")
+    options = {"do_sample": True, "temperature": 1.0}
+    first = subject.generate([[256, 97]], 12, ["\0"], options)
+    assert first == subject.generate([[256, 97]], 12, ["\0"], options)
 
 
 def test_mistakes_in_a_study_come_before_compute(tmp_path):
