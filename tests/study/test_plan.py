@@ -157,6 +157,17 @@ def test_stages_are_planned_apart(make: Any, console: Any) -> None:
     assert "first stage: 5 learning rates an arm" in text
 
 
+def test_the_second_stage_is_planned_at_the_rates_found(make: Any, console: Any) -> None:
+    tree = make(**{**GRID, "study.tune": {"points": 5}})
+    arms = dict.fromkeys(cell.arm for cell in space.cells(tree))
+    fits = [{"arm": arm, "chosen": 2e-3} for arm in arms]
+    folder = StudyFolder(Path(tree["study"]["folder"]) / "tiny")
+    folder.write_index({"tuned": {"problems": [], "fit": {"fits": fits}}})
+    plan(tree, console)
+    assert "confirm: 6 trials" in said(console)
+    assert "what seeds detect" in said(console)
+
+
 def test_certificates_are_in_the_plan(make: Any, console: Any) -> None:
     attention = {"head_dim": 4, "n_heads": 2}
     changes = {"match.by": "attention_inner", "match.tolerance": 0.05, "arch.attention": attention}
