@@ -116,12 +116,13 @@ def test_recall_counts_what_is_wrong(tiny: Make) -> None:
     cfg = tiny(evaluate={"mqar_rows": 10}, data={"seq_len": 32})
     tokens = prepare(cfg.data)
     model = Recaller(model_vocab(tokens.vocab_size))
-    knows: Callable[[Tensor], Tensor] = model.logits
+    knows: Callable[..., Tensor] = model.logits
 
-    def half(tokens_BL: Tensor) -> Tensor:
-        logits = knows(tokens_BL)
-        logits[::2] = 0.0  # the even rows know nothing
-        return logits
+    def half(tokens_BL: Tensor, *, keep_BL: Tensor) -> Tensor:
+        all_BL = torch.ones_like(keep_BL)
+        logits_BLV = knows(tokens_BL, keep_BL=all_BL).unflatten(0, keep_BL.shape)
+        logits_BLV[::2] = 0.0  # the even rows know nothing
+        return logits_BLV[keep_BL]
 
     model.logits = half  # type: ignore[method-assign]
     score = validator(cfg, model, tokens).recall(final=True)
