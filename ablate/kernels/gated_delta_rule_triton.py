@@ -543,9 +543,10 @@ class Config:
     twice: bool = False
 
 
-# Kernel and widest key -> options, none of which spills registers. sm_90 multiplies what lies in
-# shared memory, where the tables of the other architectures keep within 99 kB and in chunks of 32.
-# Products of float32 in three parts take three times the registers, so the gradients are plain.
+# Kernel and widest key -> options, with which 16-bit data spill no registers. sm_90 multiplies what
+# lies in shared memory; the tables of the other architectures keep within 99 kB and have chunks of
+# 32, as their operands lie in registers. Products of float32 in three parts of tf32 take three
+# times the registers, so the gradients are plain; narrow ones by 8 warps are a bug of Triton's.
 HOPPER = {
     ("prepare", 256): Config(4),
     ("scan", 128): Config(4),
@@ -564,7 +565,9 @@ OTHER = {
 }
 SINGLE = {
     ("prepare", 128): Config(4, precision="tf32x3", keys=32),
+    ("scan", 64): Config(4, values=16, stages=1, precision="tf32x3"),
     ("scan", 128): Config(8, values=16, stages=1, precision="tf32x3"),
+    ("reverse", 64): Config(4, values=16, stages=1, precision="tf32x3"),
     ("reverse", 128): Config(8, values=16, stages=1, precision="tf32x3"),
     ("gradient", 128): Config(8, values=16, stages=1, keys=32, twice=True),
 }
