@@ -546,7 +546,7 @@ class Config:
 # Kernel and widest key -> options, with which 16-bit data spill no registers. sm_90 multiplies what
 # lies in shared memory; the tables of the other architectures keep within 99 kB and have chunks of
 # 32, as their operands lie in registers. Products of float32 in three parts of tf32 take three
-# times the registers, so the gradients are plain; narrow ones by 8 warps are a bug of Triton's.
+# times the registers, so the gradients are plain; narrow ones keep to 4 warps, as in `ssd_triton`.
 HOPPER = {
     ("prepare", 256): Config(4),
     ("scan", 128): Config(4),
