@@ -148,10 +148,13 @@ def _load(
     try:
         loaded = manager.load([name])
         for task in loaded["tasks"].values():
-            document = next(iter(task.eval_docs), None)
-            if document is None:
+            documents = list(task.eval_docs)
+            if not documents:
                 raise ValueError("there are no documents in it")
-            task.doc_to_text(document), task.doc_to_target(document)  # it has the fields
+            # lm-eval asks for them time and again, and each time they would be decoded anew
+            name_of = "test_docs" if task.has_test_docs() else "validation_docs"
+            setattr(task, name_of, functools.partial(list.copy, documents))
+            task.doc_to_text(documents[0]), task.doc_to_target(documents[0])  # it has the fields
         return loaded
     except UserError:
         raise
