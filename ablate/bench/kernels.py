@@ -358,6 +358,48 @@ def _selective_peers() -> dict[str, Function]:
     return _optional(mamba_ssm=mamba)
 
 
+def _delta_inputs(
+    heads: int, keys: int, values: int, documents: int = 0
+) -> Callable[[int, int], Inputs]:
+    def make(batch: int, length: int) -> Inputs:
+        rate = torch.empty(heads, device="cuda").uniform_(0.01, 16)
+        step = F.softplus(torch.randn(batch, length, heads, device="cuda") - 4.0)
+        return {
+            "q": _randn(batch, length, heads, keys),
+            "k": _randn(batch, length, heads, keys),
+            "v": _randn(batch, length, heads, values),
+            "log_decay": (-rate * step).requires_grad_(),
+            "beta": torch.rand(batch, length, heads, device="cuda").requires_grad_(),
+            "doc": _documents(batch, length, documents) if documents else None,
+        }
+
+    return make
+
+
+def _delta_with(form: str) -> Function:
+    def run(t: Inputs) -> Any:
+        import importlib
+
+        fn = getattr(importlib.import_module("ablate.kernels.gated_delta_rule"), form)
+        return fn(
+            t["q"], t["k"], t["v"], t["log_decay"], t["beta"], normalize_qk=True,
+            doc_start_BL=t["doc"],
+        )  # fmt: skip
+
+    return run
+
+
+def _delta_peers() -> dict[str, Function]:
+    def fla() -> Function:
+        from fla.ops.gated_delta_rule import chunk_gated_delta_rule
+
+        return lambda t: chunk_gated_delta_rule(
+            t["q"], t["k"], t["v"], t["log_decay"], t["beta"], use_qk_l2norm_in_kernel=True
+        )[0]
+
+    return _optional(fla=fla)
+
+
 def _gla_inputs(heads: int, documents: int = 0) -> Callable[[int, int], Inputs]:
     def make(batch: int, length: int) -> Inputs:
         g = F.logsigmoid(torch.randn(batch, length, heads, 192, device="cuda")) / 16
@@ -429,6 +471,7 @@ def _core_peers() -> dict[str, Function]:
 def _cases() -> list[Case]:
     ssd, recurrent = _ssd_with("ssd"), _ssd_with("ssd_recurrent")
     scan = (_selective_with("selective_scan"), _selective_with("selective_scan_recurrent"))
+    delta = (_delta_with("gated_delta_rule"), _delta_with("gated_delta_rule_recurrent"))
     gla = (_gla_with("gla"), _gla_with("gla_recurrent"))
     conv = (_conv_ours, _conv_oracle)
     none: Callable[[], dict[str, Function]] = dict
@@ -457,6 +500,16 @@ def _cases() -> list[Case]:
              none),
         Case("selective_scan", "documents of 500", 8, 4096, _selective_inputs(1536, 500), *scan,
              none),
+        Case("gated_delta_rule", "B=8 L=4096 H=6 K=128 V=256", 8, 4096, _delta_inputs(6, 128, 256),
+             *delta, _delta_peers, (0.071, 0.19)),
+        Case("gated_delta_rule", "H=12 K=64 V=128", 8, 4096, _delta_inputs(12, 64, 128), *delta,
+             _delta_peers, (0.071, 0.19)),
+        Case("gated_delta_rule", "H=6 K=256 V=512", 4, 4096, _delta_inputs(6, 256, 512), *delta,
+             _delta_peers, (0.071, 0.19)),
+        Case("gated_delta_rule", "B=4 L=1024 H=4 K=64 V=128", 4, 1024, _delta_inputs(4, 64, 128),
+             *delta, _delta_peers),
+        Case("gated_delta_rule", "documents of 500", 8, 4096, _delta_inputs(6, 128, 256, 500),
+             *delta, none),
         Case("gla", "B=8 L=4096 H=4 K=192 V=384", 8, 4096, _gla_inputs(4), *gla, _gla_peers,
              (0.082, 0.222), forward_alone=("fla",)),
         Case("gla", "B=4 L=1024 H=1", 4, 1024, _gla_inputs(1), *gla, _gla_peers,

@@ -35,7 +35,7 @@ from ablate.config import Config, load
 from ablate.data import Batch, prepare
 from ablate.errors import UserError, did_you_mean
 from ablate.study.child import child_environment
-from ablate.study.prepare import wide_console
+from ablate.study.show import wide_console
 from ablate.train import train
 from ablate.train.clock import process_age
 from ablate.train.engine import Engine

@@ -2,7 +2,10 @@
 
 Full causal attention is torch's scaled_dot_product_attention. With a window or documents the CPU
 form takes blocks of queries, each against the keys it can see, so that a window costs
-O(L * window) time and memory; on CUDA it is FlexAttention with a block mask.
+O(L * window) time and memory; on CUDA it is FlexAttention with a block mask in training, whose rows
+have one length. A window without documents is taken in blocks wherever no gradient is wanted:
+evaluation meets hundreds of lengths, and for each FlexAttention would be compiled again and an
+L x L mask be made.
 """
 
 from __future__ import annotations
@@ -13,6 +16,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend
+
+from ablate.kernels.dispatch import use_triton
+from ablate.kernels.rotary import Table, rotary, rotary_table
 
 QUERY_BLOCK = 256
 
@@ -62,6 +69,9 @@ def _blocked(
 ) -> torch.Tensor:
     """(B, H, L, P) tensors; one call of SDPA per block of queries."""
     length = q.shape[2]
+    if gqa and q.is_cuda:  # with a mask and shared heads, SDPA would hold all scores
+        k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
+        gqa = False
     block = QUERY_BLOCK if window is None else max(QUERY_BLOCK, min(window, 1024))
     outputs = []
     for start in range(0, length, block):
@@ -183,41 +193,108 @@ def attention(
         raise ValueError(f"{heads} query heads are not a multiple of {kv_heads} key heads")
     if window is not None and window < 1:
         raise ValueError(f"window={window} must be at least 1")
-    length = q_BLHP.shape[1]
+    form, window = _form(q_BLHP, window, doc_start_BL)
     q, k, v = (t.transpose(1, 2) for t in (q_BLHP, k_BLHP, v_BLHP))
     gqa = heads != kv_heads
-    if window is not None and window >= length:
-        window = None
-    if window is None and doc_start_BL is None:
+    if form == "sdpa":
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=gqa)
-    elif q.is_cuda and q.dtype != torch.float64:
+    elif form == "flex":
         y = _flex(q, k, v, window, doc_start_BL, scale, gqa)
     else:
         y = _blocked(q, k, v, window, doc_start_BL, scale, gqa)
     return y.transpose(1, 2)
 
 
-def attention_step(
-    q_BHP: torch.Tensor,
-    k_BTHP: torch.Tensor,
-    v_BTHP: torch.Tensor,
-    *,
-    valid_BT: torch.Tensor | None = None,
-    scale: float | None = None,
-) -> torch.Tensor:
-    """One query a sequence against a cache of T slots; returns (B, H, P).
+def _form(
+    q_BLHP: torch.Tensor, window: int | None, doc_start_BL: torch.Tensor | None
+) -> tuple[str, int | None]:
+    """What runs ("sdpa", "flex" or "blocks"), and the window unless all of a sequence is in it."""
+    if window is not None and window >= q_BLHP.shape[1]:
+        window = None
+    if window is None and doc_start_BL is None:
+        return "sdpa", None
+    trains = doc_start_BL is not None or torch.is_grad_enabled()
+    flex = q_BLHP.is_cuda and q_BLHP.dtype != torch.float64 and trains
+    return ("flex" if flex else "blocks"), window
 
-    k_BTHP, v_BTHP: (B, T, H_kv, P), the current token's key and value among them.
-    valid_BT: bool (B, T) or (1, T), the slots that are visible (None: all). A ring buffer of a
-        window's size needs no order, because keys carry their positions already.
+
+def attention_form(
+    q_BLHP: torch.Tensor,
+    k_BLHP: torch.Tensor,
+    v_BLHP: torch.Tensor,
+    *,
+    window: int | None = None,
+    doc_start_BL: torch.Tensor | None = None,
+) -> str:
+    """The implementation that `attention` takes for such tensors under the settings in force:
+    "flex", "blocks", or what torch's scaled_dot_product_attention chooses, "cudnn_attention",
+    "flash_attention", "efficient_attention" or "math"."""
+    form, _ = _form(q_BLHP, window, doc_start_BL)
+    if form != "sdpa":
+        return form
+    q, k, v = (t.transpose(1, 2) for t in (q_BLHP, k_BLHP, v_BLHP))
+    gqa = q.shape[1] != k.shape[1]
+    choice = torch._fused_sdp_choice(q, k, v, is_causal=True, enable_gqa=gqa)
+    return SDPBackend(choice).name.lower()
+
+
+def attention_step(
+    qkv_BE: torch.Tensor,
+    positions_B: torch.Tensor,
+    k_BTKP: torch.Tensor,
+    v_BTKP: torch.Tensor,
+    *,
+    base: float | None = None,
+    dim: int | None = None,
+    table: Table | None = None,
+    scale: float | None = None,
+    backend: str | None = None,
+) -> torch.Tensor:
+    """One token a sequence: rotates its query and key, keeps key and value, attends; (B, H, P).
+
+    qkv_BE: (B, (H + 2 K) P), the fused projection: queries first, values last.
+    positions_B: int64, the token's index in its sequence.
+    k_BTKP, v_BTKP: the caches, (B, T, K, P), updated in place: position i lies in slot i modulo T,
+        so that a cache of one window's size is a ring, which needs no order because keys carry
+        their positions already. Keys and queries are taken in the caches' type.
+    base, dim, table: as in `rotary`; base None: no rotation.
+    scale: of the scores, P^-0.5 when None.
     """
-    mask = None if valid_BT is None else valid_BT[:, None, None, :]
+    batch, slots, kv_heads, head_dim = k_BTKP.shape
+    heads = qkv_BE.shape[1] // head_dim - 2 * kv_heads
+    if heads < 1 or heads % kv_heads or qkv_BE.shape[1] % head_dim:
+        raise ValueError(
+            f"attention_step: a projection of {qkv_BE.shape[1]} channels does not fit a cache of "
+            f"{kv_heads} heads of {head_dim}"
+        )
+    scale = head_dim**-0.5 if scale is None else scale
+    supported = all(t.dtype != torch.float64 and t.numel() > 0 for t in (qkv_BE, k_BTKP))
+    supported = supported and head_dim <= 256 and heads // kv_heads <= 64
+    supported = supported and k_BTKP.is_contiguous() and v_BTKP.is_contiguous()
+    if use_triton(backend, qkv_BE, k_BTKP, supported=supported):
+        from ablate.kernels.step_triton import attention_step_triton
+
+        if base is not None:
+            table = table or rotary_table(
+                positions_B[:, None], base, head_dim if dim is None else dim, torch.float32
+            )
+        return attention_step_triton(
+            qkv_BE, None if base is None else table, positions_B, scale, k_BTKP, v_BTKP
+        )
+    qk, v = qkv_BE.unflatten(-1, (-1, head_dim)).split((heads + kv_heads, kv_heads), dim=1)
+    if base is not None:
+        qk = rotary(qk[:, None], positions_B[:, None], base=base, dim=dim, table=table)[:, 0]
+    q, k = qk.to(k_BTKP.dtype).split((heads, kv_heads), dim=1)
+    rows = torch.arange(batch, device=qkv_BE.device)
+    k_BTKP[rows, positions_B % slots] = k
+    v_BTKP[rows, positions_B % slots] = v.to(v_BTKP.dtype)
+    visible_BT = torch.arange(slots, device=qkv_BE.device) <= positions_B[:, None]
     y = F.scaled_dot_product_attention(
-        q_BHP.unsqueeze(2),
-        k_BTHP.transpose(1, 2),
-        v_BTHP.transpose(1, 2),
-        attn_mask=mask,
+        q.unsqueeze(2),
+        k_BTKP.transpose(1, 2),
+        v_BTKP.transpose(1, 2),
+        attn_mask=visible_BT[:, None, None],
         scale=scale,
-        enable_gqa=q_BHP.shape[1] != k_BTHP.shape[2],
+        enable_gqa=heads != kv_heads,
     )
-    return y.squeeze(2)
+    return y.squeeze(2).to(qkv_BE.dtype)

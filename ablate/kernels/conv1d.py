@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from ablate.kernels.dispatch import use_triton
+from ablate.kernels.dispatch import compute_dtype, use_triton
 
 
 def _check(x_BLD: torch.Tensor, weight_DK: torch.Tensor, activation: str | None) -> None:
@@ -199,9 +199,18 @@ def causal_conv1d_step(
     *,
     activation: str | None = "silu",
     state_BKD: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """One token: y_BD and the new state (B, K-1, D); the given state is left unchanged."""
+    backend: str | None = None,
+) -> torch.Tensor:
+    """One token: y_BD; the state, the last K-1 inputs (B, K-1, D), is updated in place."""
+    _check(x_BD, weight_DK, activation)
+    supported = 2 <= weight_DK.shape[1] <= 8 and x_BD.dtype != torch.float64 and x_BD.numel() > 0
+    if use_triton(backend, x_BD, supported=supported and state_BKD.is_contiguous()):
+        from ablate.kernels.step_triton import causal_conv1d_step_triton
+
+        return causal_conv1d_step_triton(x_BD, weight_DK, bias_D, activation == "silu", state_BKD)
+    dtype = compute_dtype(x_BD)
     window_BKD = torch.cat([state_BKD.to(x_BD.dtype), x_BD.unsqueeze(1)], dim=1)
-    y_BD = (window_BKD * weight_DK.t().to(x_BD.dtype)).sum(1)
-    y_BD = y_BD if bias_D is None else y_BD + bias_D.to(x_BD.dtype)
-    return (F.silu(y_BD) if activation == "silu" else y_BD), window_BKD[:, 1:]
+    y_BD = (window_BKD.to(dtype) * weight_DK.t().to(dtype)).sum(1)
+    y_BD = y_BD if bias_D is None else y_BD + bias_D.to(dtype)
+    state_BKD.copy_(window_BKD[:, 1:])
+    return (F.silu(y_BD) if activation == "silu" else y_BD).to(x_BD.dtype)

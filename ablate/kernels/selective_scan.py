@@ -239,11 +239,21 @@ def selective_scan_step(
     delta_bias_D: torch.Tensor | None = None,
     delta_softplus: bool = False,
     state_BDN: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """One token: y_BD and the new state (B, D, N); the given state is left unchanged."""
+    backend: str | None = None,
+) -> torch.Tensor:
+    """One token: y_BD; the state (B, D, N) is updated in place."""
+    supported = state_BDN.dtype == torch.float32 and state_BDN.is_contiguous()
+    supported = supported and triton_supports(u_BD, A_DN)
+    if use_triton(backend, u_BD, supported=supported):
+        from ablate.kernels.step_triton import selective_scan_step_triton
+
+        return selective_scan_step_triton(
+            u_BD, delta_BD, A_DN, B_BN, C_BN, D_D, z_BD, delta_bias_D, delta_softplus, state_BDN
+        )
     dtype = compute_dtype(u_BD)
     delta = _prepare(delta_BD, delta_bias_D, delta_softplus, dtype).unsqueeze(-1)
     inflow = delta * u_BD.to(dtype).unsqueeze(-1) * B_BN.to(dtype).unsqueeze(1)
     state = torch.exp(delta * A_DN.to(dtype)) * state_BDN.to(dtype) + inflow
     y = (state * C_BN.to(dtype).unsqueeze(1)).sum(-1)
-    return _finish(y, u_BD, D_D, z_BD), state
+    state_BDN.copy_(state)
+    return _finish(y, u_BD, D_D, z_BD)

@@ -331,8 +331,17 @@ def ssd_step(
     dt_bias_H: Tensor | None = None,
     dt_softplus: bool = False,
     state_BHPN: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """One token of the scan, for decoding: returns (y_BHP, the new state in the state's type)."""
+    backend: str | None = None,
+) -> Tensor:
+    """One token of the scan, for decoding: y_BHP; the state is updated in place."""
+    supported = state_BHPN.dtype == torch.float32 and state_BHPN.is_contiguous()
+    supported = supported and x_BHP.dtype != torch.float64 and B_BGN.shape[2] <= 2048
+    if use_triton(backend, x_BHP, supported=supported and x_BHP.numel() > 0):
+        from ablate.kernels.step_triton import ssd_step_triton
+
+        return ssd_step_triton(
+            x_BHP, dt_BH, A_H, B_BGN, C_BGN, D_H, dt_bias_H, dt_softplus, state_BHPN
+        )
     n_heads = x_BHP.shape[1]
     repeat = n_heads // B_BGN.shape[1]
     dtype = compute_dtype(x_BHP)
@@ -344,4 +353,5 @@ def ssd_step(
     state = state_BHPN.to(dtype) * decay[..., None, None]
     state = torch.addcmul(state, (x * dt[..., None])[..., None], B[:, :, None, :])
     y = torch.matmul(state, C[..., None]).squeeze(-1)
-    return _skip(y, x, D_H).to(x_BHP.dtype), state.to(state_BHPN.dtype)
+    state_BHPN.copy_(state)
+    return _skip(y, x, D_H).to(x_BHP.dtype)

@@ -223,19 +223,19 @@ class Attention(ResidualLayer):
         return state
 
     def branch_step(self, u_BD: Tensor, ctx: Context, state: State) -> Tensor:
+        o = self.options
         qkv = F.linear(u_BD, self.qkv_proj, self.qkv_bias)
         if self.conv_weight is not None:
-            qkv, conv = causal_conv1d_step(
+            qkv = causal_conv1d_step(
                 qkv, self.conv_weight, self.conv_bias, activation=None, state_BKD=state["conv"]
             )
-            state["conv"].copy_(conv)
-        q, k, v = self._heads(qkv.unsqueeze(1), ctx)
-        rows = torch.arange(u_BD.shape[0], device=u_BD.device)
-        slots = state["k"].shape[1]
-        position_B = ctx.positions_BL[:, 0].expand(u_BD.shape[0])
-        dtype = state["k"].dtype
-        state["k"][rows, position_B % slots] = k[:, 0].to(dtype)
-        state["v"][rows, position_B % slots] = v[:, 0].to(dtype)
-        valid_BT = torch.arange(slots, device=u_BD.device) <= ctx.positions_BL
-        y = attention_step(q[:, 0].to(dtype), state["k"], state["v"], valid_BT=valid_BT)
-        return F.linear(y.flatten(-2).to(qkv.dtype), self.out_proj, self.out_bias)
+        y = attention_step(
+            qkv,
+            ctx.positions_BL[:, 0].expand(u_BD.shape[0]),
+            state["k"],
+            state["v"],
+            base=o.rope_base,
+            dim=o.rope_dim,
+            table=ctx.tables.get((o.rope_base, o.rope_dim)) if o.rope_base else None,
+        )
+        return F.linear(y.flatten(-2), self.out_proj, self.out_bias)

@@ -75,6 +75,14 @@ class ResidualLayer(nn.Module):
         u, x = rms_norm(out, next_norm_D, eps=self.eps, residual=x_BLD)
         return u, x
 
+    def chained_step(
+        self, u_BD: Tensor, x_BD: Tensor, next_norm_D: Tensor, ctx: Context, state: State
+    ) -> tuple[Tensor, Tensor]:
+        """`chained` of one token."""
+        out = self.branch_step(u_BD, ctx, state)
+        u, x = rms_norm(out, next_norm_D, eps=self.eps, residual=x_BD)
+        return u, x
+
 
 def last_inputs(x_BLD: Tensor, lengths_B: Tensor, n: int) -> Tensor:
     """The last `n` real inputs of each row, (B, n, D), zeros before its start: what a short

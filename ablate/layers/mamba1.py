@@ -166,9 +166,9 @@ class Mamba1(ResidualLayer):
 
     def branch_step(self, u_BD: Tensor, ctx: Context, state: State) -> Tensor:
         u, z = F.linear(u_BD, self.in_proj).chunk(2, dim=-1)
-        u, conv = causal_conv1d_step(u, self.conv_weight, self.conv_bias, state_BKD=state["conv"])
+        u = causal_conv1d_step(u, self.conv_weight, self.conv_bias, state_BKD=state["conv"])
         dt, B, C = self._maps(u)
-        y, ssm = selective_scan_step(
+        y = selective_scan_step(
             u,
             dt,
             -self.A_log.float().exp(),
@@ -180,6 +180,4 @@ class Mamba1(ResidualLayer):
             delta_softplus=True,
             state_BDN=state["ssm"],
         )
-        state["conv"].copy_(conv)
-        state["ssm"].copy_(ssm)
         return F.linear(y, self.out_proj)

@@ -124,6 +124,7 @@ class Mamba2Options:
 class Mamba2(ResidualLayer):
     """x + out_proj(core(in_proj(norm(x)))); the projection holds z, x, B, C, dt in this order."""
 
+    ragged = True
     roles: ClassVar[dict[str, str]] = {
         "norm": "ones",
         "in_proj": "matrix",
@@ -226,11 +227,9 @@ class Mamba2(ResidualLayer):
         o = self.options
         zxbcdt = F.linear(u_BD, self.in_proj)
         z, xbc, dt = zxbcdt.split((o.d_inner, o.conv_width, o.n_heads), dim=-1)
-        xbc, conv = causal_conv1d_step(
-            xbc, self.conv_weight, self.conv_bias, state_BKD=state["conv"]
-        )
+        xbc = causal_conv1d_step(xbc, self.conv_weight, self.conv_bias, state_BKD=state["conv"])
         x, B, C = self._heads(xbc)
-        y, ssm = ssd_step(
+        y = ssd_step(
             x,
             dt,
             -self.A_log.float().exp(),
@@ -241,8 +240,6 @@ class Mamba2(ResidualLayer):
             dt_softplus=True,
             state_BHPN=state["ssm"],
         )
-        state["conv"].copy_(conv)
-        state["ssm"].copy_(ssm)
         y = gated_rms_norm(
             y.flatten(-2), z, self.gate_norm, eps=self.eps, group_size=self.norm_group
         )

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ablate.kernels import gelu
 from ablate.layers.context import Context, ResidualLayer, State
 from ablate.layers.options import DERIVED, STRICT, DerivedInt, PositiveInt
 
@@ -79,7 +80,7 @@ class MLP(ResidualLayer):
             gate, value = h.chunk(2, dim=-1)
             h = F.silu(gate) * value
         elif self.options.kind == "gelu":
-            h = F.gelu(h)
+            h = gelu(h)
         else:
             h = F.relu(h).square()
         return F.linear(h, self.out_proj, self.out_bias)

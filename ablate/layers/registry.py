@@ -30,6 +30,7 @@ from typing import Any
 from ablate.config import ArchConfig
 from ablate.errors import UserError
 from ablate.layers.attention import Attention, AttentionOptions, SlidingAttentionOptions
+from ablate.layers.gated_deltanet import GatedDeltaNet, GatedDeltaNetOptions
 from ablate.layers.gla import GLA, GLAOptions
 from ablate.layers.mamba1 import Mamba1, Mamba1Options
 from ablate.layers.mamba2 import Mamba2, Mamba2Options
@@ -58,16 +59,16 @@ KINDS: dict[str, Kind] = {
     for kind in (
         Kind("M", "mamba2", Mamba2Options, Mamba2),
         Kind("m", "mamba1", Mamba1Options, Mamba1),
-        Kind("*", "attention", AttentionOptions, Attention, attends=True),
-        Kind("S", "swa", SlidingAttentionOptions, Attention, attends=True),
+        Kind("G", "gated_deltanet", GatedDeltaNetOptions, GatedDeltaNet),
         Kind("L", "gla", GLAOptions, GLA),
         Kind("R", "retnet", RetNetOptions, RetNet),
+        Kind("*", "attention", AttentionOptions, Attention, attends=True),
+        Kind("S", "swa", SlidingAttentionOptions, Attention, attends=True),
         Kind("-", "mlp", MLPOptions, MLP, mixes=False),
     )
 }
 
 RESERVED = {
-    "G": "gated DeltaNet",
     "E": "mixture of experts",
     "Z": "shared attention block",
 }

@@ -195,6 +195,5 @@ class RetNet(ResidualLayer):
     def branch_step(self, u_BD: Tensor, ctx: Context, state: State) -> Tensor:
         q, k, v, z = (t.squeeze(1) for t in self._inputs(u_BD.unsqueeze(1), ctx))
         step = torch.ones(v.shape[:2], device=v.device, dtype=torch.float32)
-        y, last = ssd_step(v, step, self._log_decays(1, v), k, q, state_BHPN=state["retention"])
-        state["retention"].copy_(last)
+        y = ssd_step(v, step, self._log_decays(1, v), k, q, state_BHPN=state["retention"])
         return self._output(y, z)

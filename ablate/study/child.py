@@ -32,7 +32,7 @@ from typing import Any
 from filelock import Timeout
 
 from ablate import config
-from ablate.run import RunFolder, StaleWriter, State
+from ablate.run import RunFolder, StaleWriter, State, python_path
 
 Train = Callable[..., dict[str, Any]]
 
@@ -42,8 +42,6 @@ ANSWER_SECONDS = 20.0
 def child_environment(cfg: config.Config, gpus: str | None = None) -> dict[str, str]:
     """Environment of a process that trains: its threads, its GPUs, this very package, and compile
     caches that all processes of this machine share, unless the user has set others."""
-    root = str(Path(__file__).resolve().parents[2])
-    path = os.pathsep.join(p for p in (root, os.environ.get("PYTHONPATH")) if p)
     threads = str(cfg.train.threads)
     cache = Path(cfg.data.cache).expanduser().resolve()
     return {
@@ -52,7 +50,7 @@ def child_environment(cfg: config.Config, gpus: str | None = None) -> dict[str, 
         **os.environ,
         "OMP_NUM_THREADS": threads,
         "MKL_NUM_THREADS": threads,
-        "PYTHONPATH": path,
+        "PYTHONPATH": python_path(),
         **({} if gpus is None else {"CUDA_VISIBLE_DEVICES": gpus}),
     }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 from pathlib import Path
 from typing import Any
@@ -100,7 +101,9 @@ def test_groups(names: list[str], group: str) -> None:
     assert bench.group_of(names) == group
 
 
-def test_the_peer_steps(settings: list[str]) -> None:
+def test_the_peer_steps(settings: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    small = functools.partial(bench._Transformer, width=128, layers=2)
+    monkeypatch.setattr(bench, "_Transformer", small)
     cfg = load(tree_of([*bench._COMMON, *settings]))
     found = bench._peer("plain_transformer", cfg, 1)
     assert found["tokens_per_second"] > 0

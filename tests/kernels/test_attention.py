@@ -42,15 +42,6 @@ def test_blocks_agree_with_the_definition(window, documents, kv_heads, block, mo
         torch.testing.assert_close(a, b)
 
 
-def test_step_agrees_with_the_last_row_of_the_whole():
-    q, k, v = qkv()
-    whole = kernels.attention(q, k, v)[:, -1]
-    torch.testing.assert_close(kernels.attention_step(q[:, -1], k, v), whole)
-    window = kernels.attention(q, k, v, window=5)[:, -1]
-    valid = (torch.arange(23) >= 23 - 5)[None]
-    torch.testing.assert_close(kernels.attention_step(q[:, -1], k, v, valid_BT=valid), window)
-
-
 def test_a_window_keeps_memory_linear_in_length():
     """A block sees at most window + block keys, so 16k positions never make a 16k x 16k mask."""
     seen = []

@@ -9,7 +9,6 @@ from _check import compare
 from ablate.kernels.selective_scan import (
     selective_scan,
     selective_scan_recurrent,
-    selective_scan_step,
 )
 
 module = import_module("ablate.kernels.selective_scan")
@@ -48,18 +47,3 @@ def test_chunks_agree_with_the_definition(documents, full, chunk, decay, monkeyp
         selective_scan, selective_scan_recurrent, inputs(full=full, decay=decay), limit=1e-11,
         delta_softplus=True, doc_start_BL=DOCS if documents else None, return_final_state=True,
     )  # fmt: skip
-
-
-def test_steps_continue_a_scan():
-    t = inputs(initial=False)
-    with torch.no_grad():
-        whole, last = selective_scan(**t, delta_softplus=True, return_final_state=True)
-        state = torch.zeros(2, 3, 4, dtype=torch.float64)
-        for i in range(19):
-            y, state = selective_scan_step(
-                t["u_BLD"][:, i], t["delta_BLD"][:, i], t["A_DN"], t["B_BLN"][:, i],
-                t["C_BLN"][:, i], t["D_D"], z_BD=t["z_BLD"][:, i],
-                delta_bias_D=t["delta_bias_D"], delta_softplus=True, state_BDN=state,
-            )  # fmt: skip
-            torch.testing.assert_close(y, whole[:, i])
-    torch.testing.assert_close(state, last)

@@ -11,8 +11,10 @@ from _compile import ARCHITECTURES, assert_fits, resources  # noqa: E402
 from ablate.kernels import (  # noqa: E402
     conv1d_triton,
     cross_entropy_triton,
+    gelu_triton,
     norm_triton,
     rotary_triton,
+    step_triton,
 )
 from ablate.kernels import sum_rows_triton as sums  # noqa: E402
 
@@ -145,3 +147,66 @@ def test_rotary_qkv(arch, sign):
     constants = {"SIGN": sign, "H": 12, "KV": 4, "P": 64, "BLOCK": 32, "ROWS": rotary_triton.ROWS}
     found = resources(rotary_triton.qkv_kernel, types, constants, arch=arch, num_warps=4)
     assert_fits(found, arch)
+
+
+@architectures
+def test_gelu(arch):
+    flags = {"BLOCK": gelu_triton.BLOCK}
+    for kernel, names in (
+        (gelu_triton.forward_kernel, "x y"),
+        (gelu_triton.backward_kernel, "x dy dx"),
+    ):
+        types = pointers(names, "bf16") | integers("n")
+        found = resources(
+            kernel, types, flags, arch=arch, num_warps=gelu_triton.WARPS, aligned=tuple(types)
+        )  # fmt: skip
+        assert_fits(found, arch)
+        assert "v4.b32" in found.ptx
+
+
+@architectures
+@pytest.mark.parametrize("kind", ["bf16", "fp32"])
+@pytest.mark.parametrize(("head_dim", "group"), [(64, 1), (128, 4), (128, 32), (256, 8)])
+def test_attention_of_one_token(arch, kind, head_dim, group):
+    itemsize = 2 if kind == "bf16" else 4
+    options = step_triton.attention_options(head_dim, group, itemsize, arch >= 90)
+    types = pointers("qkv k v y", kind) | pointers("cos sin part sum", "fp32")
+    types |= pointers("position", "i64") | integers("qkv_row table_row slots") | {"factor": "fp32"}
+    launch = {name: options.pop(name) for name in ("num_warps", "num_stages")}
+    for parts in (1, 32):
+        flags = {
+            "H": 2 * group, "KV": 2, "P": head_dim, "DIM": head_dim, "SPLITS": parts, **options,
+        }  # fmt: skip
+        assert_fits(
+            resources(step_triton.attention_kernel, types, flags, arch=arch, **launch), arch
+        )
+    found = resources(
+        step_triton.combine_kernel, pointers("part sum", "fp32") | pointers("y", kind),
+        {"P": head_dim, "BP": options["BP"], "SPLITS": step_triton.MOST_SPLITS},
+        arch=arch, num_warps=4,
+    )  # fmt: skip
+    assert_fits(found, arch)
+
+
+@architectures
+def test_states_of_one_token(arch):
+    types = pointers("x dt B C y", "bf16") | pointers("A D bias state", "fp32")
+    types |= integers("x_row dt_row B_row C_row x_head B_group C_group groups_of")
+    flags = {
+        "P": 64, "N": 128, "BN": 128, "ROWS": 16, "SKIP": 1, "HAS_BIAS": True, "SOFTPLUS": True,
+    }  # fmt: skip
+    assert_fits(resources(step_triton.ssd_kernel, types, flags, arch=arch), arch)
+    types = pointers("u dt B C z y", "bf16") | pointers("A D bias state", "fp32")
+    types |= integers("u_row dt_row B_row C_row z_row width A_row")
+    flags = {
+        "N": 16, "BN": 16, "ROWS": 64, "SKIP": True, "GATE": True, "HAS_BIAS": True,
+        "SOFTPLUS": True,
+    }  # fmt: skip
+    assert_fits(resources(step_triton.scan_kernel, types, flags, arch=arch), arch)
+    types = pointers("x state y", "bf16") | pointers("w b", "fp32") | integers("x_row width")
+    flags = {"TAPS": 4, "SILU": True, "HAS_BIAS": True, "BLOCK": 256}
+    assert_fits(resources(step_triton.conv_kernel, types, flags, arch=arch), arch)
+    types = pointers("q k v y", "bf16") | pointers("g beta state", "fp32")
+    types |= integers("q_row k_row v_row g_row beta_row q_head k_head v_head") | {"scale": "fp32"}
+    flags = {"K": 128, "V": 256, "BK": 128, "COLS": 16, "EPS": 1e-6}
+    assert_fits(resources(step_triton.delta_kernel, types, flags, arch=arch), arch)

@@ -8,7 +8,7 @@ from _check import error
 
 pytest.importorskip("triton")
 
-from ablate.kernels import causal_conv1d, gated_rms_norm, linear_cross_entropy, rms_norm
+from ablate.kernels import causal_conv1d, gated_rms_norm, gelu, linear_cross_entropy, rms_norm
 from ablate.kernels.cross_entropy_triton import _launch
 
 pytestmark = pytest.mark.gpu
@@ -48,7 +48,7 @@ def model(t):
     x = causal_conv1d(t["x"], t["conv"], t["bias"], doc_start_BL=t["doc"])
     x = gated_rms_norm(x, t["z"], t["norm"], group_size=24)
     y, total = rms_norm(x, t["norm"], residual=t["x"])
-    y = rms_norm(y + total, t["norm"])
+    y = gelu(rms_norm(y + total, t["norm"]))
     return linear_cross_entropy(y.flatten(0, 1), t["head"], t["target"], z_loss=1e-3)
 
 

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from ablate.kernels.ssd import ssd, ssd_chunked, ssd_recurrent, ssd_step
+from ablate.kernels.ssd import ssd, ssd_chunked, ssd_recurrent
 
 
 def doc_starts(b: int, length: int, every: int, first: int = 0) -> torch.Tensor:
@@ -137,26 +137,6 @@ def test_two_segments_are_one_sequence():
     )
     torch.testing.assert_close(torch.cat((y1, y2), 1), whole)
     torch.testing.assert_close(s2, state)
-
-
-def test_step_continues_the_scan():
-    args = make(2, 20, 4, 4, 2, 4)
-    want, final = ssd_recurrent(**args, dt_softplus=True, return_final_state=True)
-    state = args["initial_state_BHPN"]
-    for t in range(20):
-        y, state = ssd_step(
-            args["x_BLHP"][:, t],
-            args["dt_BLH"][:, t],
-            args["A_H"],
-            args["B_BLGN"][:, t],
-            args["C_BLGN"][:, t],
-            args["D_H"],
-            dt_bias_H=args["dt_bias_H"],
-            dt_softplus=True,
-            state_BHPN=state,
-        )
-        torch.testing.assert_close(y, want[:, t])
-    torch.testing.assert_close(state, final)
 
 
 def test_gradcheck():

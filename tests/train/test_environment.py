@@ -7,7 +7,9 @@ import time
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ablate.arch.spec import Architecture
 from ablate.config import load
 from ablate.errors import UserError
 from ablate.train import environment as env
@@ -89,3 +91,16 @@ def test_phases_nest_without_counting_twice() -> None:
     assert clock.seconds["train"] >= 0.04
     assert sum(clock.seconds.values()) <= total
     assert process_age() >= 0
+
+
+def test_what_computes_attention_is_said() -> None:
+    arch = Architecture("MS*-", d_model=64, vocab_size=64, options={"swa": {"window": 16}})
+    data = {"seq_len": 32}
+    cfg = load({"train": {"tokens": 1, "precision": "fp32"}, "data": data})
+    with sdpa_kernel(SDPBackend.MATH):
+        forms = env.attention_forms(arch, cfg.data, cfg.train, CPU)
+    assert forms == {"S": "blocks", "*": "math"}
+    cfg = load(
+        {"train": {"tokens": 1, "precision": "fp32"}, "data": data | {"reset_documents": True}}
+    )
+    assert env.attention_forms(arch, cfg.data, cfg.train, CPU)["*"] == "blocks"

@@ -1,0 +1,20 @@
+"""GELU (arXiv:1606.08415), the exact one: x Phi(x) with Phi the normal distribution function."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from ablate.kernels.dispatch import use_triton
+
+
+def gelu(x: torch.Tensor, *, backend: str | None = None) -> torch.Tensor:
+    """x Phi(x), any shape, in x's dtype; arithmetic in float32 (float64 for float64).
+
+    backend: None chooses; "triton" or "reference" (torch's) insist.
+    """
+    if use_triton(backend, x, supported=x.dtype != torch.float64 and x.numel() > 0):
+        from ablate.kernels.gelu_triton import gelu_triton
+
+        return gelu_triton(x)
+    return F.gelu(x)
