@@ -236,13 +236,20 @@ def gla_step(
     *,
     scale: float | None = None,
     state_BHKV: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """One token, for decoding: returns (y_BHV, the new state in the state's type)."""
-    dtype = compute_dtype(q_BHK)
+    backend: str | None = None,
+) -> Tensor:
+    """One token, for decoding: y_BHV; the state is updated in place."""
     scale = q_BHK.shape[-1] ** -0.5 if scale is None else scale
+    supported = state_BHKV.dtype == torch.float32 and state_BHKV.is_contiguous()
+    supported = supported and q_BHK.shape[2] <= 2048
+    if use_triton(backend, q_BHK, supported=supported and triton_supports(q_BHK, v_BHV)):
+        from ablate.kernels.step_triton import gla_step_triton
+
+        return gla_step_triton(q_BHK, k_BHK, v_BHV, log_decay_BHK, scale, state_BHKV)
+    dtype = compute_dtype(q_BHK)
     q, k, v, g = (t.to(dtype) for t in (q_BHK, k_BHK, v_BHV, log_decay_BHK))
-    state = state_BHKV.to(dtype) * g.exp()[..., None]
-    state = torch.addcmul(state, k[..., None], v[..., None, :])
+    state = torch.addcmul(state_BHKV.to(dtype) * g.exp()[..., None], k[..., None], v[..., None, :])
     with torch.autocast(q.device.type, enabled=False):
         y = torch.matmul((q * scale)[..., None, :], state).squeeze(-2)
-    return y.to(q_BHK.dtype), state.to(state_BHKV.dtype)
+    state_BHKV.copy_(state)
+    return y.to(q_BHK.dtype)

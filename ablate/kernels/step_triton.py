@@ -308,6 +308,64 @@ def gated_delta_rule_step_triton(
     )  # fmt: skip
 
 
+# --- gated linear attention -----------------------------------------------------------------------
+
+
+@triton.jit
+def gla_kernel(
+    q_ptr, k_ptr, v_ptr, g_ptr, state_ptr, y_ptr,
+    q_row, k_row, v_row, g_row, q_head, k_head, v_head, g_head, scale,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    h = tl.program_id(1)
+    b = tl.program_id(2).to(tl.int64)
+    i = tl.arange(0, BK)
+    j = tl.program_id(0) * COLS + tl.arange(0, COLS)
+    inside = i < K
+    q = tl.load(q_ptr + b * q_row + h * q_head + i, mask=inside, other=0.0).to(tl.float32) * scale
+    k = tl.load(k_ptr + b * k_row + h * k_head + i, mask=inside, other=0.0).to(tl.float32)
+    g = tl.load(g_ptr + b * g_row + h * g_head + i, mask=inside, other=0.0).to(tl.float32)
+    v = tl.load(v_ptr + b * v_row + h * v_head + j, mask=j < V, other=0.0).to(tl.float32)
+    at = state_ptr + (b * tl.num_programs(1) + h) * (K * V) + i[:, None] * V + j[None, :]
+    mask = inside[:, None] & (j < V)[None, :]
+    state = tl.load(at, mask=mask, other=0.0) * tl.exp(g)[:, None] + k[:, None] * v[None, :]
+    tl.store(at, state, mask=mask)
+    y = tl.sum(q[:, None] * state, 0)
+    y_ptr += (b * tl.num_programs(1) + h) * V
+    tl.store(y_ptr + j, y.to(y_ptr.dtype.element_ty), mask=j < V)
+
+
+def _gla(q: Tensor, k: Tensor, v: Tensor, g: Tensor, scale: float, state: Tensor) -> Tensor:
+    batch, heads, width = q.shape
+    values = v.shape[2]
+    y = q.new_empty(v.shape)
+    block = triton.next_power_of_2(width)
+    cols = min(triton.next_power_of_2(values), max(1, 2048 // block))  # 8 KB of state a program
+    gla_kernel[(triton.cdiv(values, cols), heads, batch)](
+        q, k, v, g, state, y, *(t.stride(0) for t in (q, k, v, g)),
+        *(t.stride(1) for t in (q, k, v, g)), scale, K=width, V=values, BK=block, COLS=cols,
+        num_warps=4,
+    )  # fmt: skip
+    return y
+
+
+_gla_op = define_op(
+    "gla_step(Tensor q, Tensor k, Tensor v, Tensor g, float scale, Tensor(a!) state) -> Tensor",
+    _gla,
+    lambda q, k, v, g, scale, state: q.new_empty(v.shape),
+)
+
+
+def gla_step_triton(
+    q_BHK: Tensor, k_BHK: Tensor, v_BHV: Tensor, log_decay_BHK: Tensor, scale: float,
+    state_BHKV: Tensor,
+) -> Tensor:  # fmt: skip
+    """See `ablate.kernels.gla_step`; the state must be contiguous."""
+    return _gla_op(
+        _dense(q_BHK), _dense(k_BHK), _dense(v_BHV), _dense(log_decay_BHK), scale, state_BHKV
+    )
+
+
 # --- attention ------------------------------------------------------------------------------------
 
 

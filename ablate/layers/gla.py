@@ -157,6 +157,5 @@ class GLA(ResidualLayer):
 
     def branch_step(self, u_BD: Tensor, ctx: Context, state: State) -> Tensor:
         (q, k, v, g), z = self._inputs(u_BD)
-        y, last = gla_step(q, k, v, g, state_BHKV=state["gla"])
-        state["gla"].copy_(last)
+        y = gla_step(q, k, v, g, state_BHKV=state["gla"])
         return self._output(y, z)
