@@ -39,6 +39,7 @@ from torch import Tensor
 
 from ablate.kernels.dispatch import define_op
 from ablate.kernels.gated_delta_rule import NORM_EPS, STRONGEST
+from ablate.kernels.tiles_triton import batch_unit, dense_rows, load_tile, store_tile
 
 # Of a chunk's tokens, a row of 64 numbers each: the sums of log decays within the chunk in units of
 # log2; beta; what makes the query and the key as long as they are to be; the factors of the query
@@ -53,34 +54,6 @@ FACTORS = tl.constexpr(9 * 64)
 # source makes that one's gradient.
 OWN, BEGIN, END, SEEN_Q, SEEN_K, LEAVES, THROUGH = (tl.constexpr(i * 64) for i in range(7))
 PARTS = tl.constexpr(7 * 64)
-
-
-@triton.jit
-def _load(
-    ptr, rows, cols, n_rows, n_cols, stride, FULL_ROWS: tl.constexpr, FULL_COLS: tl.constexpr
-):
-    """A tile of a row-major matrix, zero outside; masks only where the tile can stick out."""
-    ptrs = ptr + rows[:, None] * stride + cols[None, :]
-    if FULL_ROWS and FULL_COLS:
-        return tl.load(ptrs)
-    elif FULL_COLS:
-        return tl.load(ptrs, mask=rows[:, None] < n_rows, other=0.0)
-    elif FULL_ROWS:
-        return tl.load(ptrs, mask=cols[None, :] < n_cols, other=0.0)
-    else:
-        return tl.load(ptrs, mask=(rows[:, None] < n_rows) & (cols[None, :] < n_cols), other=0.0)
-
-
-@triton.jit
-def _store(
-    ptr, value, rows, cols, n_rows, n_cols, stride, FULL_ROWS: tl.constexpr, FULL_COLS: tl.constexpr
-):
-    ptrs = ptr + rows[:, None] * stride + cols[None, :]
-    value = value.to(ptr.dtype.element_ty)
-    if FULL_ROWS and FULL_COLS:
-        tl.store(ptrs, value)
-    else:
-        tl.store(ptrs, value, mask=(rows[:, None] < n_rows) & (cols[None, :] < n_cols))
 
 
 @triton.jit
@@ -153,8 +126,8 @@ def _prepare_kernel(
     qk = tl.zeros((Q, Q), tl.float32)
     qq = tl.zeros((Q, Q), tl.float32)
     for first in tl.range(0, K, BK, num_stages=1):
-        k = _load(k_ptr + first, rows, cols, left, K - first, K_STRIDE_L, FULL, FULL_K)
-        q = _load(q_ptr + first, rows, cols, left, K - first, Q_STRIDE_L, FULL, FULL_K)
+        k = load_tile(k_ptr + first, rows, cols, left, K - first, K_STRIDE_L, FULL, FULL_K)
+        q = load_tile(q_ptr + first, rows, cols, left, K - first, Q_STRIDE_L, FULL, FULL_K)
         kk = tl.dot(k, tl.trans(k), kk, input_precision=PREC)
         qk = tl.dot(q, tl.trans(k), qk, input_precision=PREC)
         if NORMALIZE:
@@ -235,26 +208,26 @@ def _scan_kernel(
         left = length - start
         wide = start.to(tl.int64)
         factors = factors_ptr + wide // Q * FACTORS
-        k = _load(k_ptr + wide * K_STRIDE_L, rows, cols, left, K, K_STRIDE_L, FULL, FULL_K)
-        v = _load(v_ptr + wide * V_STRIDE_L, rows, values, left, V, V_STRIDE_L, FULL, FULL_V)
+        k = load_tile(k_ptr + wide * K_STRIDE_L, rows, cols, left, K, K_STRIDE_L, FULL, FULL_K)
+        v = load_tile(v_ptr + wide * V_STRIDE_L, rows, values, left, V, V_STRIDE_L, FULL, FULL_V)
         N = tl.load(pairs_ptr + wide * (2 * Q) + square)
         held = state.to(k.dtype)
         if OUTPUT:
-            q = _load(q_ptr + wide * Q_STRIDE_L, rows, cols, left, K, Q_STRIDE_L, FULL, FULL_K)
+            q = load_tile(q_ptr + wide * Q_STRIDE_L, rows, cols, left, K, Q_STRIDE_L, FULL, FULL_K)
             P = tl.load(pairs_ptr + wide * (2 * Q) + Q * Q + square)
             read = tl.dot(held, tl.trans(q), input_precision=PREC)
             read = read * tl.load(factors + READ_Q + rows)[None, :]
         x = tl.dot(held, tl.trans(k), input_precision=PREC)
         if not OUTPUT:
             to = states_ptr + wide // Q * (H * K * V)
-            _store(to, held, values, cols, V, K, K, FULL_V, FULL_K)
+            store_tile(to, held, values, cols, V, K, K, FULL_V, FULL_K)
         x = tl.trans(v).to(tl.float32) - x * tl.load(factors + READ_K + rows)[None, :]
         e = x - tl.dot(x.to(k.dtype), tl.trans(N), input_precision=PREC)
         out = e
         if OUTPUT:
             out = tl.dot(e.to(k.dtype), tl.trans(P), read, input_precision=PREC)
         to = out_ptr + wide * (H * V)
-        _store(to, tl.trans(out.to(k.dtype)), rows, values, left, V, H * V, FULL, FULL_V)
+        store_tile(to, tl.trans(out.to(k.dtype)), rows, values, left, V, H * V, FULL, FULL_V)
         e = e * tl.load(factors + WRITE_K + rows)[None, :]
         state = tl.dot(e.to(k.dtype), k, state * tl.load(factors + KEEP), input_precision=PREC)
     if OUTPUT:
@@ -297,21 +270,21 @@ def _reverse_kernel(
         left = length - start
         wide = start.to(tl.int64)
         factors = factors_ptr + wide // Q * FACTORS
-        k = _load(k_ptr + wide * K_STRIDE_L, rows, cols, left, K, K_STRIDE_L, FULL, FULL_K)
-        do = _load(do_ptr + wide * (H * V), rows, values, left, V, H * V, FULL, FULL_V)
+        k = load_tile(k_ptr + wide * K_STRIDE_L, rows, cols, left, K, K_STRIDE_L, FULL, FULL_K)
+        do = load_tile(do_ptr + wide * (H * V), rows, values, left, V, H * V, FULL, FULL_V)
         N = tl.load(pairs_ptr + wide * (2 * Q) + square)
         P = tl.load(pairs_ptr + wide * (2 * Q) + Q * Q + square)
-        q = _load(q_ptr + wide * Q_STRIDE_L, rows, cols, left, K, Q_STRIDE_L, FULL, FULL_K)
+        q = load_tile(q_ptr + wide * Q_STRIDE_L, rows, cols, left, K, Q_STRIDE_L, FULL, FULL_K)
         held = dstate.to(k.dtype)
         de = tl.dot(held, tl.trans(k), input_precision=PREC)
         to = dstates_ptr + wide // Q * (H * K * V)
-        _store(to, held, values, cols, V, K, K, FULL_V, FULL_K)
+        store_tile(to, held, values, cols, V, K, K, FULL_V, FULL_K)
         de = de * tl.load(factors + WRITE_K + rows)[None, :]
         do = tl.trans(do)
         de = tl.dot(do, P, de, input_precision=PREC)
         dx = de - tl.dot(de.to(k.dtype), N, input_precision=PREC)
         to = dv_ptr + wide * (H * V)
-        _store(to, tl.trans(dx.to(k.dtype)), rows, values, left, V, H * V, FULL, FULL_V)
+        store_tile(to, tl.trans(dx.to(k.dtype)), rows, values, left, V, H * V, FULL, FULL_V)
         dstate = dstate * tl.load(factors + KEEP)
         do = do.to(tl.float32) * tl.load(factors + READ_Q + rows)[None, :]
         dstate = tl.dot(do.to(k.dtype), q, dstate, input_precision=PREC)
@@ -329,10 +302,10 @@ def _add_keys(
     """Adds, of the value channels from `first`, what the keys are given as they read the entering
     state and as they write to the leaving one, both (K, Q), and the product of the entering state
     and the gradient of the leaving one."""
-    dv = _load(dv_ptr + first, rows, values, left, V - first, H * V, FULL, FULL_V)
-    e = _load(e_ptr + first, rows, values, left, V - first, H * V, FULL, FULL_V)
-    state = _load(states_ptr + first * K, values, cols, V - first, K, K, FULL_V, FULL_K)
-    dstate = _load(dstates_ptr + first * K, values, cols, V - first, K, K, FULL_V, FULL_K)
+    dv = load_tile(dv_ptr + first, rows, values, left, V - first, H * V, FULL, FULL_V)
+    e = load_tile(e_ptr + first, rows, values, left, V - first, H * V, FULL, FULL_V)
+    state = load_tile(states_ptr + first * K, values, cols, V - first, K, K, FULL_V, FULL_K)
+    dstate = load_tile(dstates_ptr + first * K, values, cols, V - first, K, K, FULL_V, FULL_K)
     reads = tl.dot(tl.trans(state), tl.trans(dv), reads, input_precision=PREC)
     writes = tl.dot(tl.trans(dstate), tl.trans(e), writes, input_precision=PREC)
     through += tl.sum(state.to(tl.float32) * dstate.to(tl.float32), axis=1)
@@ -391,10 +364,10 @@ def _gradient_kernel(
     writes = tl.zeros((BK, Q), tl.float32)
     through = tl.zeros((BV,), tl.float32)
     for first in tl.range(0, V, BV, num_stages=STAGES):
-        do = _load(do_ptr + first, rows, values, left, V - first, H * V, FULL, FULL_V)
-        dv = _load(dv_ptr + first, rows, values, left, V - first, H * V, FULL, FULL_V)
-        e = _load(e_ptr + first, rows, values, left, V - first, H * V, FULL, FULL_V)
-        state = _load(states_ptr + first * K, values, cols, V - first, K, K, FULL_V, FULL_K)
+        do = load_tile(do_ptr + first, rows, values, left, V - first, H * V, FULL, FULL_V)
+        dv = load_tile(dv_ptr + first, rows, values, left, V - first, H * V, FULL, FULL_V)
+        e = load_tile(e_ptr + first, rows, values, left, V - first, H * V, FULL, FULL_V)
+        state = load_tile(states_ptr + first * K, values, cols, V - first, K, K, FULL_V, FULL_K)
         dP = tl.dot(do, tl.trans(e), dP, input_precision=PREC)
         dA = tl.dot(dv, tl.trans(e), dA, input_precision=PREC)
         dq = tl.dot(do, state, dq, input_precision=PREC)
@@ -404,15 +377,15 @@ def _gradient_kernel(
                 values, left, H, K, V, FULL, FULL_K, FULL_V, PREC,
             )  # fmt: skip
 
-    q = _load(q_ptr, rows, cols, left, K, Q_STRIDE_L, FULL, FULL_K)
-    k = _load(k_ptr, rows, cols, left, K, K_STRIDE_L, FULL, FULL_K)
+    q = load_tile(q_ptr, rows, cols, left, K, Q_STRIDE_L, FULL, FULL_K)
+    k = load_tile(k_ptr, rows, cols, left, K, K_STRIDE_L, FULL, FULL_K)
     kk = tl.dot(k, tl.trans(k), input_precision=PREC)
     qk = tl.dot(q, tl.trans(k), input_precision=PREC)
     for step in tl.range(1, BLOCKS, num_stages=1):
         others = (block + step) % BLOCKS * BK + all_cols
-        other = _load(k_ptr, rows, others, left, K, K_STRIDE_L, FULL, FULL_K)
+        other = load_tile(k_ptr, rows, others, left, K, K_STRIDE_L, FULL, FULL_K)
         kk = tl.dot(other, tl.trans(other), kk, input_precision=PREC)
-        other_q = _load(q_ptr, rows, others, left, K, Q_STRIDE_L, FULL, FULL_K)
+        other_q = load_tile(q_ptr, rows, others, left, K, Q_STRIDE_L, FULL, FULL_K)
         qk = tl.dot(other_q, tl.trans(other), qk, input_precision=PREC)
     beta = tl.load(factors_ptr + BETA + rows)
     rq = tl.load(factors_ptr + RQ + rows)
@@ -434,13 +407,13 @@ def _gradient_kernel(
     dA = (dA * beta[None, :]).to(k.dtype)
     dP = (dP * beta[None, :]).to(k.dtype)
 
-    q32 = _load(q_ptr, rows, cols, left, K, Q_STRIDE_L, FULL, FULL_K).to(tl.float32)
+    q32 = load_tile(q_ptr, rows, cols, left, K, Q_STRIDE_L, FULL, FULL_K).to(tl.float32)
     dq *= tl.load(factors_ptr + READ_Q + rows)[:, None]
     tl.store(parts_ptr + SEEN_Q + rows, tl.sum(dq * q32, axis=1))
     dq = tl.dot(dP, k, dq, input_precision=PREC)
     if NORMALIZE:  # x / |x| does not change along x
         dq -= q32 * (tl.sum(dq * q32, axis=1) * rq * rq)[:, None]
-    _store(dq_ptr, dq, rows, cols, left, K, H * K, FULL, FULL_K)
+    store_tile(dq_ptr, dq, rows, cols, left, K, H * K, FULL, FULL_K)
 
     if TWICE:
         for first in tl.range(0, V, BV, num_stages=STAGES):
@@ -449,7 +422,7 @@ def _gradient_kernel(
                 values, left, H, K, V, FULL, FULL_K, FULL_V, PREC,
             )  # fmt: skip
     tl.store(parts_ptr + THROUGH + values, through)
-    k32 = tl.trans(_load(k_ptr, rows, cols, left, K, K_STRIDE_L, FULL, FULL_K)).to(tl.float32)
+    k32 = tl.trans(load_tile(k_ptr, rows, cols, left, K, K_STRIDE_L, FULL, FULL_K)).to(tl.float32)
     dk *= -tl.load(factors_ptr + READ_K + rows)[None, :]
     tl.store(parts_ptr + SEEN_K + rows, tl.sum(dk * k32, axis=0))
     writes *= tl.load(factors_ptr + LEAVE_K + rows)[None, :]
@@ -460,7 +433,7 @@ def _gradient_kernel(
     dk = tl.dot(tl.trans(k), tl.trans(dA), dk, input_precision=PREC)
     if NORMALIZE:
         dk -= k32 * (tl.sum(dk * k32, axis=0) * rk * rk)[None, :]
-    _store(dk_ptr, tl.trans(dk), rows, cols, left, K, H * K, FULL, FULL_K)
+    store_tile(dk_ptr, tl.trans(dk), rows, cols, left, K, H * K, FULL, FULL_K)
 
 
 @triton.jit
@@ -480,11 +453,11 @@ def _project_kernel(
     x_ptr += b * x_stride_b * UNIT + wide * X_STRIDE_L + h * K
     dx_ptr += (b * length + wide) * (H * K) + h * K
     r_ptr += ((b * H + h) * tl.cdiv(length, Q) + start // Q) * FACTORS + start % Q
-    x = _load(x_ptr, rows, cols, left, K, X_STRIDE_L, FULL, FULL_K).to(tl.float32)
-    dx = _load(dx_ptr, rows, cols, left, K, H * K, FULL, FULL_K).to(tl.float32)
+    x = load_tile(x_ptr, rows, cols, left, K, X_STRIDE_L, FULL, FULL_K).to(tl.float32)
+    dx = load_tile(dx_ptr, rows, cols, left, K, H * K, FULL, FULL_K).to(tl.float32)
     r = tl.load(r_ptr + rows)
     dx -= x * (tl.sum(dx * x, axis=1) * r * r)[:, None]
-    _store(dx_ptr, dx, rows, cols, left, K, H * K, FULL, FULL_K)
+    store_tile(dx_ptr, dx, rows, cols, left, K, H * K, FULL, FULL_K)
 
 
 @triton.jit
@@ -600,17 +573,6 @@ def _block(width: int) -> int:
     return max(16, triton.next_power_of_2(width))
 
 
-def _rows(v: Tensor) -> Tensor:
-    """v (B, L, H, width) with its last two axes dense; a copy only where they are not."""
-    dense = v.stride(3) == 1 and v.stride(2) == v.shape[3]
-    return v if dense else v.contiguous()
-
-
-def _unit(*tensors: Tensor) -> int:
-    """8 if every batch stride is a multiple of 8 elements, which wide loads need to know, or 1."""
-    return 8 if all(v.stride(0) % 8 == 0 for v in tensors) else 1
-
-
 def prepare(
     q: Tensor, k: Tensor, log_decay: Tensor, beta: Tensor, doc: Tensor | None, scale: float,
     normalize: bool,
@@ -623,7 +585,7 @@ def prepare(
     factors = q.new_empty((b, n_heads, n_chunks, 9, 64), dtype=torch.float32)
     pairs = q.new_empty((b, n_heads, n_chunks, 2, Q, Q))
     options = config("prepare", q, 16)
-    unit = _unit(q, k)
+    unit = batch_unit(q, k)
     _prepare_kernel[(n_chunks, n_heads, b)](
         q, k, log_decay, beta, doc, factors, pairs,
         q.stride(0) // unit, k.stride(0) // unit, log_decay.stride(0), beta.stride(0), length,
@@ -653,7 +615,7 @@ def scan(
     else:
         states = v.new_empty((b, n_chunks, n_heads, values, width))
     options = config("scan", q, values)
-    unit = _unit(q, k, v)
+    unit = batch_unit(q, k, v)
     _scan_kernel[(triton.cdiv(values, options.values), n_heads, b)](
         q, k, v, factors, pairs, first, out, states,
         q.stride(0) // unit, k.stride(0) // unit, v.stride(0) // unit, length, n_chunks,
@@ -678,7 +640,7 @@ def reverse(
     dstates = do.new_empty((b, n_chunks, n_heads, values, width))
     dfirst = do.new_empty((b, n_heads, width, values), dtype=torch.float32)
     options = config("reverse", q, values)
-    unit = _unit(q, k)
+    unit = batch_unit(q, k)
     _reverse_kernel[(triton.cdiv(values, options.values), n_heads, b)](
         do, q, k, factors, pairs, dlast, dv, dstates, dfirst,
         q.stride(0) // unit, k.stride(0) // unit, length, n_chunks,
@@ -704,7 +666,7 @@ def gradients(
     options = config("gradient", q, values)
     blocks = triton.cdiv(width, options.keys)
     parts = factors.new_empty((b, n_heads, n_chunks, blocks, 7, 64))
-    unit = _unit(q, k)
+    unit = batch_unit(q, k)
     _gradient_kernel[(n_chunks, n_heads * blocks, b)](
         do, dv, e, q, k, doc, factors, states, dstates, dq, dk, parts,
         q.stride(0) // unit, k.stride(0) // unit, length, scale,
@@ -733,7 +695,7 @@ def _forward(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor, first: Tensor | None,
     doc: Tensor | None, scale: float, normalize: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    q, k, v = _rows(q), _rows(k), _rows(v)
+    q, k, v = dense_rows(q), dense_rows(k), dense_rows(v)
     log_decay, beta = (x if x.stride(2) == 1 else x.contiguous() for x in (log_decay, beta))
     factors, pairs = prepare(q, k, log_decay, beta, doc, scale, normalize)
     return (*scan(q, k, v, factors, pairs, first, True), factors, pairs)
@@ -759,7 +721,7 @@ def _backward(
     doc: Tensor | None, factors: Tensor, pairs: Tensor, scale: float,
     normalize: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    q, k, v, do = _rows(q), _rows(k), _rows(v), do.contiguous()
+    q, k, v, do = dense_rows(q), dense_rows(k), dense_rows(v), do.contiguous()
     dlast = None if dlast is None else dlast.contiguous()
     e, states = scan(q, k, v, factors, pairs, first, False)
     dv, dstates, dfirst = reverse(do, q, k, factors, pairs, dlast)

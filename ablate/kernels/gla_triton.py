@@ -37,6 +37,7 @@ from torch import Tensor
 
 from ablate.kernels.dispatch import define_op
 from ablate.kernels.gla import CHUNK, FORGET
+from ablate.kernels.tiles_triton import batch_unit, dense_rows, load_tile, store_tile
 
 
 @dataclass(frozen=True)
@@ -69,34 +70,6 @@ BEFORE_90 = {("grad", 2): Config(16, 0, 4, 1)}  # where the same would spill
 PIECES = {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}  # of 8 bits
 STATE_PROGRAMS = 384  # programs that fill a large GPU; fewer, and the sequence is cut into segments
 SEGMENT_CHUNKS = 8  # chunks of a segment, or more
-
-
-@triton.jit
-def _load(
-    ptr, rows, cols, n_rows, n_cols, stride, FULL_ROWS: tl.constexpr, FULL_COLS: tl.constexpr
-):
-    """A tile of a row-major matrix, zero outside; masks only where the tile can stick out."""
-    ptrs = ptr + rows[:, None] * stride + cols[None, :]
-    if FULL_ROWS and FULL_COLS:
-        return tl.load(ptrs)
-    elif FULL_COLS:
-        return tl.load(ptrs, mask=rows[:, None] < n_rows, other=0.0)
-    elif FULL_ROWS:
-        return tl.load(ptrs, mask=cols[None, :] < n_cols, other=0.0)
-    else:
-        return tl.load(ptrs, mask=(rows[:, None] < n_rows) & (cols[None, :] < n_cols), other=0.0)
-
-
-@triton.jit
-def _store(
-    ptr, value, rows, cols, n_rows, n_cols, stride, FULL_ROWS: tl.constexpr, FULL_COLS: tl.constexpr
-):
-    ptrs = ptr + rows[:, None] * stride + cols[None, :]
-    value = value.to(ptr.dtype.element_ty)
-    if FULL_ROWS and FULL_COLS:
-        tl.store(ptrs, value)
-    else:
-        tl.store(ptrs, value, mask=(rows[:, None] < n_rows) & (cols[None, :] < n_cols))
 
 
 @triton.jit
@@ -175,10 +148,10 @@ def _pairs_kernel(
     scores = tl.zeros((Q, Q), tl.float32)
     for first in tl.range(0, K, BK, num_stages=STAGES):
         cols = first + tl.arange(0, BK)
-        g = _load(g_ptr, rows, cols, left, K, G_ROW, FULL, FULL_K)
+        g = load_tile(g_ptr, rows, cols, left, K, G_ROW, FULL, FULL_K)
         g = tl.maximum(g.to(tl.float32), FORGET).to(g.dtype)
-        q = _load(q_ptr, rows, cols, left, K, Q_ROW, FULL, FULL_K)
-        k = _load(k_ptr, rows, cols, left, K, K_ROW, FULL, FULL_K)
+        q = load_tile(q_ptr, rows, cols, left, K, Q_ROW, FULL, FULL_K)
+        k = load_tile(k_ptr, rows, cols, left, K, K_ROW, FULL, FULL_K)
         keep = tl.exp2(tl.sum(g.to(tl.float32), axis=0) * 1.4426950408889634)
         after = _decay(tl.load(spans + (BITS + 1) * Q * Q), g, PIECES)
         late = (k.to(tl.float32) * after).to(q.dtype)
@@ -190,8 +163,8 @@ def _pairs_kernel(
             visible = tl.where((doc < start)[:, None], seen, 0.0)
             leaving = tl.where((start + rows >= doc_last)[:, None], late, 0.0)
         tl.store(keep_ptr + at * K + cols, kept, mask=cols < K)
-        _store(seen_ptr, visible, rows, cols, left, K, H * K, FULL, FULL_K)
-        _store(leaving_ptr, leaving, rows, cols, left, K, H * K, FULL, FULL_K)
+        store_tile(seen_ptr, visible, rows, cols, left, K, H * K, FULL, FULL_K)
+        store_tile(leaving_ptr, leaving, rows, cols, left, K, H * K, FULL, FULL_K)
         if tl.min(keep) > SAFE:
             early = (seen / keep[None, :]).to(q.dtype)
             scores = tl.dot(early, tl.trans(late), scores, input_precision=PREC)
@@ -258,12 +231,12 @@ def _state_kernel(
         start = c * Q
         left = length - start
         wide = start.to(tl.int64)
-        x = _load(x_ptr + wide * (H * K), rows, k, left, K, H * K, FULL, FULL_K)
-        m = _load(m_ptr + wide * M_ROW, rows, v, left, V, M_ROW, FULL, FULL_V)
+        x = load_tile(x_ptr + wide * (H * K), rows, k, left, K, H * K, FULL, FULL_K)
+        m = load_tile(m_ptr + wide * M_ROW, rows, v, left, V, M_ROW, FULL, FULL_V)
         at = (b * n_chunks + c) * H + h
         keep = tl.load(keep_ptr + at * K + k, mask=k < K, other=0.0)
         if PASS != 1:
-            _store(states_ptr + at * (K * V), state, k, v, K, V, V, FULL_K, FULL_V)
+            store_tile(states_ptr + at * (K * V), state, k, v, K, V, V, FULL_K, FULL_V)
         state = tl.dot(tl.trans(x), m, state * keep[:, None], input_precision=PREC)
         total *= keep
     if PASS == 1:
@@ -314,16 +287,16 @@ def _mix_kernel(
     STEPS: tl.constexpr = (V + BV - 1) // BV if BACKWARD else 1
     for step in range(STEPS):
         n = (tl.program_id(0) % TILES + step) * BV + tl.arange(0, BV)
-        m = _load(m_ptr, rows, n, left, V, M_ROW, FULL, FULL_V)
+        m = load_tile(m_ptr, rows, n, left, V, M_ROW, FULL, FULL_V)
         y = tl.dot(scores, m, input_precision=PREC)
         for k_begin in tl.range(0, K, BK, num_stages=STAGES):
             k = k_begin + tl.arange(0, BK)
-            x = _load(x_ptr, rows, k, left, K, H * K, FULL, FULL_K)
-            state = _load(states_ptr, k, n, K, V, V, FULL_K, FULL_V)
+            x = load_tile(x_ptr, rows, k, left, K, H * K, FULL, FULL_K)
+            state = load_tile(states_ptr, k, n, K, V, V, FULL_K, FULL_V)
             y = tl.dot(x, state, y, input_precision=PREC)
-        _store(y_ptr, y, rows, n, left, V, H * V, FULL, FULL_V)
+        store_tile(y_ptr, y, rows, n, left, V, H * V, FULL, FULL_V)
         if BACKWARD:
-            v = _load(v_ptr, rows, n, left, V, V_ROW, FULL, FULL_V)
+            v = load_tile(v_ptr, rows, n, left, V, V_ROW, FULL, FULL_V)
             dscores = tl.dot(m, tl.trans(v), dscores, input_precision=PREC)
     if BACKWARD:
         if HAS_DOC:
@@ -367,15 +340,15 @@ def _passed_kernel(
     through = tl.zeros((BK,), tl.float32)
     for begin in tl.range(0, V, BV, num_stages=STAGES):
         n = begin + tl.arange(0, BV)
-        dy = _load(dy_ptr, rows, n, left, V, H * V, FULL, FULL_V)
-        v = _load(v_ptr, rows, n, left, V, V_ROW, FULL, FULL_V)
-        state = _load(states_ptr, k, n, K, V, V, FULL_K, FULL_V)
-        dstate = _load(dstates_ptr, k, n, K, V, V, FULL_K, FULL_V)
+        dy = load_tile(dy_ptr, rows, n, left, V, H * V, FULL, FULL_V)
+        v = load_tile(v_ptr, rows, n, left, V, V_ROW, FULL, FULL_V)
+        state = load_tile(states_ptr, k, n, K, V, V, FULL_K, FULL_V)
+        dstate = load_tile(dstates_ptr, k, n, K, V, V, FULL_K, FULL_V)
         dseen = tl.dot(dy, tl.trans(state), dseen, input_precision=PREC)
         dleaving = tl.dot(v, tl.trans(dstate), dleaving, input_precision=PREC)
         through += tl.sum(state.to(tl.float32) * dstate.to(tl.float32), axis=1)
-    _store(dseen_ptr + row * K, dseen, rows, k, left, K, H * K, FULL, FULL_K)
-    _store(dleaving_ptr + row * K, dleaving, rows, k, left, K, H * K, FULL, FULL_K)
+    store_tile(dseen_ptr + row * K, dseen, rows, k, left, K, H * K, FULL, FULL_K)
+    store_tile(dleaving_ptr + row * K, dleaving, rows, k, left, K, H * K, FULL, FULL_K)
     tl.store(through_ptr + at * K + k, through, mask=k < K)
 
 
@@ -406,17 +379,17 @@ def _grad_kernel(
     k_ptr += b * k_batch * UNIT + wide * K_ROW + h * K
     g_ptr += b * g_batch * UNIT + wide * G_ROW + h * K
 
-    g = _load(g_ptr, rows, cols, left, K, G_ROW, FULL, FULL_K)
+    g = load_tile(g_ptr, rows, cols, left, K, G_ROW, FULL, FULL_K)
     g = tl.maximum(g.to(tl.float32), FORGET).to(g.dtype)
-    q = _load(q_ptr, rows, cols, left, K, Q_ROW, FULL, FULL_K)
-    k = _load(k_ptr, rows, cols, left, K, K_ROW, FULL, FULL_K)
+    q = load_tile(q_ptr, rows, cols, left, K, Q_ROW, FULL, FULL_K)
+    k = load_tile(k_ptr, rows, cols, left, K, K_ROW, FULL, FULL_K)
     through = tl.load(through_ptr + at * K + cols, mask=cols < K, other=0.0)
     keep = tl.exp2(tl.sum(g.to(tl.float32), axis=0) * 1.4426950408889634)
     spans = spans_ptr + t * Q + r
     until, beyond = tl.load(spans + BITS * Q * Q), tl.load(spans + (BITS + 1) * Q * Q)
     before, after = _decay(until, g, PIECES) * scale, _decay(beyond, g, PIECES)
-    dq = _load(dseen_ptr + out, rows, cols, left, K, H * K, FULL, FULL_K).to(tl.float32)
-    dk = _load(dleaving_ptr + out, rows, cols, left, K, H * K, FULL, FULL_K).to(tl.float32)
+    dq = load_tile(dseen_ptr + out, rows, cols, left, K, H * K, FULL, FULL_K).to(tl.float32)
+    dk = load_tile(dleaving_ptr + out, rows, cols, left, K, H * K, FULL, FULL_K).to(tl.float32)
     dq *= before
     dk *= after
     if HAS_DOC:
@@ -461,9 +434,9 @@ def _grad_kernel(
             dq += tl.where(upper[:, None], dx, 0.0)
             dk += tl.where(upper[:, None], 0.0, dx)
             dg = _sums(tl.trans(span), x.to(tl.float32) * dx, dg, DPIECES)
-    _store(dq_ptr + out, dq, rows, cols, left, K, H * K, FULL, FULL_K)
-    _store(dk_ptr + out, dk, rows, cols, left, K, H * K, FULL, FULL_K)
-    _store(dg_ptr + out, dg, rows, cols, left, K, H * K, FULL, FULL_K)
+    store_tile(dq_ptr + out, dq, rows, cols, left, K, H * K, FULL, FULL_K)
+    store_tile(dk_ptr + out, dk, rows, cols, left, K, H * K, FULL, FULL_K)
+    store_tile(dg_ptr + out, dg, rows, cols, left, K, H * K, FULL, FULL_K)
 
 
 def _block(width: int, limit: int) -> int:
@@ -490,17 +463,6 @@ def _precision(dtype: torch.dtype) -> str:
     return "tf32x3" if dtype == torch.float32 else "ieee"
 
 
-def _rows(v: Tensor) -> Tensor:
-    """v (B, L, H, channels) with its last two axes dense; a copy only where they are not."""
-    dense = v.stride(3) == 1 and v.stride(2) == v.shape[3]
-    return v if dense else v.contiguous()
-
-
-def _unit(*tensors: Tensor) -> int:
-    """8 if every batch stride is a multiple of 8 elements, which wide loads need to know, or 1."""
-    return 8 if all(v.stride(0) % 8 == 0 for v in tensors) else 1
-
-
 def _spans(like: Tensor) -> Tensor:
     chunk = CHUNKS[like.element_size()]
     bits = chunk.bit_length() - 1
@@ -520,7 +482,7 @@ def _pairs(
     seen, leaving = (q.new_empty((b, length, heads, width)) for _ in range(2))
     keep = q.new_empty((b, n_chunks, heads, width), dtype=torch.float32)
     config = _config("pairs", q)
-    unit = _unit(q, k, g)
+    unit = batch_unit(q, k, g)
     _pairs_kernel[(n_chunks, b * heads)](
         q, k, g, spans, doc, scores, seen, leaving, keep,
         q.stride(0) // unit, k.stride(0) // unit, g.stride(0) // unit, length, n_chunks, scale,
@@ -554,7 +516,7 @@ def _states(
     if segments > 1:
         ends = last.new_empty((b, heads, segments, width, values))
         kept = last.new_empty((b, heads, segments, width))
-    unit = _unit(m)
+    unit = batch_unit(m)
     for number in (0,) if segments == 1 else (1, 2):
         _state_kernel[(tiles, b * heads, segments)](
             x, m, keep, first, states, ends, kept, last,
@@ -578,7 +540,7 @@ def _mix(
     bv = _block(values, config.values)
     y = x.new_empty((b, length, heads, values))
     other = m if v is None else v
-    unit = _unit(m, other)
+    unit = batch_unit(m, other)
     tiles = triton.cdiv(values, bv) if v is None else 1
     _mix_kernel[(n_chunks * tiles, b * heads)](
         x, states, scores, m, v, doc, y, dscores,
@@ -604,7 +566,7 @@ def _passed(
     through = v.new_empty((b, n_chunks, heads, width), dtype=torch.float32)
     config = _config("passed", v)
     bk = _block(width, config.keys)
-    unit = _unit(v)
+    unit = batch_unit(v)
     _passed_kernel[(n_chunks * triton.cdiv(width, bk), b * heads)](
         v, dy, states, dstates, dseen, dleaving, through, v.stride(0) // unit, length, n_chunks,
         UNIT=unit, V_ROW=v.stride(1), H=heads, K=width, V=values, BK=bk,
@@ -623,7 +585,7 @@ def _grad(
     dq, dk, dg = (t.new_empty(t.shape) for t in (q, k, g))
     config = _config("grad", q)
     bk = _block(width, config.keys)
-    unit = _unit(q, k, g)
+    unit = batch_unit(q, k, g)
     _grad_kernel[(n_chunks * triton.cdiv(width, bk), b * heads)](
         q, k, g, spans, doc, dscores, dseen, dleaving, through, dq, dk, dg,
         q.stride(0) // unit, k.stride(0) // unit, g.stride(0) // unit, length, n_chunks, scale,
@@ -640,7 +602,7 @@ def _forward(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, first: Tensor | None, doc: Tensor | None,
     scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    q, k, v, g = _rows(q), _rows(k), _rows(v), _rows(g)
+    q, k, v, g = dense_rows(q), dense_rows(k), dense_rows(v), dense_rows(g)
     spans = _spans(q)
     scores, seen, leaving, keep = _pairs(q, k, g, spans, doc, scale)
     states, last = _states(leaving, v, keep, first, reverse=False)
@@ -660,7 +622,7 @@ def _backward(
     dy: Tensor, dlast: Tensor | None, q: Tensor, k: Tensor, v: Tensor, g: Tensor,
     first: Tensor | None, doc: Tensor | None, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    q, k, v, g = _rows(q), _rows(k), _rows(v), _rows(g)
+    q, k, v, g = dense_rows(q), dense_rows(k), dense_rows(v), dense_rows(g)
     dy = dy.contiguous()
     dlast = None if dlast is None else dlast.contiguous()
     spans = _spans(q)
