@@ -202,7 +202,8 @@ def _main() -> None:
 _OF_KIND = {
     "ssd": "Mamba-2, RetNet: ssd",
     "mamba2_core": "Mamba-2: core",
-    "gated_rms_norm": "Mamba-2, GLA, RetNet: gated norm",
+    "gated_rms_norm": "Mamba-2, linear attention: gated norm",
+    "gated_delta_rule": "Gated DeltaNet: rule",
     "gla": "GLA: core",
     "selective_scan": "Mamba-1: scan",
     "conv1d": "Mamba: convolution",
