@@ -112,7 +112,7 @@ def test_a_misspelt_name_is_one_sentence(name, capsys, tmp_path, monkeypatch):
         (["data=files"], "data.path"),
         (["data=files", "data.path=nowhere.txt"], "nowhere.txt"),
         (["arch.pattern=M-Q*"], "Q"),
-        (["arch.pattern=M-L*"], "L"),
+        (["arch.pattern=M-E*"], "mixture of experts"),
         (
             [
                 "arch.pattern=M-*-",
