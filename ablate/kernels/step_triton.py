@@ -377,17 +377,17 @@ def _rotated(
     """Heads (ROWS, P) at ptr + row, the first DIM channels rotated by this token's angles."""
     p = tl.arange(0, BP)[None, :]
     x = tl.load(ptr + row[:, None] + p, mask=inside[:, None] & (p < P), other=0.0)
-    if DIM == 0:
-        return x
-    HALF: tl.constexpr = DIM // 2
-    turned = p < DIM
-    partner = tl.where(p < HALF, p + HALF, p - HALF)
-    other = tl.load(ptr + row[:, None] + partner, mask=inside[:, None] & turned, other=0.0)
-    angle = tl.where(p < HALF, p, p - HALF)
-    cos = tl.load(cos_ptr + angle, mask=turned, other=1.0)
-    sin = tl.load(sin_ptr + angle, mask=turned, other=0.0)
-    y = x.to(tl.float32) * cos + other.to(tl.float32) * tl.where(p < HALF, -sin, sin)
-    return y.to(x.dtype)
+    if DIM:  # no early return: Triton 3.6 compiles what follows one, and there are no tables
+        HALF: tl.constexpr = DIM // 2
+        turned = p < DIM
+        partner = tl.where(p < HALF, p + HALF, p - HALF)
+        other = tl.load(ptr + row[:, None] + partner, mask=inside[:, None] & turned, other=0.0)
+        angle = tl.where(p < HALF, p, p - HALF)
+        cos = tl.load(cos_ptr + angle, mask=turned, other=1.0)
+        sin = tl.load(sin_ptr + angle, mask=turned, other=0.0)
+        y = x.to(tl.float32) * cos + other.to(tl.float32) * tl.where(p < HALF, -sin, sin)
+        x = y.to(x.dtype)
+    return x
 
 
 @triton.jit
