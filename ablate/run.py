@@ -33,6 +33,10 @@ from filelock import FileLock, Timeout
 State = Literal["created", "running", "done", "failed", "pruned", "interrupted"]
 
 
+_UMASK = os.umask(0)  # it can only be read by setting it, which threads would notice later on
+os.umask(_UMASK)
+
+
 class StaleWriter(RuntimeError):
     """Another process has taken this run over; what this one computes is not wanted any more."""
 
@@ -46,6 +50,7 @@ def atomic_write(path: Path, text: str | bytes) -> None:
         with os.fdopen(fd, "wb") as file:
             file.write(data)
             file.flush()
+            os.fchmod(file.fileno(), 0o666 & ~_UMASK)  # others of a shared disk may read it
             os.fsync(file.fileno())
         os.replace(name, path)
     except BaseException:
@@ -70,6 +75,16 @@ def python_path() -> str:
     """PYTHONPATH of a process that is to import this very package."""
     root = str(Path(__file__).resolve().parents[1])
     return os.pathsep.join(p for p in (root, os.environ.get("PYTHONPATH")) if p)
+
+
+def process_age() -> float:
+    """Seconds since this process started, 0 where the system does not say."""
+    try:
+        fields = Path("/proc/self/stat").read_text().rsplit(")", 1)[1].split()
+        booted = float(Path("/proc/uptime").read_text().split()[0])
+        return booted - float(fields[19]) / os.sysconf("SC_CLK_TCK")
+    except (OSError, ValueError, IndexError):
+        return 0.0
 
 
 def load_yaml(text: str) -> Any:

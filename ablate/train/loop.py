@@ -37,10 +37,10 @@ from ablate.data import (
     prepare,
 )
 from ablate.errors import UserError
-from ablate.run import RunFolder, StaleWriter
+from ablate.run import RunFolder, StaleWriter, process_age
 from ablate.train import checkpoint
 from ablate.train.budget import Budget
-from ablate.train.clock import Clock, process_age
+from ablate.train.clock import Clock
 from ablate.train.engine import Engine
 from ablate.train.environment import attention_forms, device_of, environment, numerics, uses_bf16
 from ablate.train.micro_batch import Shape
@@ -287,6 +287,13 @@ _BRANCH_MAY_DIFFER = (
 def _add_loading_time(seconds: float) -> None:
     global _LOADED
     _LOADED += seconds
+
+
+def set_loading_time(seconds: float) -> None:
+    """What the next run waited for its process to load, where that is not the process's age: one
+    that loaded while the trial before still trained cost its slot nothing."""
+    global _LOADED
+    _LOADED = seconds
 
 
 def _take_loading_time() -> float:
