@@ -108,7 +108,8 @@ def test_a_trial_counts_the_loading_it_waited_for(make: Any, tmp_path: Path, ear
         text=True,
         env=child_environment(cfg),
     )
-    assert child.stdin is not None and child.stdout is not None
+    assert child.stdin is not None
+    assert child.stdout is not None
     if early:
         child.stdin.write(json.dumps(ask) + "\n")
         child.stdin.flush()
