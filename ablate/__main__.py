@@ -108,8 +108,8 @@ reruns. Comparisons are kept in RUN_FOLDER/evaluation/rerun.json.
 usage: python -m ablate evaluate RUN_FOLDER | MODEL [name=value ...]
 
 Evaluates trained weights (train.keep=weights keeps them), or a transformers model from a folder
-or the hub, whose own code is never run. Writes RUN_FOLDER/evaluation/: a file a task, with items.
-Without settings: what the run's config asks for, or every recall task.
+or the hub. Writes RUN_FOLDER/evaluation/: a file a task, with items. Without settings: what the
+run's config asks for, or every recall task.
 
   recall=[phonebook,needle]  phonebook, phonebook_reversed, passkey, needle, needle_multivalue,
                              mqar_text, induction, copying
@@ -118,6 +118,8 @@ Without settings: what the run's config asks for, or every recall task.
   local_data=FOLDER          <task>/<split>.jsonl instead of the hub
   length=[1,2,4]             loss on the same tokens at multiples of the training length
   long_documents=FILE        limit=100        device=cpu       out=FOLDER
+  max_length=8192            tokens that a transformers model reads; what is longer is cut
+  remote_code=true           run the code that comes with a transformers model (default: never)
 """,
     "bench": """\
 usage: python -m ablate bench data | kernels | train [NAME...] | decode NAME...

@@ -7,6 +7,7 @@ Hydra only composes: it changes no directory, writes no folder and configures no
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -101,15 +102,21 @@ def compose(overrides: Sequence[str]) -> Composed:
 
 def register_sweeps() -> None:
     """Make every sweep YAML a choice of the group `sweep`; the user's own shadow the shipped."""
-    store = ConfigStore.instance()
-    for folder in (shipped("sweeps"), Path.cwd() / "sweeps"):
-        for path in sorted(folder.glob("*.yaml")) if folder.is_dir() else []:
-            try:
-                node = OmegaConf.load(path)
-            except Exception as error:  # a YAML error names its own line
-                reason = " ".join(str(error).split())
-                raise UserError(f"sweep file {path.name} is not valid YAML: {reason}") from None
-            store.store(group="sweep", name=path.stem, node=node, package="_global_")
+    folders = (shipped("sweeps"), Path.cwd() / "sweeps")
+    paths = [path for folder in folders for path in sorted(folder.glob("*.yaml"))]
+    _register(tuple((path, path.stat().st_mtime_ns) for path in paths))
+
+
+@functools.lru_cache(maxsize=1)
+def _register(files: tuple[tuple[Path, int], ...]) -> None:
+    """Files with their times of modification: done again when any is another."""
+    for path, _ in files:
+        try:
+            node = OmegaConf.load(path)
+        except Exception as error:  # a YAML error names its own line
+            reason = " ".join(str(error).split())
+            raise UserError(f"sweep file {path.name} is not valid YAML: {reason}") from None
+        ConfigStore.instance().store(group="sweep", name=path.stem, node=node, package="_global_")
 
 
 def choices_of(group: str) -> list[str]:

@@ -187,7 +187,12 @@ class WrittenConfig(Section):
     kinds: list[Literal["phonebook", "pairs", "needle", "copying"]] = Field(
         ["phonebook", "pairs", "needle", "copying"], description="kinds of documents, equally often"
     )
-    entries: list[int] = Field([4, 24], description="fewest and most entries of a document")
+    entries: list[int] = Field(
+        [4, 24], description="fewest and most entries of a document, log-uniform between"
+    )
+    questions: float = Field(
+        2.0, gt=0, le=10, description="questions an entry: what makes recall appear early"
+    )
     scored: Literal["all", "answers"] = Field(
         "answers", description="what the loss of these rows counts: all tokens, or answers alone"
     )
@@ -608,6 +613,15 @@ def get(tree: Mapping[str, Any], dotted: str) -> Any:
             return None
         node = node[part]
     return node
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Leaves of a nested dict under dotted names; an empty dict is a leaf."""
+    for name, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            yield from flatten(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
 
 
 def _copy(value: Any) -> Any:

@@ -90,63 +90,34 @@ class Cost:
         """
         rows = []
         for letter in dict.fromkeys(layer.letter for layer in self.layers):
-            of_kind = [layer for layer in self.layers if layer.letter == letter]
-            name = f"{letter} {KINDS[letter].name}"
+            own = [layer for layer in self.layers if layer.letter == letter]
             rows.append(
                 _row(
-                    name,
-                    len(of_kind),
-                    params=sum(layer.params for layer in of_kind),
-                    forward=sum(layer.flops for layer in of_kind) / self.seq_len,
-                    elementwise=sum(x.elementwise_flops for x in of_kind) / self.seq_len,
-                    state=sum(layer.state_bytes for layer in of_kind),
-                    decode=sum(layer.decode_flops for layer in of_kind),
+                    f"{letter} {KINDS[letter].name}",
+                    len(own),
+                    params=sum(layer.params for layer in own),
+                    forward_flops=sum(layer.flops for layer in own) / self.seq_len,
+                    elementwise_flops=sum(x.elementwise_flops for x in own) / self.seq_len,
+                    state_bytes=sum(layer.state_bytes for layer in own),
+                    decode_flops=sum(layer.decode_flops for layer in own),
                 )
             )
-        rows.append(_row("embedding", 0, params=self.embedding_params))
-        output = self.final_norm_params + self.unembedding_params
-        rows.append(
-            _row(
-                "norm and output",
-                0,
-                params=output,
-                forward=self.unembedding_flops,
-                decode=self.unembedding_flops,
-            )
-        )
-        rows.append(
-            _row(
-                "total",
-                len(self.layers),
-                params=self.params,
-                forward=self.forward_flops,
-                elementwise=self.elementwise_flops,
-                state=self.state_bytes,
-                decode=self.decode_flops,
-            )
-        )
-        return rows
+        flops = self.unembedding_flops
+        params = self.final_norm_params + self.unembedding_params
+        total = {name: getattr(self, name) for name in _COLUMNS}
+        return [
+            *rows,
+            _row("embedding", 0, params=self.embedding_params),
+            _row("norm and output", 0, params=params, forward_flops=flops, decode_flops=flops),
+            _row("total", len(self.layers), **total),
+        ]
 
 
-def _row(
-    part: str,
-    layers: int,
-    *,
-    params: int,
-    forward: float = 0,
-    elementwise: float = 0,
-    state: int = 0,
-    decode: int = 0,
-) -> dict[str, Any]:
-    return {
-        "part": part,
-        "layers": layers,
-        "params": params,
-        "forward_flops": forward,
-        "elementwise_flops": elementwise,
-        "state_bytes": state,
-        "decode_flops": decode,
-    }
+_COLUMNS = ("params", "forward_flops", "elementwise_flops", "state_bytes", "decode_flops")
+
+
+def _row(part: str, layers: int, **figures: float) -> dict[str, Any]:
+    return {"part": part, "layers": layers, **dict.fromkeys(_COLUMNS, 0), **figures}
 
 
 def cost(arch: Architecture, seq_len: int) -> Cost:

@@ -1,7 +1,8 @@
 """The pattern language, and patterns made from shares, positions and units.
 
-One letter is one residual layer: `M` Mamba-2, `m` Mamba-1, `*` full attention, `S` sliding-window
-attention, `-` MLP. `xN` repeats the unit before it, `.` separates units:
+One letter is one residual layer: `M` Mamba-2, `m` Mamba-1, `G` Gated DeltaNet, `L` gated linear
+attention, `R` RetNet, `*` full attention, `S` sliding-window attention, `-` MLP. `xN` repeats the
+unit before it, `.` separates units:
 
     pattern = part { "." part }        part = letter { letter } [ "x" count ]
 
@@ -31,6 +32,7 @@ EXAMPLES = {
     "m-S-x6.*-": "the same with a block of full attention at the end",
     "mS-x8": "Samba's variant with one MLP for two mixers",
     "M-M-M--*M-M-M-M-*M--M-M-": "a pattern given whole",
+    "G-G-G-*-x6": "three layers of Gated DeltaNet to one of attention",
     "Mx6.*.Mx6.*.Mx6": "Mamba-2 with two attention layers, no MLP",
     "Sx4.*": "four windowed layers and a full one",
     "-M*": "a stack may open with any layer",
@@ -152,27 +154,6 @@ def _shorter(a: str, b: str | None) -> str:
 # --- making patterns --------------------------------------------------------------------------
 
 
-def allocate(
-    n_layers: int,
-    attention_share: float,
-    mlp_share: float,
-    mixer: str = "M",
-    attention: str = "*",
-    mlp: str = "-",
-) -> tuple[str, ...]:
-    """The published allocator (Waleffe et al. 2024, arXiv 2406.07887; its official code).
-
-    round(L a) attention layers (half to even) split the others into equal sections; then round(L m)
-    MLP layers are spread over the others by the same walk. Shares whose rounded counts exceed the
-    layers give as many MLP layers as there is room for.
-    Raises UserError for a share outside 0..1, or shares that add up to more than 1.
-    """
-    _check_shares(attention_share, mlp_share)
-    count = round(n_layers * attention_share)
-    at = _walk(n_layers, (n_layers - count) / (count + 1)) if count else []
-    return _fill(n_layers, at, mlp_share, mixer, attention, mlp)
-
-
 def place(
     n_layers: int,
     n_attention: int,
@@ -185,7 +166,9 @@ def place(
 ) -> tuple[str, ...]:
     """`n_attention` layers at one place of the stack, around the same sequence of other layers.
 
-    published: equal sections of other layers between, before and after them (as `allocate`).
+    published: the allocator of Waleffe et al. 2024 (arXiv 2406.07887; its official code): equal
+    sections of other layers between, before and after them, then round(L m) MLP layers spread over
+    the others by the same walk; counts that exceed the layers give as many as there is room for.
     even: one in the middle of each of `n_attention` equal parts of the stack.
     front, middle, back: all together.
     """
@@ -284,9 +267,6 @@ def shares(letters: Sequence[str]) -> dict[str, float]:
 def _check_shares(
     attention_share: float, mlp_share: float, attention_name: str = "arch.attention_share"
 ) -> None:
-    for field, value in ((attention_name, attention_share), ("arch.mlp_share", mlp_share)):
-        if not 0 <= value <= 1:
-            raise UserError(f"{field} is {value:g}; a share must be from 0 to 1")
     total = attention_share + mlp_share
     if total > 1 and not math.isclose(total, 1):
         raise UserError(

@@ -49,6 +49,8 @@ class Case:
     floor: tuple[float | None, float | None] = (None, None)
     must: tuple[float | None, float | None] = (None, None)
     check_batch: int = 2
+    forward_alone: tuple[str, ...] = ()
+    """peers without a backward pass, or with one that tunes itself for many minutes"""
 
 
 @dataclass
@@ -356,6 +358,81 @@ def _selective_peers() -> dict[str, Function]:
     return _optional(mamba_ssm=mamba)
 
 
+def _delta_inputs(
+    heads: int, keys: int, values: int, documents: int = 0
+) -> Callable[[int, int], Inputs]:
+    def make(batch: int, length: int) -> Inputs:
+        rate = torch.empty(heads, device="cuda").uniform_(0.01, 16)
+        step = F.softplus(torch.randn(batch, length, heads, device="cuda") - 4.0)
+        return {
+            "q": _randn(batch, length, heads, keys),
+            "k": _randn(batch, length, heads, keys),
+            "v": _randn(batch, length, heads, values),
+            "log_decay": (-rate * step).requires_grad_(),
+            "beta": torch.rand(batch, length, heads, device="cuda").requires_grad_(),
+            "doc": _documents(batch, length, documents) if documents else None,
+        }
+
+    return make
+
+
+def _delta_with(form: str) -> Function:
+    def run(t: Inputs) -> Any:
+        import importlib
+
+        fn = getattr(importlib.import_module("ablate.kernels.gated_delta_rule"), form)
+        return fn(
+            t["q"], t["k"], t["v"], t["log_decay"], t["beta"], normalize_qk=True,
+            doc_start_BL=t["doc"],
+        )  # fmt: skip
+
+    return run
+
+
+def _delta_peers() -> dict[str, Function]:
+    def fla() -> Function:
+        from fla.ops.gated_delta_rule import chunk_gated_delta_rule
+
+        return lambda t: chunk_gated_delta_rule(
+            t["q"], t["k"], t["v"], t["log_decay"], t["beta"], use_qk_l2norm_in_kernel=True
+        )[0]
+
+    return _optional(fla=fla)
+
+
+def _gla_inputs(heads: int, documents: int = 0) -> Callable[[int, int], Inputs]:
+    def make(batch: int, length: int) -> Inputs:
+        g = F.logsigmoid(torch.randn(batch, length, heads, 192, device="cuda")) / 16
+        return {
+            "q": _randn(batch, length, heads, 192),
+            "k": _randn(batch, length, heads, 192),
+            "v": _randn(batch, length, heads, 384),
+            "g": g.to(torch.bfloat16).requires_grad_(),
+            "doc": _documents(batch, length, documents) if documents else None,
+        }
+
+    return make
+
+
+def _gla_with(form: str) -> Function:
+    def run(t: Inputs) -> Any:
+        import importlib
+
+        fn = getattr(importlib.import_module("ablate.kernels.gla"), form)
+        return fn(t["q"], t["k"], t["v"], t["g"], doc_start_BL=t["doc"])
+
+    return run
+
+
+def _gla_peers() -> dict[str, Function]:
+    def fla() -> Function:
+        from fla.ops.gla import chunk_gla
+
+        return lambda t: chunk_gla(t["q"], t["k"], t["v"], t["g"])[0]
+
+    return _optional(fla=fla)
+
+
 def _core_inputs(batch: int, length: int) -> Inputs:
     inner, shared, heads = 1536, 128, 24
     return {
@@ -395,6 +472,8 @@ def _cases() -> list[Case]:
     window = (_window_with("attention"), _window_with("attention_reference"))
     ssd, recurrent = _ssd_with("ssd"), _ssd_with("ssd_recurrent")
     scan = (_selective_with("selective_scan"), _selective_with("selective_scan_recurrent"))
+    delta = (_delta_with("gated_delta_rule"), _delta_with("gated_delta_rule_recurrent"))
+    gla = (_gla_with("gla"), _gla_with("gla_recurrent"))
     conv = (_conv_ours, _conv_oracle)
     none: Callable[[], dict[str, Function]] = dict
     return [
@@ -422,6 +501,22 @@ def _cases() -> list[Case]:
              none),
         Case("selective_scan", "documents of 500", 8, 4096, _selective_inputs(1536, 500), *scan,
              none),
+        Case("gated_delta_rule", "B=8 L=4096 H=6 K=128 V=256", 8, 4096, _delta_inputs(6, 128, 256),
+             *delta, _delta_peers, (0.071, 0.19)),
+        Case("gated_delta_rule", "H=12 K=64 V=128", 8, 4096, _delta_inputs(12, 64, 128), *delta,
+             _delta_peers, (0.071, 0.19)),
+        Case("gated_delta_rule", "H=6 K=256 V=512", 4, 4096, _delta_inputs(6, 256, 512), *delta,
+             _delta_peers, (0.071, 0.19)),
+        Case("gated_delta_rule", "B=4 L=1024 H=4 K=64 V=128", 4, 1024, _delta_inputs(4, 64, 128),
+             *delta, _delta_peers),
+        Case("gated_delta_rule", "documents of 500", 8, 4096, _delta_inputs(6, 128, 256, 500),
+             *delta, none),
+        Case("gla", "B=8 L=4096 H=4 K=192 V=384", 8, 4096, _gla_inputs(4), *gla, _gla_peers,
+             (0.082, 0.222), forward_alone=("fla",)),
+        Case("gla", "B=4 L=1024 H=1", 4, 1024, _gla_inputs(1), *gla, _gla_peers,
+             forward_alone=("fla",)),
+        Case("gla", "B=1 L=131072 H=4", 1, 131072, _gla_inputs(4), *gla, none),
+        Case("gla", "documents of 500", 8, 4096, _gla_inputs(4, 500), *gla, none),
         Case("mamba2_core", "B=16 L=2048 width 768", 16, 2048, _core_inputs,
              _core_with("mamba2_core"), _core_with("mamba2_core_reference"), _core_peers,
              (None, None), (None, 1.0)),
@@ -512,8 +607,12 @@ def _first(out: Any) -> tuple[torch.Tensor, ...]:
     return out if isinstance(out, tuple) else (out,)
 
 
-def _gradients(fn: Function, t: Inputs) -> dict[str, torch.Tensor]:
+def _gradients(fn: Function, t: Inputs, backward: bool = True) -> dict[str, torch.Tensor]:
+    """Outputs and, with `backward`, the gradients of a random projection of them."""
     outs = _first(fn(t))
+    outputs = {f"output {i}": o.detach() for i, o in enumerate(outs)}
+    if not backward:
+        return outputs
     generator = torch.Generator("cuda").manual_seed(1)
     total = torch.zeros((), device="cuda")
     for out in outs:
@@ -522,10 +621,10 @@ def _gradients(fn: Function, t: Inputs) -> dict[str, torch.Tensor]:
             out.dtype, torch.float32))  # fmt: skip
     names = _leaves(t)
     found = dict(zip(names, torch.autograd.grad(total, list(names.values())), strict=True))
-    return found | {f"output {i}": o.detach() for i, o in enumerate(outs)}
+    return found | outputs
 
 
-def _errors(fn: Function, case: Case) -> tuple[float, str]:
+def _errors(fn: Function, case: Case, backward: bool) -> tuple[float, str]:
     """The largest relative error among outputs and gradients, and whose it is."""
     torch.manual_seed(0)
     t = case.inputs(case.check_batch, CHECK_LENGTH)
@@ -535,8 +634,8 @@ def _errors(fn: Function, case: Case) -> tuple[float, str]:
         else v
         for k, v in t.items()
     }
-    want = _gradients(case.oracle, exact)
-    got = _gradients(fn, t)
+    want = _gradients(case.oracle, exact, backward)
+    got = _gradients(fn, t, backward)
     errors = {}
     for name, ref in want.items():
         difference = (got[name].double() - ref).norm() / ref.norm().clamp(min=1e-30)
@@ -562,10 +661,11 @@ def _measure(case: Case, who: str, fn: Function, milliseconds: int) -> Row:
     from triton.testing import do_bench
 
     row = Row(case.operation, case.size, who, floor=case.floor, must=case.must)
+    backward = who not in case.forward_alone
     try:
         # torch's own, of which a second shape would compile twice, and attention without a window
         if who != "compile" and not who.startswith("full"):
-            row.error, row.worst_gradient = _errors(fn, case)
+            row.error, row.worst_gradient = _errors(fn, case, backward)
         torch.manual_seed(0)
         t = case.inputs(case.batch, case.length)
         leaves = list(_leaves(t).values())
@@ -579,14 +679,14 @@ def _measure(case: Case, who: str, fn: Function, milliseconds: int) -> Row:
         def both() -> None:
             torch.autograd.grad(_first(fn(t)), leaves, grads)
 
-        for name, call in (("forward", forward), ("both", both)):
+        for name, call in (("forward", forward), ("both", both))[: 1 + backward]:
             call()
             setattr(row, name, do_bench(call, warmup=10, rep=milliseconds, return_mode="median"))
             setattr(row, f"{name}_device", _device_ms(call))
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        both()
+        both() if backward else forward()
         row.memory = (torch.cuda.max_memory_allocated() - before) / 2**30
     except Exception as problem:
         row.failed = f"{type(problem).__name__}: {str(problem).splitlines()[0][:120]}"

@@ -34,10 +34,10 @@ from torch import Tensor, nn
 from ablate.config import Config, load
 from ablate.data import Batch, prepare
 from ablate.errors import UserError, did_you_mean
+from ablate.run import process_age
 from ablate.study.child import child_environment
-from ablate.study.prepare import wide_console
+from ablate.study.show import wide_console
 from ablate.train import train
-from ablate.train.clock import process_age
 from ablate.train.engine import Engine
 from ablate.train.environment import device_of, numerics
 from ablate.train.loop import architecture_of
@@ -105,23 +105,26 @@ def run(args: Sequence[str], *, tree_of: TreeOf, console: Console | None = None)
     if options.steps < 5:
         raise UserError(f"bench train: --steps is {options.steps}; give 5 or more")
     console = console or wide_console()
-    rows, failed = [], 0
-    for name in [*names, *peers]:
-        if name == "mamba_ssm" and importlib.util.find_spec("mamba_ssm") is None:
-            console.print("mamba_ssm is not installed")
-            continue
-        words = [*_COMMON, *(MODELS[name][0] if name in MODELS else []), *settings]
-        try:
-            row = _measure(name, tree_of(words), options.steps, cold=not options.no_cold)
-        except TrialFailed as error:
-            console.print(f"{name}: {error}", markup=False)
-            failed += 1
-            continue
-        rows.append(row)
-        console.print(_line(row), markup=False, highlight=False)
-    if rows:
-        place = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-        console.print(_speeds(rows, place), _kernels(rows))
+    rows: list[Row] = []
+    failed = 0
+    try:
+        for name in [*names, *peers]:
+            if name == "mamba_ssm" and importlib.util.find_spec("mamba_ssm") is None:
+                console.print("mamba_ssm is not installed")
+                continue
+            words = [*_COMMON, *(MODELS[name][0] if name in MODELS else []), *settings]
+            try:
+                row = _measure(name, tree_of(words), options.steps, cold=not options.no_cold)
+            except TrialFailed as error:
+                console.print(f"{name}: {error}", markup=False)
+                failed += 1
+                continue
+            rows.append(row)
+            console.print(_line(row), markup=False, highlight=False)
+    finally:  # Ctrl-C too: what was measured is shown
+        if rows:
+            place = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+            console.print(_speeds(rows, place), _kernels(rows))
     return int(failed > 0)
 
 
@@ -200,9 +203,11 @@ def _main() -> None:
 # --- where the time goes --------------------------------------------------------------------------
 
 _OF_KIND = {
-    "ssd": "Mamba-2: ssd",
+    "ssd": "Mamba-2, RetNet: ssd",
     "mamba2_core": "Mamba-2: core",
-    "gated_rms_norm": "Mamba-2: gated norm",
+    "gated_rms_norm": "Mamba-2, linear attention: gated norm",
+    "gated_delta_rule": "Gated DeltaNet: rule",
+    "gla": "GLA: core",
     "selective_scan": "Mamba-1: scan",
     "conv1d": "Mamba: convolution",
     "rms_norm": "all: norm",

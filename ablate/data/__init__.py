@@ -12,17 +12,16 @@ if TYPE_CHECKING:
     from ablate.data.recall import mqar_rows, recall_rows
     from ablate.data.stream import (
         Batch,
-        Prefetcher,
         TrainStream,
         check_epochs,
         eval_batches,
         model_vocab,
+        prefetched,
     )
     from ablate.data.tokens import Split, TokenSet, prepare
 
 __all__ = [
     "Batch",
-    "Prefetcher",
     "Split",
     "TokenSet",
     "TrainStream",
@@ -30,6 +29,7 @@ __all__ = [
     "eval_batches",
     "model_vocab",
     "mqar_rows",
+    "prefetched",
     "prepare",
     "recall_rows",
 ]

@@ -179,6 +179,11 @@ def _files(paths: str | list[str], name: str) -> tuple[Path, ...]:
     return tuple(result)
 
 
+def text_bytes(files: Iterable[Path]) -> int:
+    """Bytes of text in files: of packed ones about three times what they take."""
+    return sum(f.stat().st_size * (3 if f.name.endswith(".zst") else 1) for f in files)
+
+
 # --- the fingerprint -----------------------------------------------------------------------------
 
 

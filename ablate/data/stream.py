@@ -6,11 +6,12 @@ the first seq_len ids, its targets the last seq_len. A row starts with a fresh c
 
 from __future__ import annotations
 
+import contextlib
 import math
 import operator
-import queue
-import threading
+from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -249,57 +250,30 @@ def eval_batches(
         )
 
 
-class Prefetcher:
+@contextlib.contextmanager
+def prefetched(
+    stream: TrainStream, first: int, last: int, *, pin: bool = False, ahead: int = 4
+) -> Iterator[Iterator[Batch]]:
     """Batches first … last - 1 of a stream, made ahead by a thread, in pinned memory for a GPU.
 
-    Iterate over it, and close it (or use it in a `with`) when stopping early. What the thread
-    raises is raised by the iteration.
+    What the thread raises is raised by the iteration; what it has made at the end is dropped.
     """
 
-    def __init__(
-        self, stream: TrainStream, first: int, last: int, *, pin: bool = False, depth: int = 4
-    ) -> None:
-        self._stream, self._range, self._pin = stream, range(first, last), pin
-        self._ready: queue.Queue[Batch | BaseException | None] = queue.Queue(depth)
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._work, name="prefetch", daemon=True)
-        self._thread.start()
+    def make(step: int) -> Batch:
+        batch = stream.batch(step)
+        return batch.pin_memory() if pin else batch
 
-    def _work(self) -> None:
-        try:
-            for step in self._range:
-                batch = self._stream.batch(step)
-                if not self._put(batch.pin_memory() if self._pin else batch):
-                    return
-            self._put(None)
-        except BaseException as error:
-            self._put(error)
+    def batches() -> Iterator[Batch]:
+        ready: deque[Future[Batch]] = deque()
+        for step in range(first, last):
+            ready.append(pool.submit(make, step))
+            if len(ready) > ahead:
+                yield ready.popleft().result()
+        while ready:
+            yield ready.popleft().result()
 
-    def _put(self, item: Batch | BaseException | None) -> bool:
-        while not self._stop.is_set():
-            try:
-                self._ready.put(item, timeout=0.1)
-                return True
-            except queue.Full:
-                continue
-        return False
-
-    def __iter__(self) -> Iterator[Batch]:
-        while not self._stop.is_set():
-            item = self._ready.get()
-            if item is None:
-                return
-            if isinstance(item, BaseException):
-                raise item
-            yield item
-
-    def close(self) -> None:
-        """Stop the thread; what it had made is dropped."""
-        self._stop.set()
-        self._thread.join()
-
-    def __enter__(self) -> Prefetcher:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    pool = ThreadPoolExecutor(1, "prefetch")
+    try:
+        yield batches()
+    finally:
+        pool.shutdown(cancel_futures=True)

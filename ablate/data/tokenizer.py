@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +73,13 @@ class Tokenizer:
         if self._inner is None:
             return list(text.encode())
         return list(self._inner.encode(text, add_special_tokens=False).ids)
+
+    def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of each text, on as many cores as TOKENIZERS_PARALLELISM lets the package use."""
+        if self._inner is None:
+            return [list(text.encode()) for text in texts]
+        found = self._inner.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [encoding.ids for encoding in found]
 
     def encode_documents(self, texts: list[str], raws: list[bytes]) -> list[np.ndarray]:
         """Ids of each text; `raws` are the same texts as UTF-8."""

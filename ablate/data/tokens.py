@@ -34,7 +34,7 @@ from ablate.run import atomic_write, read_json
 
 SPLITS = ("train", "val_a", "val_b")
 _FORMAT = 1
-_PARALLEL_BYTES = 8_000_000  # on disk; less is tokenised here, sooner than a process starts
+_PARALLEL_BYTES = 8_000_000  # less is tokenised here, sooner than a process starts
 _NAMES = {"val_a": "validation A", "val_b": "validation B", "train": "training"}
 
 
@@ -323,10 +323,9 @@ def _build(
 
 
 def _encoded(data: DataConfig, source: Source, tokenizer: Tokenizer) -> Iterator[worker.Encoded]:
-    size = sum(file.stat().st_size for file in source.files)
-    packed = any(file.name.endswith(".zst") for file in source.files)
+    size = corpus.text_bytes(source.files)
     workers = data.workers or usable_cores()
-    if min(size * (3 if packed else 1), data.max_bytes or size * 3) < _PARALLEL_BYTES:
+    if min(size, data.max_bytes or size) < _PARALLEL_BYTES:
         workers = 1
     return worker.encode_all(corpus.read_chunks(source.files), tokenizer, source.lenient, workers)
 

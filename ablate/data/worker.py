@@ -17,7 +17,6 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,6 +24,7 @@ import numpy as np
 from ablate.data.corpus import Chunk, document_hash, documents
 from ablate.data.tokenizer import Tokenizer
 from ablate.errors import UserError
+from ablate.run import python_path
 
 
 @dataclass(frozen=True)
@@ -103,14 +103,12 @@ def encode_all(
 
 
 def _start(tokenizer: Tokenizer, lenient: bool) -> subprocess.Popen[bytes]:
-    package = str(Path(__file__).resolve().parents[2])
-    path = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))
     process = subprocess.Popen(
         # -P: what lies in the current folder must not shadow a module of the standard library
         [sys.executable, "-P", "-c", "from ablate.data.worker import main; main()"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
-        env={**os.environ, "PYTHONPATH": path, "TOKENIZERS_PARALLELISM": "false"},
+        env={**os.environ, "PYTHONPATH": python_path(), "TOKENIZERS_PARALLELISM": "false"},
     )
     _send(process.stdin, (tokenizer.name, tokenizer.definition, lenient))
     return process

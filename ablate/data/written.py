@@ -7,7 +7,7 @@ end-of-text, its text, and questions whose answers stand in it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
@@ -36,31 +36,40 @@ _CODES = (
 )
 
 
-def _phonebook(draw: Draw, entries: int) -> Iterator[Piece]:
+def _asked(draw: Draw, names: Sequence[str], each: float) -> list[str]:
+    """Names to ask for, `each` times as many as there are: all of them before any again."""
+    n = max(1, round(each * len(names)))
+    asked: list[str] = []
+    while len(asked) < n:
+        asked += draw.sample(names, min(len(names), n - len(asked)))
+    return asked
+
+
+def _phonebook(draw: Draw, entries: int, questions: float) -> Iterator[Piece]:
     form = draw.one(_PHONE)
     before, after = form.split("{m}")
     names = draw.distinct(entries, "name")
     book = dict(zip(names, draw.distinct(entries, "digits", 7 + draw.below(4)), strict=True))
     yield "".join(form.format(n=n, m=m) for n, m in book.items()) + "\n", False
-    for n in draw.sample(names, max(1, entries // 2)):
+    for n in _asked(draw, names, questions):
         yield before.format(n=n).rstrip(" "), False
         yield f"{' ' if before.endswith(' ') else ''}{book[n]}", True
         yield after, False
 
 
-def _pairs(draw: Draw, entries: int) -> Iterator[Piece]:
+def _pairs(draw: Draw, entries: int, questions: float) -> Iterator[Piece]:
     form = draw.one(_PAIRS)
     before, after = form.split("{v}")
     words = draw.distinct(2 * entries, "word", 2)
     of = dict(zip(words[:entries], words[entries:], strict=True))
     yield "".join(form.format(k=k, v=v) for k, v in of.items()) + "\n", False
-    for k in draw.sample(words[:entries], max(1, entries // 2)):
+    for k in _asked(draw, words[:entries], questions):
         yield before.format(k=k).rstrip(" "), False
         yield f" {of[k]}", True
         yield after, False
 
 
-def _needle(draw: Draw, entries: int) -> Iterator[Piece]:
+def _needle(draw: Draw, entries: int, questions: float) -> Iterator[Piece]:
     form = draw.one(_CODES)
     before, _ = form.rsplit("{v}", 1)
     keys = draw.distinct(max(1, entries // 4), "word", 3)
@@ -69,15 +78,15 @@ def _needle(draw: Draw, entries: int) -> Iterator[Piece]:
     for k, v in of.items():
         sentences.insert(draw.below(len(sentences) + 1), form.format(k=k, v=v))
     yield " ".join(sentences) + "\n", False
-    asked = draw.one(keys)
-    # the question of the second form would hold its answer: it is asked from its second half on
-    question = before.split("so ")[-1].format(k=asked, v="").rstrip(" ")
-    yield f"So {question}", False
-    yield f" {of[asked]}", True
-    yield ".\n", False
+    for k in _asked(draw, keys, questions):
+        # the question of the second form would hold its answer: it is asked from its second half on
+        question = before.split("so ")[-1].format(k=k, v="").rstrip(" ")
+        yield f"So {question}", False
+        yield f" {of[k]}", True
+        yield ".\n", False
 
 
-def _copy(draw: Draw, entries: int) -> Iterator[Piece]:
+def _copy(draw: Draw, entries: int, questions: float) -> Iterator[Piece]:
     words = " ".join(draw.word(1 + draw.below(3)) for _ in range(2 * entries))
     yield f"{words} //", False
     yield f" {words}", True
@@ -89,7 +98,7 @@ def _sentence(draw: Draw) -> str:
     return f"{' '.join(words)}."
 
 
-_KINDS: dict[str, Callable[[Draw, int], Iterator[Piece]]] = {
+_KINDS: dict[str, Callable[[Draw, int, float], Iterator[Piece]]] = {
     "phonebook": _phonebook,
     "pairs": _pairs,
     "needle": _needle,
@@ -102,7 +111,8 @@ def document(seed: int, row: int, number: int, data: DataConfig) -> list[Piece]:
     draw = Draw(seed, "written", row, number)
     low, high = data.recall.entries
     kind = draw.one(data.recall.kinds)
-    return list(_KINDS[kind](draw, low + draw.below(high - low + 1)))
+    entries = int(low * ((high + 1) / low) ** draw.unit())  # log-uniform
+    return list(_KINDS[kind](draw, entries, data.recall.questions))
 
 
 def written_rows(
@@ -123,15 +133,23 @@ def written_rows(
         start: list[int] = []
         number = 0
         while len(ids) <= length:
-            begun = len(ids)
-            ids.append(tokenizer.eos_id)
-            scored.append(data.recall.scored == "all")
-            for text, answer in document(seed, row, number, data):
-                piece = tokenizer.encode(text)
-                ids += piece
-                scored += [answer or data.recall.scored == "all"] * len(piece)
-            start += [begun] * (len(ids) - begun)
-            number += 1
+            made: list[list[Piece]] = []  # as many letters as tokens are missing, encoded together
+            letters = 0
+            while letters <= length - len(ids):
+                made.append(document(seed, row, number, data))
+                letters += sum(len(text) for text, _ in made[-1])
+                number += 1
+            texts = list(dict.fromkeys(text for pieces in made for text, _ in pieces))
+            encoded = dict(zip(texts, tokenizer.encode_all(texts), strict=True))
+            for pieces in made:
+                begun = len(ids)
+                ids.append(tokenizer.eos_id)
+                scored.append(data.recall.scored == "all")
+                for text, answer in pieces:
+                    piece = encoded[text]
+                    ids += piece
+                    scored += [answer or data.recall.scored == "all"] * len(piece)
+                start += [begun] * (len(ids) - begun)
         tokens[i] = ids[:length]
         targets[i] = np.where(scored[1 : length + 1], ids[1 : length + 1], IGNORE)
         starts[i] = start[:length]

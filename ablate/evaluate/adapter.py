@@ -2,14 +2,15 @@
 
 What an item scores is lm-eval's own definition, that of its `hf` model: the same split of context
 and continuation, the same truncation on the left, the same windows of a long document, the same
-stop strings. What differs is how: inputs that several choices share run once, a batch holds rows of
-like length up to a number of tokens, only scored positions are projected to the vocabulary, and
-log-softmax is in float32.
+stop strings. What differs is how: texts are encoded together, inputs that several choices share run
+once, a batch holds rows of like length up to a number of tokens, only scored positions are
+projected to the vocabulary, and log-softmax is in float32.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from tqdm import tqdm
 
 from ablate.errors import UserError
 from ablate.evaluate.subjects import Subject
+from ablate.model.generate import padded_length
 
 Request = tuple[Any, list[int], list[int]]  # (text, context ids, continuation ids)
 UNLIMITED = 1 << 30
@@ -32,23 +34,29 @@ UNLIMITED = 1 << 30
 class SubjectLM(TemplateLM):
     """A subject for `lm_eval.evaluator.evaluate`.
 
-    batch_size: rows at most; batch_tokens: rows × longest row at most (one row may be longer).
+    batch_tokens: rows × longest row of a batch at most (one row may be longer).
+    batch_size: rows at most of a batch that is continued, as each holds caches.
     quiet: no progress bars; None: where stderr is not a terminal.
+    check: called before every batch, and may raise to stop.
     """
 
     def __init__(
         self,
         subject: Subject,
         *,
-        batch_size: int = 64,
+        batch_size: int = 256,
         batch_tokens: int = 16384,
         quiet: bool | None = None,
+        check: Callable[[], None] = lambda: None,
     ) -> None:
         super().__init__()
         self.subject = subject
         self.max_length = subject.max_length
-        self.batch_size, self.batch_tokens, self.quiet = batch_size, batch_tokens, quiet
+        self.batch_size, self.batch_tokens = batch_size, batch_tokens
+        self.quiet = not sys.stderr.isatty() if quiet is None else quiet
+        self.check = check
         self._device = subject.device
+        self._encoded: dict[tuple[str, bool], list[int]] = {}
 
     @property
     def eot_token_id(self) -> int:
@@ -65,9 +73,26 @@ class SubjectLM(TemplateLM):
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **_: Any
     ) -> list[int]:
-        return self.subject.encode(string, special=add_special_tokens is not False)
+        special = add_special_tokens is not False
+        found = self._encoded.get((string, special))
+        return self.subject.encode([string], special=special)[0] if found is None else found
 
     # --- log-likelihoods -----------------------------------------------------------------------
+
+    def loglikelihood(self, requests: Any, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """lm-eval encodes context by context; here all texts that it will ask for are encoded
+        first, which the tokenizer does on every core, and each only once."""
+        pairs = [request.args for request in requests]
+        heads = {c.rstrip(): None for c, _ in pairs if c}
+        wholes = dict.fromkeys(c + continuation for c, continuation in pairs if c)
+        alone = dict.fromkeys(continuation for c, continuation in pairs if not c)
+        for texts, special in (([*{**heads, **wholes}], True), ([*alone], False)):
+            ids = self.subject.encode(texts, special=special)
+            self._encoded |= {(t, special): i for t, i in zip(texts, ids, strict=True)}
+        try:
+            return super().loglikelihood(requests, disable_tqdm=self.quiet or disable_tqdm)
+        finally:
+            self._encoded = {}
 
     @torch.no_grad()
     def _loglikelihood_tokens(
@@ -89,7 +114,7 @@ class SubjectLM(TemplateLM):
         answers: list[tuple[float, bool]] = [(0.0, True)] * len(requests)
         ordered = sorted(users, key=lambda ids: (-len(ids), ids))
         bar = self._bar(len(requests), "log-likelihoods", disable_tqdm)
-        for batch in self._batches(ordered):
+        for batch in self._batches(ordered, len, len(ordered)):
             targets = [[requests[i][2] for i in users[ids]] for ids in batch]
             for ids, found in zip(batch, self._score(batch, targets), strict=True):
                 for i, answer in zip(users[ids], found, strict=True):
@@ -103,6 +128,7 @@ class SubjectLM(TemplateLM):
     ) -> list[list[tuple[float, bool]]]:
         """For each row the scores of several continuations that end where the row's output does."""
         width = len(batch[0])
+        width = max(width, min(padded_length(width), self.max_length))
         tokens_BL = torch.zeros(len(batch), width, dtype=torch.long)
         keep_BL = torch.zeros(len(batch), width, dtype=torch.bool)
         for row, (ids, wanted) in enumerate(zip(batch, targets, strict=True)):
@@ -119,12 +145,11 @@ class SubjectLM(TemplateLM):
                 position += range(end - len(continuation), end)
                 token += continuation
         device = self.subject.device
-        parts = self.subject.logits(tokens_BL.to(device), keep_BL.to(device))
         place, wanted_id = (torch.tensor(x, device=device) for x in (position, token))
         chosen = torch.empty(len(position), device=device, dtype=torch.float32)
         greedy = torch.empty(len(position), device=device, dtype=torch.bool)
         first = 0
-        for logits in parts:
+        for logits in self.subject.logits(tokens_BL.to(device), keep_BL.to(device)):
             here = ((place >= first) & (place < first + len(logits))).nonzero()[:, 0]
             log_p = torch.log_softmax(logits.float(), -1)
             rows, ids_here = place[here] - first, wanted_id[here]
@@ -147,9 +172,11 @@ class SubjectLM(TemplateLM):
     def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
         windows: list[Request] = []
         owner: list[int] = []
-        for i, request in enumerate(requests):
+        texts = [request.args[0] for request in requests]
+        encoded = self.subject.encode(texts, special=self.subject.rolls_special)
+        for i, ids in enumerate(encoded):
             pieces = utils.get_rolling_token_windows(
-                token_list=self.subject.encode_rolling(request.args[0]),
+                token_list=ids,
                 prefix_token=self.prefix_token_id,
                 max_seq_len=self.max_length,
                 context_len=1,
@@ -185,9 +212,11 @@ class SubjectLM(TemplateLM):
                 raise UserError(
                     f"max_gen_toks is {n_tokens}, not less than the model's {self.max_length}"
                 )
-            prompts = {i: self.subject.encode(requests[i].args[0])[-room:] for i in members}
+            encoded = self.subject.encode([requests[i].args[0] for i in members])
+            prompts = {i: ids[-room:] for i, ids in zip(members, encoded, strict=True)}
             ordered = sorted(members, key=lambda i: (-len(prompts[i]), prompts[i]))
-            for batch in self._batches(ordered, lambda i: len(prompts[i]) + n_tokens):  # noqa: B023
+            lengths = {i: len(prompts[i]) + n_tokens for i in members}
+            for batch in self._batches(ordered, lengths.__getitem__, self.batch_size):
                 rows = [prompts[i] for i in batch]
                 texts = self.subject.generate(rows, n_tokens, until, dict(options))
                 for i, text in zip(batch, texts, strict=True):
@@ -198,17 +227,21 @@ class SubjectLM(TemplateLM):
 
     # --- batches -------------------------------------------------------------------------------
 
-    def _batches(self, ordered: Sequence[Any], length: Any = len) -> Iterator[list[Any]]:
-        """Neighbours of a list ordered by falling length."""
+    def _batches(
+        self, ordered: Sequence[Any], length: Callable[[Any], int], rows: int
+    ) -> Iterator[list[Any]]:
+        """Neighbours of a list ordered by falling length, at most `rows` of them."""
         batch: list[Any] = []
         for item in ordered:
             full = batch and (len(batch) + 1) * length(batch[0]) > self.batch_tokens
-            if full or len(batch) == self.batch_size:
+            if full or len(batch) == rows:
+                self.check()
                 yield batch
                 batch = []
             batch.append(item)
         if batch:
+            self.check()
             yield batch
 
     def _bar(self, total: int, what: str, off: bool) -> Any:
-        return tqdm(total=total, desc=what, disable=True if off else self.quiet, leave=False)
+        return tqdm(total=total, desc=what, disable=self.quiet or off, leave=False)

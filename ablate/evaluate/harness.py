@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 import logging
+import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +42,7 @@ def run_suite_entry(
     folder = Path(lm_eval.__file__).parent / "tasks" / entry.folder
     reading: Any = local_data(data) if data else contextlib.nullcontext([])
     with _quiet(), reading as notes:
-        loaded = _load([folder], name, entry.task)
+        loaded = _load(folder, name, entry.task, data=data)
         for task in loaded["tasks"].values():
             if entry.task == suites.MMLU_TEXT:
                 suites.as_choice_text(task)
@@ -74,11 +76,15 @@ def run_suite_entry(
 def run_recall(
     subject: Subject, task: str, *, sizes: Mapping[str, Any], limit: int | None, lm: Any
 ) -> dict[str, Any]:
-    """The content of evaluation/<task>.json: cells with their accuracy, and every item."""
+    """The content of evaluation/<task>.json: cells with their accuracy, and every item.
+
+    cut: items of a cell whose text is longer than the model reads, so that its start is missing.
+    """
     with _quiet(), subject.tokenizer_file() as tokenizer:
-        loaded = _load([TASKS], task, task, metadata={**sizes, "tokenizer": tokenizer})
+        loaded = _load(TASKS, task, task, metadata={**sizes, "tokenizer": tokenizer})
         for task_object in loaded["tasks"].values():
             task_object.set_config(key="num_fewshot", value=0)
+            room = lm.max_length - task_object.config.generation_kwargs["max_gen_toks"]
         found = _evaluate(lm, loaded, limit)
     samples = next(iter(found["samples"].values()))
     items = []
@@ -97,6 +103,7 @@ def run_recall(
             "x": own[0]["x"],
             "items": len(own),
             "tokens": sum(item["tokens"] for item in own) / len(own),
+            "cut": sum(item["tokens"] > room for item in own),
             **{m: sum(item[m] for item in own) / len(own) for m in names},
         }
     return {
@@ -111,32 +118,57 @@ def run_recall(
 
 
 def chance(task: str, items: Sequence[Mapping[str, Any]]) -> float:
-    """Accuracy of an answer taken from the text blindly: one of the numbers or values in it."""
-    if task in ("induction", "copying"):
+    """Accuracy of an answer taken from the text blindly: one of the numbers or values in it.
+
+    0 where an answer is more than a choice between them: a text with one number asks whether the
+    number is found at all.
+    """
+    if task in ("induction", "copying", "passkey"):
         return 0.0
-    return sum(1 / (1 + len(item["others"])) for item in items) / len(items)
+    wanted = [len(item["target"].split(", ")) for item in items]
+    there = [k + len(item["others"]) for k, item in zip(wanted, items, strict=True)]
+    return sum(1 / math.comb(n, k) for n, k in zip(there, wanted, strict=True)) / len(items)
 
 
 # --- lm-eval ----------------------------------------------------------------------------------
 
 
 def _load(
-    folders: list[Path], name: str, shown: str, metadata: dict[str, Any] | None = None
+    folder: Path,
+    name: str,
+    shown: str,
+    *,
+    data: Path | None = None,
+    metadata: dict[str, Any] | None = None,
 ) -> Any:
+    """lm-eval's tasks of a name; `Skipped`, with the name that is `shown`, without their data."""
     from lm_eval.tasks import TaskManager
 
-    manager = TaskManager(include_path=folders, include_defaults=False, metadata=metadata)
+    manager = TaskManager(include_path=[folder], include_defaults=False, metadata=metadata)
     try:
-        return manager.load([name])
+        loaded = manager.load([name])
+        for task in loaded["tasks"].values():
+            documents = list(task.eval_docs)
+            if not documents:
+                raise ValueError("there are no documents in it")
+            # lm-eval asks for them time and again, and each time they would be decoded anew
+            name_of = "test_docs" if task.has_test_docs() else "validation_docs"
+            setattr(task, name_of, functools.partial(list.copy, documents))
+            task.doc_to_text(documents[0]), task.doc_to_target(documents[0])  # it has the fields
+        return loaded
     except UserError:
         raise
     except NoLocalData as error:
         raise Skipped(f"{shown}: skipped, {error}") from None
-    except Exception as error:  # datasets raises many kinds for what it cannot reach
-        reason = " ".join(str(error).split())[:160]
+    except Exception as error:  # datasets raises many kinds for what it cannot reach or use
+        reason = f"({type(error).__name__}: {' '.join(str(error).split())[:160]})"
+        if data is not None:
+            raise Skipped(
+                f"{shown}: skipped, lm-eval cannot use its data in {data} {reason}"
+            ) from None
         raise Skipped(
-            f"{shown}: skipped, its data cannot be had from the hub ({type(error).__name__}: "
-            f"{reason}); give evaluate.local_data=FOLDER"
+            f"{shown}: skipped, its data cannot be had from the hub {reason}; give "
+            "evaluate.local_data=FOLDER"
         ) from None
 
 
@@ -192,8 +224,18 @@ def _columns(items: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """lm-eval and datasets say much that is not for our reader; and nothing is uploaded."""
+    """lm-eval and datasets say much that is not for our reader; and nothing is uploaded.
+
+    lm-eval also compiles a task's templates again for every document, which takes longer than
+    scoring a small model on a GPU does; here each template is compiled once.
+    """
     import datasets
+    from lm_eval.api import task as lm_eval_task
+    from lm_eval.utils import env
+
+    shown = lm_eval_task.tqdm
+    lm_eval_task.tqdm = functools.partial(shown, disable=None)  # none where stderr is no terminal
+    env.from_string = functools.lru_cache(maxsize=256)(env.from_string)
 
     loggers = [logging.getLogger(n) for n in ("lm_eval", "datasets", "huggingface_hub")]
     levels = [logger.level for logger in loggers]
@@ -202,10 +244,12 @@ def _quiet() -> Iterator[None]:
     bars = datasets.utils.logging.is_progress_bar_enabled()
     datasets.disable_progress_bars()
     before = os.environ.get("TOKENIZERS_PARALLELISM")
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    os.environ["TOKENIZERS_PARALLELISM"] = "true"
     try:
         yield
     finally:
+        lm_eval_task.tqdm = shown
+        del env.from_string  # the instance's own; the method is under it
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
         if bars:
@@ -216,12 +260,12 @@ def _quiet() -> Iterator[None]:
             os.environ["TOKENIZERS_PARALLELISM"] = before
 
 
-def adapter(subject: Subject, *, batch_size: int, batch_tokens: int, whole: bool) -> Any:
+def adapter(subject: Subject, *, batch_tokens: int, whole: bool, check: Callable[[], None]) -> Any:
     """lm-eval's face of a subject. whole: nothing of a prompt is cut, where a model has no end of
     its own, as ours have none."""
     from ablate.evaluate.adapter import UNLIMITED, SubjectLM
 
-    lm = SubjectLM(subject, batch_size=batch_size, batch_tokens=batch_tokens)
+    lm = SubjectLM(subject, batch_tokens=batch_tokens, check=check)
     if whole and not subject.bounded:
         lm.max_length = UNLIMITED
     return lm

@@ -31,8 +31,9 @@ def long_documents(subject: Subject, path: str) -> list[np.ndarray]:
         files = corpus.sources(data)["text"].files
     except UserError as error:
         raise UserError(str(error).replace("data.path", "evaluate.long_documents")) from None
-    texts = (t for chunk in corpus.read_chunks(files) for t, _ in corpus.documents(chunk))
-    return [np.array([subject.prefix_id, *subject.encode(t, special=False)]) for t in texts]
+    texts = [t for chunk in corpus.read_chunks(files) for t, _ in corpus.documents(chunk)]
+    encoded = subject.encode(texts, special=False)
+    return [np.array([subject.prefix_id, *ids]) for ids in encoded]
 
 
 def split_documents(split: Split) -> list[np.ndarray]:
@@ -56,6 +57,11 @@ def loss_by_length(
     """
     multiples = sorted(set(multiples))
     need = multiples[-1] * length + 1
+    if subject.positions is not None and need - 1 > subject.positions:
+        raise UserError(
+            f"evaluate.length: {multiples[-1]} times {length} tokens are more than the "
+            f"{subject.positions} positions of the model"
+        )
     kept = [d[:need] for d in documents if len(d) >= need][:MOST_DOCUMENTS]
     if not kept:
         longest = max(map(len, documents), default=0)

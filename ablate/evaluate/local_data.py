@@ -56,7 +56,7 @@ _SPLITS = ("train", "validation", "dev", "test")
 
 
 class NoLocalData(LookupError):
-    """A benchmark that has no folder here; its text is the line that the user reads."""
+    """A benchmark whose data is not here or cannot be used; its text is what the user reads."""
 
 
 def check(folder: str) -> Path:
@@ -94,16 +94,21 @@ def _load(root: Path, path: str, name: str | None, notes: list[str]) -> Any:
     if place is None:
         raise NoLocalData(f"evaluate.local_data has no place for '{path}'")
     folder, stems, field = place
-    found = {s: f for s in _SPLITS if (f := _file(root / folder, stems.get(s, s))) is not None}
-    if not found:
+    files = {s: f for s in _SPLITS if (f := _file(root / folder, stems.get(s, s))) is not None}
+    if not files:
         raise NoLocalData(f"no {root / folder}/<split>.jsonl in evaluate.local_data")
     splits: dict[str, Any] = {}
-    for split, file in found.items():
+    for split, file in files.items():
         rows = _rows(file)
         if field is not None:
+            if rows and field not in rows[0]:
+                raise NoLocalData(f"the rows of {file} have no field '{field}'")
             rows = [row for row in rows if row[field] == name]
         if rows:
             splits[split] = datasets.Dataset.from_list(rows)
+    if not splits:
+        of = "" if field is None else f" with {field} '{name}'"
+        raise NoLocalData(f"there are no rows{of} in {root / folder}")
     if "train" not in splits and "validation" in splits:
         splits["train"] = splits["validation"]
         notes.append(f"{folder}: no training split here, shots come from validation")
@@ -120,9 +125,25 @@ def _file(folder: Path, stem: str) -> Path | None:
 
 @functools.lru_cache(maxsize=6)
 def _rows(path: Path) -> list[dict[str, Any]]:
+    """Objects with the same fields: a row that lacks one would be scored with nothing in it."""
     try:
         raw = b"".join(block for block, _ in corpus.blocks(path))
-        # by bytes: only a line feed ends a row, not what else Unicode calls a line's end
-        return [json.loads(line) for line in raw.split(b"\n") if line.strip()]
-    except (OSError, ValueError) as error:
-        raise UserError(f"evaluate.local_data: {path} cannot be read ({error})") from None
+    except (OSError, UserError) as error:
+        raise NoLocalData(f"{path} cannot be read ({error})") from None
+    rows: list[dict[str, Any]] = []
+    # by bytes: only a line feed ends a row, not what else Unicode calls a line's end
+    for number, line in enumerate(raw.split(b"\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise NoLocalData(f"line {number} of {path} is not JSON ({error})") from None
+        if not isinstance(row, dict):
+            raise NoLocalData(f"line {number} of {path} is not a JSON object")
+        if rows and row.keys() != rows[0].keys():
+            other = sorted(row.keys() ^ rows[0].keys())[0]
+            what = "lacks" if other in rows[0] else "alone has"
+            raise NoLocalData(f"line {number} of {path} {what} the field '{other}'")
+        rows.append(row)
+    return rows

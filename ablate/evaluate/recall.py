@@ -27,7 +27,7 @@ from ablate.errors import UserError
 
 DIGITS = 10  # of a phone number
 KEY_DIGITS = 5  # of a passkey (Samba's) and of a needle's value
-Count = Callable[[str], int]
+Count = Callable[[Sequence[str]], list[int]]  # tokens of each text
 
 DEFAULTS: dict[str, dict[str, Any]] = {
     "phonebook": {"entries": [5, 10, 20, 50], "items": 100},
@@ -70,8 +70,9 @@ def make(task: str, *, seed: int = 0, tokenizer: str | None = None, **sizes: Any
     if tokenizer is not None and sizes.get("digit_tokens", "single") != "any":
         check_digits(tokenizer)
     documents = list(_MAKERS[task](task, seed, count, o))
-    for document in documents:
-        document["tokens"] = count(document["prompt"]) if tokenizer is not None else -1
+    tokens = count([document["prompt"] for document in documents])
+    for document, n in zip(documents, tokens, strict=True):
+        document["tokens"] = n if tokenizer is not None else -1
     return documents
 
 
@@ -90,27 +91,30 @@ def _check_size(task: str, name: str, value: Any) -> None:
 
 
 def counter(tokenizer: str | None) -> Count:
-    """A function from a text to its number of tokens."""
+    """A function from texts to their numbers of tokens; a tokenizer takes them on all cores."""
     if tokenizer is None:
-        return lambda text: len(text) // 4
+        return lambda texts: [len(text) // 4 for text in texts]
     if tokenizer == "byte":
-        return lambda text: len(text.encode())
+        return lambda texts: [len(text.encode()) for text in texts]
     encode = _encoder(tokenizer)
-    return lambda text: len(encode(text))
+    return lambda texts: [len(ids) for ids in encode(texts)]
 
 
 @functools.lru_cache(maxsize=4)
-def _encoder(tokenizer: str) -> Callable[[str], list[int]]:
+def _encoder(tokenizer: str) -> Callable[[Sequence[str]], list[list[int]]]:
     path = Path(tokenizer)
     if path.suffix == ".json":
         from tokenizers import Tokenizer
 
         inner = Tokenizer.from_file(str(path))
-        return lambda text: inner.encode(text, add_special_tokens=False).ids
+        return lambda texts: [
+            e.ids for e in inner.encode_batch_fast(list(texts), add_special_tokens=False)
+        ]
     from transformers import AutoTokenizer
 
     loaded: Any = AutoTokenizer.from_pretrained(tokenizer)
-    return lambda text: loaded.encode(text, add_special_tokens=False)
+    options = {"add_special_tokens": False, "verbose": False}
+    return lambda texts: loaded(list(texts), **options)["input_ids"] if texts else []
 
 
 def check_digits(tokenizer: str) -> None:
@@ -120,10 +124,9 @@ def check_digits(tokenizer: str) -> None:
     """
     if tokenizer == "byte":
         return
-    encode = _encoder(tokenizer)
-    base = len(encode("Name: "))
+    count = counter(tokenizer)
     for number in ("0123456789", "9988776655", "1002003004"):
-        alone, inside = len(encode(number)), len(encode(f"Name: {number}"))
+        base, alone, inside = count(["Name: ", number, f"Name: {number}"])
         # a space before a number may be a token of its own or part of the first digit's
         if alone < DIGITS or inside - base < DIGITS - 1:
             raise UserError(
@@ -181,14 +184,14 @@ def _haystack(
 ) -> str:
     """Filler with needles at relative places (0: first, 1: last), then the tail; with it about
     `length` tokens, never more unless the needles alone are longer."""
-    room = length - count(" ".join(needles)) - count(tail) - len(needles)
+    room = length - sum(count([" ".join(needles), tail])) - len(needles)
     sentences: list[str] = []
     while room > 0:
         some = [filler(draw) for _ in range(max(1, min(4096, room // 64)))]
-        used = count(" ".join(some)) + 1
+        used = count([" ".join(some)])[0] + 1
         if used > room:
             some = some[: max(1, len(some) // 2)]
-            used = count(" ".join(some)) + 1
+            used = count([" ".join(some)])[0] + 1
             if used > room:
                 break
         sentences += some
@@ -197,6 +200,17 @@ def _haystack(
     for needle, place in sorted(zip(needles, places, strict=True), key=lambda p: -p[1]):
         sentences.insert(round(place * total), needle)
     return " ".join(sentences) + tail
+
+
+def _up_to(room: int, make: Callable[[], str], count: Count) -> Iterator[str]:
+    """New texts that together have at most `room` tokens."""
+    while True:
+        some = [make() for _ in range(1 + room // 8)]
+        for text, n in zip(some, count(some), strict=True):
+            room -= n
+            if room < 0:
+                return
+            yield text
 
 
 def _depths(n: int) -> list[float]:
@@ -269,21 +283,17 @@ def _mqar(task: str, seed: int, count: Count, o: Mapping[str, Any]) -> Iterator[
                 keys, values = words[:pairs], words[pairs:]
                 given = "".join(f"{k} {v}\n" for k, v in zip(keys, values, strict=True))
                 asked = draw.sample(range(pairs), min(pairs, o["queries"]))
-                rest = sum(count(f"{keys[a]} {values[a]}\n") for a in asked)
-                room = length - count(given) - rest
+                rest = [f"{keys[a]} {values[a]}\n" for a in asked]
+                room = length - sum(count([given, *rest]))
                 if room < 0:
                     raise UserError(
                         f"{task}: {pairs} pairs with {len(asked)} queries do not fit "
                         f"length {length}; they need about {length - room} tokens"
                     )
-                taken, between = set(words), ""
-                while True:
-                    word = draw.word(3)  # another length than keys: filler answers nothing
-                    line = f"{word} {draw.word(3)}\n"
-                    room -= count(line)
-                    if room < 0 or word in taken:
-                        break
-                    between += line
+                # words of another length than keys: filler answers nothing
+                between = "".join(
+                    _up_to(room, lambda: f"{draw.word(3)} {draw.word(3)}\n", count)  # noqa: B023
+                )
                 text = given + between
                 for q in asked:
                     yield _document(
@@ -302,17 +312,10 @@ def _induction(task: str, seed: int, count: Count, o: Mapping[str, Any]) -> Iter
     for length in o["lengths"]:
         for i in range(o["items"]):
             draw = Draw(seed, task, length, i)
-            words: list[str] = draw.distinct(4, "word", 2)
-            seen = set(words)
-            size = count(" ".join(words))
-            while size < length - 4:
-                word = draw.word(2)
-                if word not in seen:
-                    seen.add(word)
-                    words.append(word)
-                    size += count(" " + word)
-                if len(seen) > 0.9 * 70**2:
-                    raise UserError(f"{task}: length {length} needs more words than there are")
+            made = _up_to(length - 8, lambda: f" {draw.word(3)}", count)  # noqa: B023
+            words = [word.strip() for word in dict.fromkeys(made)]
+            if len(words) < 3:
+                raise UserError(f"{task}: length {length} has no room for three words")
             at = draw.below(len(words) - 2)
             yield _document(
                 f"{' '.join(words)} {words[at]}",

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import yaml
 
 from ablate import config
-from ablate.config import Config, EvaluateConfig
+from ablate.config import Config, EvaluateConfig, RecallTask
 from ablate.data import TokenSet, prepare
 from ablate.errors import UserError, did_you_mean
 from ablate.evaluate import harness, length, local_data, suites
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
+TASKS = get_args(RecallTask)
+
 Write = Callable[[str, Mapping[str, Any]], None]
 
 
@@ -37,15 +39,24 @@ def check(options: EvaluateConfig) -> None:
     """UserError, before any compute, for what cannot be evaluated."""
     for name in options.suites:
         suites.entries_of(name)
-    known = {size for sizes in DEFAULTS.values() for size in sizes} | {"seed", "digit_tokens"}
-    for name in options.sizes:
-        if name not in known:
-            raise UserError(f"evaluate.sizes: unknown size '{name}'{did_you_mean(name, known)}")
+    _check_sizes(options.sizes)
     if options.local_data is not None:
         local_data.check(options.local_data)
     length.check_long_documents(options.long_documents)
     if options.suites or options.recall:
         harness.need_lm_eval()
+
+
+def _check_sizes(sizes: Mapping[str, Any]) -> None:
+    """Sizes are for every task that has them, or under a task's name for it alone."""
+    known = {size for own in DEFAULTS.values() for size in own} | {"seed", "digit_tokens"}
+    for name, value in sizes.items():
+        if name in TASKS and not isinstance(value, dict):
+            raise UserError(f"evaluate.sizes: '{name}' is a task, so sizes are to follow, {{…}}")
+        for size in value if name in TASKS else [name]:
+            if size not in known:
+                near = did_you_mean(size, {*known, *TASKS})
+                raise UserError(f"evaluate.sizes: unknown size '{size}'{near}")
 
 
 def train_and_evaluate(
@@ -101,14 +112,21 @@ def evaluate(
     summary: dict[str, Any] = {}
     data = None if options.local_data is None else local_data.check(options.local_data)
 
+    def adapter(whole: bool) -> Any:
+        return harness.adapter(
+            subject, batch_tokens=options.batch_tokens, whole=whole, check=between
+        )
+
     def keep(name: str, content: dict[str, Any], **more: Any) -> None:
         write(name, content)
         summary[name] = {"value": content["value"], "metric": content["metric"], **more}
 
     for task in options.recall:
         between()
-        lm = harness.adapter(subject, batch_size=64, batch_tokens=options.batch_tokens, whole=True)
-        content = harness.run_recall(subject, task, sizes=options.sizes, limit=None, lm=lm)
+        lm = adapter(whole=True)
+        sizes = {n: v for n, v in options.sizes.items() if n not in TASKS}
+        sizes |= options.sizes.get(task, {})
+        content = harness.run_recall(subject, task, sizes=sizes, limit=None, lm=lm)
         _judge_recall(content)
         keep(task, content, verdict=content["verdict"])
     if options.length:
@@ -123,9 +141,7 @@ def evaluate(
     lm = None
     for name, (suite, entry) in entries.items():
         between()
-        lm = lm or harness.adapter(
-            subject, batch_size=64, batch_tokens=options.batch_tokens, whole=False
-        )
+        lm = lm or adapter(whole=False)
         try:
             content = harness.run_suite_entry(subject, entry, data=data, limit=options.limit, lm=lm)
         except harness.Skipped as error:
@@ -141,7 +157,8 @@ def _judge_recall(content: dict[str, Any]) -> None:
     wrong ones are fuzzy."""
     items = content["items"]
     for cell in content["cells"].values():
-        cell["verdict"] = uninformative(cell["exact_match"], cell["items"], content["chance"])
+        accuracy = uninformative(cell["exact_match"], cell["items"], content["chance"])
+        cell["verdict"] = "cut" if cell["cut"] else accuracy
     told = [cell["verdict"] for cell in content["cells"].values()]
     content["verdict"] = told[0] if told[0] is not None and len(set(told)) == 1 else None
     targets = items["target"]
@@ -163,6 +180,7 @@ def command(words: Sequence[str], console: Console | None = None) -> int:
         raise UserError("evaluate needs a run folder or a transformers model, before name=value")
     target, given = words[0], _words(words[1:])
     device, out = str(given.pop("device", "auto")), given.pop("out", None)
+    of_model = {n: given.pop(n) for n in ("max_length", "remote_code") if n in given}
     folder = RunFolder(Path(target).expanduser())
     tree = folder.config()
     own = config.load(tree) if tree is not None else None
@@ -171,9 +189,14 @@ def command(words: Sequence[str], console: Console | None = None) -> int:
     if not (options.suites or options.recall or options.length):
         options = options.model_copy(update={"recall": list(DEFAULTS)})
     check(options)
-    subject = load(target, device=device)
     contents: dict[str, Mapping[str, Any]] = {}
     place = folder if out is None else RunFolder(Path(str(out)).expanduser())
+    if out is not None:
+        try:
+            place.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"out: cannot write to '{out}' ({error.strerror})") from None
+    subject = load(target, device=device, **of_model)
 
     def write(name: str, content: Mapping[str, Any]) -> None:
         contents[name] = content
@@ -199,8 +222,17 @@ def command(words: Sequence[str], console: Console | None = None) -> int:
     return 0
 
 
+# Settings that are not the config's: what is right, and how that is said.
+_OWN_WORDS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "device": (lambda v: v in ("auto", "cpu", "cuda"), "auto, cpu or cuda"),
+    "out": (lambda v: isinstance(v, str), "a folder"),
+    "max_length": (lambda v: type(v) is int and v > 1, "a whole number of tokens above 1"),
+    "remote_code": (lambda v: isinstance(v, bool), "true or false"),
+}
+
+
 def _words(words: Iterable[str]) -> dict[str, Any]:
-    known = {*EvaluateConfig.model_fields, "device", "out"}
+    known = {*EvaluateConfig.model_fields, *_OWN_WORDS}
     given = {}
     for word in words:
         name, equals, value = word.removeprefix("evaluate.").partition("=")
@@ -212,8 +244,9 @@ def _words(words: Iterable[str]) -> dict[str, Any]:
             given[name] = yaml.safe_load(value)
         except yaml.YAMLError:
             raise UserError(f"'{word}' cannot be read as name=value") from None
-    if given.get("device", "auto") not in ("auto", "cpu", "cuda"):
-        raise UserError(f"device is '{given['device']}'; it must be auto, cpu or cuda")
+    for name, (right, told) in _OWN_WORDS.items():
+        if name in given and not right(given[name]):
+            raise UserError(f"{name} is {given[name]!r}; it must be {told}")
     return given
 
 
@@ -235,7 +268,11 @@ def tables(contents: Mapping[str, Mapping[str, Any]]) -> list[Table]:
         for name, content in recall.items():
             for label, cell in content["cells"].items():
                 digits = cell.get("digit_accuracy")
-                told = {"floor": "at floor: uninformative", "ceiling": "at ceiling: uninformative"}
+                told = {
+                    "floor": "at floor: uninformative",
+                    "ceiling": "at ceiling: uninformative",
+                    "cut": "longer than the model reads",
+                }
                 table.add_row(
                     name,
                     label,

@@ -9,7 +9,9 @@ from __future__ import annotations
 from ablate.kernels.attention import attention, attention_form, attention_step
 from ablate.kernels.conv1d import causal_conv1d, causal_conv1d_step
 from ablate.kernels.cross_entropy import linear_cross_entropy
+from ablate.kernels.gated_delta_rule import gated_delta_rule, gated_delta_rule_step
 from ablate.kernels.gelu import gelu
+from ablate.kernels.gla import gla, gla_step
 from ablate.kernels.mamba2_core import mamba2_core
 from ablate.kernels.norm import gated_rms_norm, rms_norm
 from ablate.kernels.rotary import rotary, rotary_qkv, rotary_table
@@ -22,8 +24,12 @@ __all__ = [
     "attention_step",
     "causal_conv1d",
     "causal_conv1d_step",
+    "gated_delta_rule",
+    "gated_delta_rule_step",
     "gated_rms_norm",
     "gelu",
+    "gla",
+    "gla_step",
     "linear_cross_entropy",
     "mamba2_core",
     "rms_norm",

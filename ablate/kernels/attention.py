@@ -62,6 +62,9 @@ def _blocked(
 ) -> torch.Tensor:
     """(B, H, L, P) tensors; one call of SDPA per block of queries."""
     length = q.shape[2]
+    if gqa and q.is_cuda:  # with a mask and shared heads, SDPA would hold all scores
+        k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
+        gqa = False
     block = QUERY_BLOCK if window is None else max(QUERY_BLOCK, min(window, 1024))
     outputs = []
     for start in range(0, length, block):

@@ -233,6 +233,139 @@ def selective_scan_step_triton(
     )  # fmt: skip
 
 
+# --- gated DeltaNet -------------------------------------------------------------------------------
+
+
+@triton.jit
+def _unit(ptr, i, mask, factor, EPS: tl.constexpr):
+    """A vector times `factor`; EPS > 0: made as long as one before."""
+    x = tl.load(ptr + i, mask=mask, other=0.0).to(tl.float32)
+    if EPS > 0:
+        factor = factor / tl.sqrt(tl.sum(x * x, 0) + EPS)
+    return x * factor
+
+
+@triton.jit
+def delta_kernel(
+    q_ptr, k_ptr, v_ptr, g_ptr, beta_ptr, state_ptr, y_ptr,
+    q_row, k_row, v_row, g_row, beta_row, q_head, k_head, v_head, scale,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, COLS: tl.constexpr, EPS: tl.constexpr,
+):  # fmt: skip
+    h = tl.program_id(1)
+    b = tl.program_id(2).to(tl.int64)
+    i = tl.arange(0, BK)
+    j = tl.program_id(0) * COLS + tl.arange(0, COLS)
+    decay = tl.exp(tl.load(g_ptr + b * g_row + h).to(tl.float32))
+    beta = tl.load(beta_ptr + b * beta_row + h).to(tl.float32)
+    q = _unit(q_ptr + b * q_row + h * q_head, i, i < K, scale, EPS)
+    k = _unit(k_ptr + b * k_row + h * k_head, i, i < K, 1.0, EPS)
+    v = tl.load(v_ptr + b * v_row + h * v_head + j, mask=j < V, other=0.0).to(tl.float32)
+    at = state_ptr + (b * tl.num_programs(1) + h) * (K * V) + i[:, None] * V + j[None, :]
+    mask = (i < K)[:, None] & (j < V)[None, :]
+    state = tl.load(at, mask=mask, other=0.0) * decay
+    wrong = v - tl.sum(k[:, None] * state, 0)
+    state += k[:, None] * (beta * wrong)[None, :]
+    tl.store(at, state, mask=mask)
+    y = tl.sum(q[:, None] * state, 0)
+    y_ptr += (b * tl.num_programs(1) + h) * V
+    tl.store(y_ptr + j, y.to(y_ptr.dtype.element_ty), mask=j < V)
+
+
+def _delta(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, scale: float, eps: float,
+    state: Tensor,
+) -> Tensor:  # fmt: skip
+    batch, heads, width = q.shape
+    values = v.shape[2]
+    y = q.new_empty(v.shape)
+    block = triton.next_power_of_2(width)
+    cols = min(triton.next_power_of_2(values), max(1, 2048 // block))  # 8 KB of state a program
+    delta_kernel[(triton.cdiv(values, cols), heads, batch)](
+        q, k, v, g, beta, state, y, *(t.stride(0) for t in (q, k, v, g, beta)),
+        *(t.stride(1) for t in (q, k, v)), scale, K=width, V=values, BK=block, COLS=cols,
+        EPS=eps, num_warps=4,
+    )  # fmt: skip
+    return y
+
+
+_delta_op = define_op(
+    "gated_delta_rule_step(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, float scale, "
+    "float eps, Tensor(a!) state) -> Tensor",
+    _delta,
+    lambda q, k, v, g, beta, scale, eps, state: q.new_empty(v.shape),
+)
+
+
+def gated_delta_rule_step_triton(
+    q_BHK: Tensor, k_BHK: Tensor, v_BHV: Tensor, log_decay_BH: Tensor, beta_BH: Tensor,
+    scale: float, eps: float, state_BHKV: Tensor,
+) -> Tensor:  # fmt: skip
+    """See `ablate.kernels.gated_delta_rule_step`; the state must be contiguous. eps: of the length
+    that keys and queries are divided by; 0: they are not."""
+    return _delta_op(
+        _dense(q_BHK), _dense(k_BHK), _dense(v_BHV), _dense(log_decay_BH), _dense(beta_BH), scale,
+        eps, state_BHKV,
+    )  # fmt: skip
+
+
+# --- gated linear attention -----------------------------------------------------------------------
+
+
+@triton.jit
+def gla_kernel(
+    q_ptr, k_ptr, v_ptr, g_ptr, state_ptr, y_ptr,
+    q_row, k_row, v_row, g_row, q_head, k_head, v_head, g_head, scale,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    h = tl.program_id(1)
+    b = tl.program_id(2).to(tl.int64)
+    i = tl.arange(0, BK)
+    j = tl.program_id(0) * COLS + tl.arange(0, COLS)
+    inside = i < K
+    q = tl.load(q_ptr + b * q_row + h * q_head + i, mask=inside, other=0.0).to(tl.float32) * scale
+    k = tl.load(k_ptr + b * k_row + h * k_head + i, mask=inside, other=0.0).to(tl.float32)
+    g = tl.load(g_ptr + b * g_row + h * g_head + i, mask=inside, other=0.0).to(tl.float32)
+    v = tl.load(v_ptr + b * v_row + h * v_head + j, mask=j < V, other=0.0).to(tl.float32)
+    at = state_ptr + (b * tl.num_programs(1) + h) * (K * V) + i[:, None] * V + j[None, :]
+    mask = inside[:, None] & (j < V)[None, :]
+    state = tl.load(at, mask=mask, other=0.0) * tl.exp(g)[:, None] + k[:, None] * v[None, :]
+    tl.store(at, state, mask=mask)
+    y = tl.sum(q[:, None] * state, 0)
+    y_ptr += (b * tl.num_programs(1) + h) * V
+    tl.store(y_ptr + j, y.to(y_ptr.dtype.element_ty), mask=j < V)
+
+
+def _gla(q: Tensor, k: Tensor, v: Tensor, g: Tensor, scale: float, state: Tensor) -> Tensor:
+    batch, heads, width = q.shape
+    values = v.shape[2]
+    y = q.new_empty(v.shape)
+    block = triton.next_power_of_2(width)
+    cols = min(triton.next_power_of_2(values), max(1, 2048 // block))  # 8 KB of state a program
+    gla_kernel[(triton.cdiv(values, cols), heads, batch)](
+        q, k, v, g, state, y, *(t.stride(0) for t in (q, k, v, g)),
+        *(t.stride(1) for t in (q, k, v, g)), scale, K=width, V=values, BK=block, COLS=cols,
+        num_warps=4,
+    )  # fmt: skip
+    return y
+
+
+_gla_op = define_op(
+    "gla_step(Tensor q, Tensor k, Tensor v, Tensor g, float scale, Tensor(a!) state) -> Tensor",
+    _gla,
+    lambda q, k, v, g, scale, state: q.new_empty(v.shape),
+)
+
+
+def gla_step_triton(
+    q_BHK: Tensor, k_BHK: Tensor, v_BHV: Tensor, log_decay_BHK: Tensor, scale: float,
+    state_BHKV: Tensor,
+) -> Tensor:  # fmt: skip
+    """See `ablate.kernels.gla_step`; the state must be contiguous."""
+    return _gla_op(
+        _dense(q_BHK), _dense(k_BHK), _dense(v_BHV), _dense(log_decay_BHK), scale, state_BHKV
+    )
+
+
 # --- attention ------------------------------------------------------------------------------------
 
 
@@ -244,17 +377,17 @@ def _rotated(
     """Heads (ROWS, P) at ptr + row, the first DIM channels rotated by this token's angles."""
     p = tl.arange(0, BP)[None, :]
     x = tl.load(ptr + row[:, None] + p, mask=inside[:, None] & (p < P), other=0.0)
-    if DIM == 0:
-        return x
-    HALF: tl.constexpr = DIM // 2
-    turned = p < DIM
-    partner = tl.where(p < HALF, p + HALF, p - HALF)
-    other = tl.load(ptr + row[:, None] + partner, mask=inside[:, None] & turned, other=0.0)
-    angle = tl.where(p < HALF, p, p - HALF)
-    cos = tl.load(cos_ptr + angle, mask=turned, other=1.0)
-    sin = tl.load(sin_ptr + angle, mask=turned, other=0.0)
-    y = x.to(tl.float32) * cos + other.to(tl.float32) * tl.where(p < HALF, -sin, sin)
-    return y.to(x.dtype)
+    if DIM:  # no early return: Triton 3.6 compiles what follows one, and there are no tables
+        HALF: tl.constexpr = DIM // 2
+        turned = p < DIM
+        partner = tl.where(p < HALF, p + HALF, p - HALF)
+        other = tl.load(ptr + row[:, None] + partner, mask=inside[:, None] & turned, other=0.0)
+        angle = tl.where(p < HALF, p, p - HALF)
+        cos = tl.load(cos_ptr + angle, mask=turned, other=1.0)
+        sin = tl.load(sin_ptr + angle, mask=turned, other=0.0)
+        y = x.to(tl.float32) * cos + other.to(tl.float32) * tl.where(p < HALF, -sin, sin)
+        x = y.to(x.dtype)
+    return x
 
 
 @triton.jit

@@ -124,6 +124,7 @@ class Mamba2Options:
 class Mamba2(ResidualLayer):
     """x + out_proj(core(in_proj(norm(x)))); the projection holds z, x, B, C, dt in this order."""
 
+    ragged = True
     roles: ClassVar[dict[str, str]] = {
         "norm": "ones",
         "in_proj": "matrix",

@@ -30,9 +30,12 @@ from typing import Any
 from ablate.config import ArchConfig
 from ablate.errors import UserError
 from ablate.layers.attention import Attention, AttentionOptions, SlidingAttentionOptions
+from ablate.layers.gated_deltanet import GatedDeltaNet, GatedDeltaNetOptions
+from ablate.layers.gla import GLA, GLAOptions
 from ablate.layers.mamba1 import Mamba1, Mamba1Options
 from ablate.layers.mamba2 import Mamba2, Mamba2Options
 from ablate.layers.mlp import MLP, MLPOptions
+from ablate.layers.retnet import RetNet, RetNetOptions
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,9 @@ KINDS: dict[str, Kind] = {
     for kind in (
         Kind("M", "mamba2", Mamba2Options, Mamba2),
         Kind("m", "mamba1", Mamba1Options, Mamba1),
+        Kind("G", "gated_deltanet", GatedDeltaNetOptions, GatedDeltaNet),
+        Kind("L", "gla", GLAOptions, GLA),
+        Kind("R", "retnet", RetNetOptions, RetNet),
         Kind("*", "attention", AttentionOptions, Attention, attends=True),
         Kind("S", "swa", SlidingAttentionOptions, Attention, attends=True),
         Kind("-", "mlp", MLPOptions, MLP, mixes=False),
@@ -63,9 +69,6 @@ KINDS: dict[str, Kind] = {
 }
 
 RESERVED = {
-    "L": "gated linear attention",
-    "R": "RetNet",
-    "G": "gated DeltaNet",
     "E": "mixture of experts",
     "Z": "shared attention block",
 }

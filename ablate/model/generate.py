@@ -61,6 +61,12 @@ class Sampling:
         return torch.multinomial(p_BV, 1, generator=generator)[:, 0]
 
 
+def padded_length(n: int) -> int:
+    """`n` tokens rounded up, by an eighth at most, to one of a few dozen lengths."""
+    step = min(256, max(8, 1 << n.bit_length() >> 4))
+    return -(-n // step) * step
+
+
 class Decoder:
     """Caches for `batch` rows of up to `max_len` tokens, and one step over them.
 
@@ -101,17 +107,20 @@ class Decoder:
             raise ValueError(f"{len(prompts)} prompts do not fit a batch of {self.batch}")
         if min(lengths) == 0:
             raise ValueError("a prompt needs at least one token")
-        self.state.reset()
-        tokens = torch.zeros(self.batch, max(lengths), dtype=torch.long)
+        width = max(lengths)
+        if self.device.type == "cuda":  # kernels are chosen, and memory is kept, by shape
+            width = max(width, min(padded_length(width), self.max_len))
+        tokens = torch.zeros(len(prompts), width, dtype=torch.long)
         for row, prompt in enumerate(prompts):
             tokens[row, : len(prompt)] = torch.as_tensor(prompt)
-        filled = lengths + [1] * (self.batch - len(prompts))
         ragged = None
-        if min(filled) != max(filled):
-            ragged = torch.tensor(filled, device=self.device)
+        if min(lengths) != width:
+            ragged = torch.tensor(lengths, device=self.device)
+        self.state.reset()
         with self.autocast():
-            logits_BV = self.model.prefill(tokens.to(self.device), self.state, ragged)
-        return logits_BV[: len(prompts)]
+            return self.model.prefill(
+                tokens.to(self.device), self.state.first(len(prompts)), ragged
+            )
 
     @torch.no_grad()
     def step(self, token_B: Tensor) -> Tensor:

@@ -40,6 +40,11 @@ class DecodeState:
         """Of all caches of all rows."""
         return sum(tensor.nbytes for layer in self.layers for tensor in layer.values())
 
+    def first(self, rows: int) -> DecodeState:
+        """The first rows, sharing memory with the whole."""
+        layers = [{name: t[:rows] for name, t in layer.items()} for layer in self.layers]
+        return DecodeState(self.position_B[:rows], self.max_len, layers)
+
     def reset(self) -> None:
         """Empty again, in place."""
         self.position_B.zero_()
@@ -182,9 +187,17 @@ class LanguageModel(nn.Module):
         """The stream after the final norm, (B, L, D)."""
         return self._hidden(tokens_BL, doc_start_BL)[0]
 
-    def logits(self, tokens_BL: Tensor, doc_start_BL: Tensor | None = None) -> Tensor:
-        """All logits, (B, L, V), at least float32. Large: training and scoring use `loss`."""
-        return self._project(self.hidden(tokens_BL, doc_start_BL))
+    def logits(
+        self,
+        tokens_BL: Tensor,
+        doc_start_BL: Tensor | None = None,
+        *,
+        keep_BL: Tensor | None = None,
+    ) -> Tensor:
+        """All logits, (B, L, V), at least float32; or those of the positions in `keep_BL`, (n, V),
+        row by row. All are large: training and scoring use `loss`."""
+        hidden = self.hidden(tokens_BL, doc_start_BL)
+        return self._project(hidden if keep_BL is None else hidden[keep_BL])
 
     def _final(self, x: Tensor) -> Tensor:
         return pre_norm(x, self.final_norm, self.arch.norm_eps)

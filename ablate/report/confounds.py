@@ -15,6 +15,7 @@ from typing import Any
 import pandas as pd
 
 from ablate.report.frames import operational_fields, usable, varies
+from ablate.study.show import si
 
 # Set by the study for every run, by the seed, or of no influence on what is computed.
 _IGNORED_CONFIG = ("study.", "tracker.", "match.", "arch.published", "arch.name")
@@ -208,18 +209,3 @@ def _names(index: pd.Index) -> str:
     return (
         ", ".join(names) if len(names) <= 4 else f"{', '.join(names[:3])} and {len(names) - 3} more"
     )
-
-
-def si(value: float, unit: str = "") -> str:
-    """1234567 -> '1.23M'; with unit 'B', bytes in powers of 1024."""
-    if value is None or not math.isfinite(value):
-        return "–"
-    step, prefixes = (
-        (1024.0, ["", "Ki", "Mi", "Gi", "Ti", "Pi"]) if unit == "B" else (1000.0, list(" kMGTPE"))
-    )
-    power = 0
-    while abs(value) >= step and power < len(prefixes) - 1:
-        value, power = value / step, power + 1
-    number = f"{value:.0f}" if power == 0 or abs(value) >= 100 else f"{value:.3g}"
-    tail = f"{prefixes[power].strip()}{unit}"
-    return f"{number} {tail}" if unit else f"{number}{tail}"

@@ -21,7 +21,6 @@ from ablate import config
 from ablate.errors import UserError
 from ablate.run import RunFolder, find_runs
 from ablate.study.trial import Trial
-from ablate.train.budget import Budget
 from ablate.train.environment import device_of, environment, uses_bf16
 from ablate.train.loop import VALIDATIONS
 from ablate.train.peak import data_sheet, known_gpus, peak_flops
@@ -68,7 +67,6 @@ class Speed:
 class Estimate:
     seconds: float
     memory: float
-    source: str
 
 
 @dataclass(frozen=True)
@@ -78,7 +76,6 @@ class Past:
     shape: tuple[Any, ...]
     params: float
     flops: float
-    seconds: float  # of training steps
     start: float
     memory: float
     study: str
@@ -105,23 +102,10 @@ def _name(hardware: dict[str, Any]) -> str:
     return str(hardware.get("gpu") or hardware.get("cpu") or "")
 
 
-def run_tokens(trial: Trial) -> float:
-    """Tokens of a whole run; NaN for a budget in seconds, where none are known before."""
-    cfg = trial.config
-    step = cfg.train.batch_size * cfg.data.seq_len
-    steps = Budget.of(cfg.train, step, trial.architecture.cost(cfg.data.seq_len).train_flops).steps
-    return math.nan if steps is None else float(steps * step)
-
-
-def run_flops(trial: Trial) -> float:
-    """Training FLOPs of a whole run by the cost contract; NaN for a budget in seconds."""
-    return run_tokens(trial) * trial.architecture.cost(trial.config.data.seq_len).train_flops
-
-
 def _validation_flops(trial: Trial) -> float:
     tokens = trial.config.evaluate.tokens or 0
     passes = VALIDATIONS + 1  # of A while training, and one of B
-    return passes * tokens * trial.architecture.cost(trial.config.data.seq_len).forward_flops
+    return passes * tokens * trial.cost.forward_flops
 
 
 # --- sources --------------------------------------------------------------------------------------
@@ -163,7 +147,6 @@ def _past(run: RunFolder, here: Machine) -> Past | None:
         ),
         params=float(arch.get("non_embedding_params") or math.nan),
         flops=float(train["tokens_per_second"]) * float(arch["train_flops_per_token"]),
-        seconds=float(phases["train"]),
         start=start,
         memory=float(train.get("peak_memory_bytes") or math.nan),
         study=run.path.parent.name,
@@ -173,9 +156,8 @@ def _past(run: RunFolder, here: Machine) -> Past | None:
 def _shape(trial: Trial) -> tuple[Any, ...]:
     """What `Past.shape` is for a run of this trial."""
     cfg, architecture = trial.config, trial.architecture
-    cost = architecture.cost(cfg.data.seq_len)
     return (
-        *(architecture.pattern, architecture.d_model, cost.params, cost.state_bytes),
+        *(architecture.pattern, architecture.d_model, trial.cost.params, trial.cost.state_bytes),
         *(cfg.data.seq_len, cfg.train.batch_size, cfg.train.devices),
     )
 
@@ -203,9 +185,8 @@ def calibrate(trial: Trial) -> tuple[Speed, dict[str, Any]]:
     result = train(config.load(tree))
     phases = result["seconds"]
     start = sum(phases.get(k, 0.0) for k in START)
-    per_token = trial.architecture.cost(cfg.data.seq_len).train_flops
     speed = Speed(
-        result["train"]["tokens_per_second"] * per_token,
+        result["train"]["tokens_per_second"] * trial.cost.train_flops,
         start,
         float(result["train"]["peak_memory_bytes"]),
         f"calibration of {CALIBRATION_STEPS} steps",
@@ -219,7 +200,7 @@ def speed(trial: Trial, past: Sequence[Past], here: Machine) -> Speed:
     same = [run for run in past if run.shape == shape]
     if same:
         return _median(same, f"{_count(same)} of this architecture{_where(same)}", memory=True)
-    params = trial.architecture.cost(1).non_embedding_params
+    params = trial.architecture.non_embedding_params()
     off = {i: abs(math.log(run.params / params)) for i, run in enumerate(past) if run.params > 0}
     near = sorted((i for i in off if off[i] <= math.log(NEAR)), key=lambda i: off[i])[:5]
     if near:
@@ -250,7 +231,7 @@ def estimate(trial: Trial, known: Speed, here: Machine) -> Estimate:
     """Seconds of a whole trial, and bytes of memory: measured ones, or states and activations."""
     cfg = trial.config
     work = _validation_flops(trial) / known.flops + known.start
-    training = cfg.train.seconds or run_flops(trial) / known.flops
+    training = cfg.train.seconds or trial.flops / known.flops
     memory = known.memory
     if not math.isfinite(memory):
         rows = cfg.train.batch_size // cfg.train.devices
@@ -260,4 +241,4 @@ def estimate(trial: Trial, known: Speed, here: Machine) -> Estimate:
         per = ACTIVATION_BYTES * (1 if here.bf16 else 2)
         params = trial.architecture.num_params()
         memory = STATE_BYTES * params + per * rows * cfg.data.seq_len * channels
-    return Estimate(training + work, memory, known.source)
+    return Estimate(training + work, memory)

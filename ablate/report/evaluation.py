@@ -6,6 +6,7 @@ arm are averaged item by item first.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,11 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator, PercentFormatter
 
-from ablate.report.confounds import si
 from ablate.report.frames import evaluated, load_evaluation, records
 from ablate.report.plots import COLUMN, MARKERS, STYLE, Plot, colours, save
 from ablate.report.stats import NAN, Estimate, bootstrap_ratio, mcnemar, paired_items
 from ablate.report.verdicts import Analysis
+from ablate.study.show import si
 
 _OF_TRAINING = {"val_a", "val_b", "mqar"}  # shown elsewhere on the page
 _HEAT = ("passkey", "needle", "needle_multivalue")
@@ -54,15 +55,18 @@ class Evaluations:
     # --- the table -----------------------------------------------------------------------------
 
     def table(self) -> pd.DataFrame:
-        """One row a task, cell and arm: value, low, high; difference from the first arm with its
-        interval, p and mcnemar_p; items, verdict ('floor', 'ceiling' or ''), fuzzy."""
+        """One row a task, cell and arm: value, low, high, and by_seed each seed's own; difference
+        from the first arm with its interval, p and mcnemar_p; items, tokens of a text on average
+        (NaN where they were not counted), verdict ('floor', 'ceiling' or 'cut' where every seed
+        has it, else ''), fuzzy (of so many seeds)."""
         rows = []
         for task, arms in self.tasks.items():
+            scores = {arm: _scores(contents) for arm, contents in arms.items()}
             reference = next(iter(arms))
-            for cell in _cells(next(iter(arms.values()))[0]):
-                base = _scores(arms[reference], cell)
+            for cell in _cells(arms[reference][0]):
+                base = scores[reference][cell]
                 for arm, contents in arms.items():
-                    own = _scores(contents, cell)
+                    own = scores[arm].get(cell, _NONE)  # asked of other arms only
                     rows.append(_row(task, cell, arm, contents, own, base, arm == reference))
         return pd.DataFrame(rows)
 
@@ -217,11 +221,24 @@ def _size(value: Any) -> str:
 
 @dataclass(frozen=True)
 class _Scores:
-    """Of one arm: score by item, seeds averaged, clusters, and how many seeds there are."""
+    """Of one arm: score by item, seeds averaged; clusters; the mean of each seed."""
 
     score: pd.Series
     clusters: pd.Series
-    seeds: int
+    by_seed: list[float]
+
+    def mean(self) -> Estimate:
+        """With an interval over documents. Where all are right, or all wrong, resampling them gives
+        none: then the exact one of as many trials as there are clusters (Clopper and Pearson)."""
+        found = bootstrap_ratio(self.score, np.ones(len(self.score)), self.clusters)
+        if found.value in (0.0, 1.0) and self.score.isin([found.value]).all():
+            reach = 0.025 ** (1 / self.clusters.nunique())
+            low, high = (0.0, 1 - reach) if found.value == 0 else (reach, 1.0)
+            return dataclasses.replace(found, low=low, high=high)
+        return found
+
+
+_NONE = _Scores(pd.Series(dtype=float), pd.Series(dtype=object), [])
 
 
 def _cells(content: dict[str, Any]) -> list[str]:
@@ -230,26 +247,31 @@ def _cells(content: dict[str, Any]) -> list[str]:
     return list(content["by_multiple"]) if "by_multiple" in content else [""]
 
 
-def _items(content: dict[str, Any], cell: str) -> pd.DataFrame:
-    """Columns id, cluster, score; an id names the same item in every run."""
+def _items(content: dict[str, Any]) -> pd.DataFrame:
+    """Columns cell, id, cluster, score; an id names the same item of a cell in every run."""
     items = content["items"]
     if "by_multiple" in content:
-        score = items[cell]
-        names = [str(i) for i in range(len(score))]
-        return pd.DataFrame({"id": names, "cluster": names, "score": score})
+        own = {multiple: items[multiple] for multiple in content["by_multiple"]}
+        table = pd.DataFrame(own).melt(var_name="cell", value_name="score")
+        table["id"] = table["cluster"] = table.groupby("cell").cumcount().astype(str)
+        return table
     if "cells" in content:
-        table = pd.DataFrame({k: items[k] for k in ("cell", "cluster", "exact_match")}).rename(
-            columns={"exact_match": "score"}
-        )
+        table = pd.DataFrame({k: items[k] for k in ("cell", "cluster", "exact_match")})
         table["id"] = table["cluster"] + "#" + table.groupby("cluster").cumcount().astype(str)
-        return table[table["cell"] == cell]
-    return pd.DataFrame({k: items[k] for k in ("id", "cluster", "score")})
+        return table.rename(columns={"exact_match": "score"})
+    return pd.DataFrame({"cell": "", **{k: items[k] for k in ("id", "cluster", "score")}})
 
 
-def _scores(contents: list[dict[str, Any]], cell: str) -> _Scores:
-    joined = pd.concat([_items(content, cell) for content in contents])
-    groups = joined.groupby("id", sort=False)
-    return _Scores(groups["score"].mean(), groups["cluster"].first(), len(contents))
+def _scores(contents: list[dict[str, Any]]) -> dict[str, _Scores]:
+    """By cell."""
+    seeds = [dict(iter(_items(content).groupby("cell", sort=False))) for content in contents]
+    found = {}
+    for cell in dict.fromkeys(cell for seed in seeds for cell in seed):
+        own = [seed[cell] for seed in seeds if cell in seed]
+        groups = pd.concat(own).groupby("id", sort=False)
+        by_seed = [float(items["score"].mean()) for items in own]
+        found[str(cell)] = _Scores(groups["score"].mean(), groups["cluster"].first(), by_seed)
+    return found
 
 
 def _row(
@@ -262,34 +284,38 @@ def _row(
     is_reference: bool,
 ) -> dict[str, Any]:
     content = contents[0]
-    mean = bootstrap_ratio(own.score, np.ones(len(own.score)), own.clusters)
+    mean = own.mean()
     difference, exact = Estimate(NAN), NAN
     shared = own.score.index.intersection(base.score.index)
     if not is_reference and len(shared):
         one, other = own.score[shared], base.score[shared]
         difference = paired_items(one, other, own.clusters[shared])
         binary = bool(one.isin([0.0, 1.0]).all() and other.isin([0.0, 1.0]).all())
-        single = own.seeds == base.seeds == 1 and own.clusters[shared].is_unique
+        single = len(own.by_seed) == len(base.by_seed) == 1 and own.clusters[shared].is_unique
         if binary and single:
             exact = mcnemar(one, other)
-    verdict = (content.get("cells") or {}).get(cell, {}).get("verdict")
-    fuzzy = content.get("fuzzy") or {}
+    cells = [c["cells"][cell] for c in contents if "cells" in c and cell in c["cells"]]
+    verdicts = {c.get("verdict") for c in cells}
+    tokens = [c["tokens"] for c in cells if c.get("tokens", -1) > 0]
+    fuzzy = [bool((c.get("fuzzy") or {}).get("is_fuzzy")) for c in contents]
     return {
         "task": task,
         "cell": f"{cell} training lengths" if "by_multiple" in content else cell,
         "arm": arm,
         "metric": content["metric"],
         "items": len(own.score),
+        "tokens": float(np.mean(tokens)) if tokens else NAN,
         "value": mean.value,
         "low": mean.low,
         "high": mean.high,
+        "by_seed": " ".join(f"{value:.4f}" for value in own.by_seed),
         "difference": difference.value,
         "difference_low": difference.low,
         "difference_high": difference.high,
         "p": difference.p,
         "mcnemar_p": exact,
-        "verdict": verdict or "",
-        "fuzzy": bool(fuzzy.get("is_fuzzy")),
+        "verdict": (verdicts.pop() or "") if len(verdicts) == 1 else "",
+        "fuzzy": sum(fuzzy),
     }
 
 
@@ -297,12 +323,14 @@ def by_size(contents: list[dict[str, Any]]) -> tuple[list[int], list[Estimate]]:
     """Accuracy at each size of a task, cells of one size together."""
     cells = contents[0]["cells"]
     sizes = sorted({int(cell["x"]) for cell in cells.values()})
+    scores = _scores(contents)
     found = []
     for size in sizes:
-        parts = [_scores(contents, name) for name, cell in cells.items() if cell["x"] == size]
-        values = pd.concat([p.score for p in parts])
-        clusters = pd.concat([p.clusters for p in parts])
-        found.append(bootstrap_ratio(values, np.ones(len(values)), clusters))
+        parts = [scores[name] for name, cell in cells.items() if cell["x"] == size]
+        whole = _Scores(
+            pd.concat([p.score for p in parts]), pd.concat([p.clusters for p in parts]), []
+        )
+        found.append(whole.mean())
     return sizes, found
 
 

@@ -30,7 +30,7 @@ import pandas as pd
 import yaml
 
 from ablate.errors import UserError
-from ablate.run import atomic_write, find_runs, read_json, write_json
+from ablate.run import atomic_write, dump_yaml, find_runs, load_yaml, read_json, write_json
 
 TRIALS, CURVES, CONFIGS, ENVIRONMENTS = (
     "trials.csv",
@@ -56,8 +56,8 @@ def read_index(folder: Path, figures: Sequence[str]) -> pd.DataFrame:
     try:
         text = (folder / TRIALS).read_text()
         table = pd.read_csv(io.StringIO(text), dtype=str, keep_default_na=False)
-        configs = _expand(yaml.safe_load((folder / CONFIGS).read_text()))
-        environments = _expand(yaml.safe_load((folder / ENVIRONMENTS).read_text()))
+        configs = _expand(load_yaml((folder / CONFIGS).read_text()))
+        environments = _expand(load_yaml((folder / ENVIRONMENTS).read_text()))
         index = pd.DataFrame({"key": table["key"], "path": [str(folder / k) for k in table["key"]]})
         for name in ("state", "cause", "pattern", "fingerprint", "tokenizer"):
             index[name] = table[name]
@@ -233,8 +233,7 @@ def _compact(trees: Mapping[str, Mapping[str, Any]]) -> str:
     cleaned = {key: _clean(tree) for key, tree in trees.items()}
     base: Any = next(iter(cleaned.values()), {})
     runs = {key: dict(_changes(base, tree)) for key, tree in cleaned.items()}
-    content = {"shared": base, "runs": runs}
-    return str(yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=100))
+    return dump_yaml({"shared": base, "runs": runs}, width=100)
 
 
 def _changes(base: Any, tree: Any, prefix: str = "") -> list[tuple[str, Any]]:

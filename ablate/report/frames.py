@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,26 +31,23 @@ PHASES = (
 )
 # column of the frame <- place in result.json
 FIGURES = {
-    "n_layers": "architecture.n_layers",
-    "d_model": "architecture.d_model",
-    "attention_of_layers": "architecture.attention_of_layers",
-    "attention_of_mixers": "architecture.attention_of_mixers",
-    "mlp_of_layers": "architecture.mlp_of_layers",
-    "params": "architecture.params",
-    "non_embedding_params": "architecture.non_embedding_params",
-    "forward_flops_per_token": "architecture.forward_flops_per_token",
-    "train_flops_per_token": "architecture.train_flops_per_token",
-    "state_bytes": "architecture.state_bytes",
-    "val_a_loss": "val_a.loss",
-    "val_a_bits_per_byte": "val_a.bits_per_byte",
-    "val_a_perplexity": "val_a.perplexity",
-    "val_b_loss": "val_b.loss",
-    "val_b_bits_per_byte": "val_b.bits_per_byte",
-    "val_b_perplexity": "val_b.perplexity",
-    "val_b_tokens": "val_b.tokens",
-    "mqar_accuracy": "mqar.accuracy",
-    "mqar_loss": "mqar.loss",
-    "mqar_queries": "mqar.queries",
+    **{
+        name: f"architecture.{name}"
+        for name in (
+            *("n_layers", "d_model", "attention_of_layers", "attention_of_mixers"),
+            *("mlp_of_layers", "params", "non_embedding_params", "forward_flops_per_token"),
+            *("train_flops_per_token", "state_bytes"),
+        )
+    },
+    **{
+        f"{split}_{name}": f"{split}.{name}"
+        for split, names in {
+            "val_a": ("loss", "bits_per_byte", "perplexity"),
+            "val_b": ("loss", "bits_per_byte", "perplexity", "tokens"),
+            "mqar": ("accuracy", "loss", "queries"),
+        }.items()
+        for name in names
+    },
     "train_loss": "train.loss",
     "steps": "train.steps",
     "tokens": "train.tokens",
@@ -76,6 +73,13 @@ TEXTS = {
     "fingerprint": "data.fingerprint",
     "tokenizer": "data.tokenizer",
 }
+
+
+class _Shared(dict[str, Any]):
+    """The content of study.json; pandas would copy it to the last cell with every operation."""
+
+    def __deepcopy__(self, memo: object) -> _Shared:
+        return self
 
 
 def load_study(path: str | Path) -> pd.DataFrame:
@@ -126,7 +130,7 @@ def load_study(path: str | Path) -> pd.DataFrame:
             }
         )
     frame = pd.DataFrame(rows)
-    frame.attrs = {"study": {**study, "factors": factors}, "path": str(folder)}
+    frame.attrs = {"study": _Shared({**study, "factors": factors}), "path": str(folder)}
     return frame
 
 
@@ -166,8 +170,9 @@ def load_details(path: str | Path) -> pd.DataFrame:
     rows = []
     for record in records(index):
         row = {"key": record["key"]}
-        row |= {f"config.{k}": v for k, v in flatten(json.loads(record["config"]))}
-        row |= {f"environment.{k}": v for k, v in flatten(json.loads(record["environment"]))}
+        for part in ("config", "environment"):  # lists become JSON text
+            leaves = config_tree.flatten(json.loads(record[part]))
+            row |= {f"{part}.{name}": _scalar(value) for name, value in leaves}
         rows.append(row)
     return pd.DataFrame(rows)
 
@@ -244,15 +249,6 @@ def arm_label(factors: Mapping[str, Any]) -> str:
         str(v) if k == "match.arms" else f"{k.rpartition('.')[2]}={v}" for k, v in shown.items()
     ]
     return ", ".join(parts) or "all"
-
-
-def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
-    """Leaves of a nested dict under dotted names; lists become JSON text."""
-    for name, value in tree.items():
-        if isinstance(value, Mapping) and value:
-            yield from flatten(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", _scalar(value)
 
 
 # --- reading the folders -------------------------------------------------------------------------
@@ -357,7 +353,7 @@ def _hardware(hardware: Any) -> str:
 def _varying(configs: list[dict[str, Any]]) -> list[str]:
     """Scientific fields that differ between runs, the seed apart: the factors nobody wrote down."""
     hidden = operational_fields()
-    flat = [dict(flatten(tree)) for tree in configs]
+    flat = [dict(config_tree.flatten(tree)) for tree in configs]
     names = dict.fromkeys(name for row in flat for name in row)
     return [
         name

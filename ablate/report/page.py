@@ -31,7 +31,7 @@ from rich import box
 from rich.table import Table
 
 from ablate.arch.certificate import QUANTITIES
-from ablate.report.confounds import Confound, confounds, si
+from ablate.report.confounds import Confound, confounds
 from ablate.report.evaluation import Evaluations
 from ablate.report.export import command_of
 from ablate.report.frames import load_details, load_metrics, load_study, missing_cells, records
@@ -61,6 +61,7 @@ from ablate.report.verdicts import (
     verdicts,
 )
 from ablate.run import atomic_write
+from ablate.study.show import si
 
 __all__ = ["summary", "verdicts", "write_report"]
 
@@ -120,7 +121,7 @@ def write_report(
 def summary(frame: pd.DataFrame) -> Table:
     """The arms as a table for a terminal: runs, recall, loss, bits a byte, parameters."""
     analysis = analyse(frame)
-    metrics = [analysis.comparisons[m.column] for m in _shown(analysis)]
+    metrics = [analysis.comparisons[m.column] for m in analysis.shown(_SHOWN)]
     title = analysis.study.get("question") or analysis.study.get("name") or None
     note = _interval_note(metrics)
     table = Table(title=title, title_justify="left", caption=note, box=box.SIMPLE_HEAD)
@@ -211,31 +212,23 @@ def _figure(plot: Plot | None) -> str:
 
 
 def _results(analysis: Analysis) -> str:
-    metrics = [analysis.comparisons[m.column] for m in _shown(analysis)]
+    metrics = [analysis.comparisons[m.column] for m in analysis.shown(_SHOWN)]
     if not metrics:
         return "<p>No finished run has a figure to show.</p>"
-    shares = analysis.arms[["attention_of_layers", "mlp_of_layers"]].max()
-    header = [_arm_heading(analysis), "Runs", *(_heading(c) for c in metrics)]
-    header += ["Attention, of layers", "of mixers"] if shares["attention_of_layers"] > 0 else []
-    header += ["MLP, of layers"] if shares["mlp_of_layers"] > 0 else []
-    header += ["Pattern"]
     rows = []
-    for arm, row in analysis.arms.iterrows():
-        cells = [
-            _name(analysis, arm),
-            str(int(row["n"])),
-            *(_best_mark(c, str(arm)) for c in metrics),
-        ]
-        if shares["attention_of_layers"] > 0:
-            cells += [_share(row["attention_of_layers"]), _share(row["attention_of_mixers"])]
-        if shares["mlp_of_layers"] > 0:
-            cells.append(_share(row["mlp_of_layers"]))
-        rows.append([*cells, f"<code>{_e(_breakable(str(row['pattern'])))}</code>"])
+    for arm, r in analysis.arms.iterrows():
+        row = {_arm_heading(analysis): _name(analysis, arm), "Runs": str(int(r["n"]))}
+        row |= {_heading(c): _best_mark(c, str(arm)) for c in metrics}
+        if analysis.arms["attention_of_layers"].max() > 0:
+            row["Attention, of layers"] = _share(r["attention_of_layers"])
+            row["of mixers"] = _share(r["attention_of_mixers"])
+        if analysis.arms["mlp_of_layers"].max() > 0:
+            row["MLP, of layers"] = _share(r["mlp_of_layers"])
+        rows.append({**row, "Pattern": f"<code>{_e(_breakable(str(r['pattern'])))}</code>"})
     note = _interval_note(metrics)
-    if "<b>" in "".join(cell for row in rows for cell in row):
+    if any("<b>" in cell for row in rows for cell in row.values()):
         note += " Bold: not distinguishable from the best."
-    note = f"<p class='note'>{_e(note)}</p>"
-    return _table(header, rows, {0, len(header) - 1}) + note
+    return _table(rows) + f"<p class='note'>{_e(note)}</p>"
 
 
 def _differences(analysis: Analysis, table: pd.DataFrame) -> str:
@@ -247,18 +240,12 @@ def _differences(analysis: Analysis, table: pd.DataFrame) -> str:
             continue
         items = bool(own["items_low"].notna().any())
         rows = [_difference_row(analysis, metric, row, items) for row in records(own)]
-        header = [
-            *("Arm", "Difference", "95% interval", "95%, all together (Dunnett)"),
-            *("p (Dunnett)", "p (Holm, all claims)", "q (false discovery)"),
-            *([f"95%, other {'rows' if metric is RECALL else 'documents'} only"] if items else []),
-            "Verdict",
-        ]
         unit = "points" if metric.percent else "nats a token"
         reference = comparison.reference
         if analysis.axis.numeric:
             reference = f"the arm {analysis.describe(reference)}"
         title = f"{metric.name}: difference from {reference}, in {unit}"
-        parts.append(f"<h3>{_e(title)}</h3>" + _table(header, rows, {0, len(header) - 1}))
+        parts.append(_listing(title, rows))
     if not parts:
         return ""
     return "".join(parts) + (
@@ -270,7 +257,7 @@ def _differences(analysis: Analysis, table: pd.DataFrame) -> str:
 
 def _difference_row(
     analysis: Analysis, metric: Metric, row: dict[str, Any], items: bool
-) -> list[str]:
+) -> dict[str, str]:
     digits = 1 if metric.percent else metric.digits((row["dunnett_high"] - row["dunnett_low"]) / 2)
     scale = 100.0 if metric.percent else 1.0
 
@@ -284,36 +271,37 @@ def _difference_row(
     def between(name: str) -> str:
         return f"{signed(row[f'{name}low'])} to {signed(row[f'{name}high'])}"
 
-    return [
-        _name(analysis, row["arm"]),
-        signed(row["difference"]),
-        *(between(""), between("dunnett_")),
-        *(_p(row["dunnett_p"]), _p(row["holm_all_p"]), _p(row["fdr_q"])),
-        *([between("items_")] if items else []),
-        "different" if row["dunnett_p"] < 0.05 else "not\u00a0distinguishable",
-    ]
+    other = f"95%, other {'rows' if metric is RECALL else 'documents'} only"
+    return {
+        "Arm": _name(analysis, row["arm"]),
+        "Difference": signed(row["difference"]),
+        "95% interval": between(""),
+        "95%, all together (Dunnett)": between("dunnett_"),
+        "p (Dunnett)": _p(row["dunnett_p"]),
+        "p (Holm, all claims)": _p(row["holm_all_p"]),
+        "q (false discovery)": _p(row["fdr_q"]),
+        **({other: between("items_")} if items else {}),
+        "Verdict": "different" if row["dunnett_p"] < 0.05 else "not\u00a0distinguishable",
+    }
 
 
 def _budgets(analysis: Analysis, table: pd.DataFrame) -> str:
     if table.empty:
         return ""
-    kinds = list(dict.fromkeys(table["budget"]))
-    at = {k: float(table.loc[table["budget"] == k, "at"].iloc[0]) for k in kinds}
+    at = table.drop_duplicates("budget").set_index("budget")["at"].to_dict()
     shown = {
-        "tokens": f"at {si(at.get('tokens', math.nan))} tokens",
-        "flops": f"at {si(at.get('flops', math.nan))} FLOPs",
-        "seconds": f"after {_duration(at.get('seconds', math.nan))}",
+        "tokens": f"Loss at {si(at.get('tokens'))} tokens",
+        "flops": f"Loss at {si(at.get('flops'))} FLOPs",
+        "seconds": f"Loss after {_duration(at.get('seconds', math.nan))}",
     }
     rows = []
-    for arm in analysis.arms.index:
-        cells = [_name(analysis, arm)]
-        for kind in kinds:
-            row = table[(table["budget"] == kind) & (table["arm"] == arm)].iloc[0]
-            mean = Estimate(row["loss"], low=row["low"], high=row["high"])
-            cells.append(_e(LOSS.show_mean(mean)))
-        rows.append(cells)
-    header = ["Arm", *(f"Loss {shown[k]}" for k in kinds)]
-    return _table(header, rows, {0}) + (
+    for arm, own in table.groupby("arm", sort=False):
+        row = {"Arm": _name(analysis, arm)}
+        for r in records(own):
+            mean = Estimate(r["loss"], low=r["low"], high=r["high"])
+            row[shown[r["budget"]]] = _e(LOSS.show_mean(mean))
+        rows.append(row)
+    return _table(rows) + (
         "<p class='note'>Validation A loss, in nats a token, where the run that had least of a "
         "budget ends; the others are read there between two validations, before their learning "
         "rate has come down, which is to their disadvantage. Seconds: on the hardware below.</p>"
@@ -323,20 +311,21 @@ def _budgets(analysis: Analysis, table: pd.DataFrame) -> str:
 def _rates(table: pd.DataFrame | None, analysis: Analysis) -> str:
     if table is None:
         return ""
+    names = ("Rate", "95% interval of the optimum", "Half an octave below (nats)",
+             "Half an octave above (nats)", "Problem")  # fmt: skip
     rows = []
     for r in records(table):
-        if r["problem"]:
-            rows.append([_name(analysis, r["arm"]), "–", "–", "–", "–", _e(str(r["problem"]))])
-            continue
-        interval = "–"
-        if math.isfinite(r["low"]):
-            interval = f"{r['low']:.3g} to {r['high']:.3g}{' or beyond' if r['open'] else ''}"
-        costs = [_cost_of(r[side], r[f"{side}_half"]) for side in ("minus", "plus")]
-        rows.append([_name(analysis, r["arm"]), f"{r['chosen']:.3g}", interval, *costs, "–"])
-    header = ["Arm", "Rate", "95% interval of the optimum", "Half an octave below (nats)",
-              "Half an octave above (nats)", "Problem"]  # fmt: skip
-    if all(row[-1] == "–" for row in rows):
-        header, rows = header[:-1], [row[:-1] for row in rows]
+        cells = ["–", "–", "–", "–", _e(str(r["problem"]))]
+        if not r["problem"]:
+            interval = "–"
+            if math.isfinite(r["low"]):
+                interval = f"{r['low']:.3g} to {r['high']:.3g}{' or beyond' if r['open'] else ''}"
+            costs = [_cost_of(r[side], r[f"{side}_half"]) for side in ("minus", "plus")]
+            cells = [f"{r['chosen']:.3g}", interval, *costs, "–"]
+        rows.append({"Arm": _name(analysis, r["arm"]), **dict(zip(names, cells, strict=True))})
+    if all(row["Problem"] == "–" for row in rows):
+        for row in rows:
+            del row["Problem"]
     tuned = analysis.study.get("tuned") or {}
     fit = tuned.get("fit") or {}
     form = "cubic" if fit.get("degree") == 3 else "quadratic"
@@ -347,7 +336,7 @@ def _rates(table: pd.DataFrame | None, analysis: Analysis) -> str:
     )
     if fit.get("smooth") not in (None, "none"):
         note += f" The rates are those of a {fit['smooth']} model of the optimum over the arms."
-    return _table(header, rows, {0, 5}) + f"<p class='note'>{_e(note)}</p>"
+    return _table(rows) + f"<p class='note'>{_e(note)}</p>"
 
 
 def _cost_of(value: float, half: float) -> str:
@@ -368,30 +357,29 @@ def _matching(table: pd.DataFrame | None, analysis: Analysis) -> str:
         if abs(r["error_matched"]) > r["tolerance"]:
             error = f'<b class="bad">{error} (forced)</b>'
         rows.append(
-            [
-                _name(analysis, r["arm"]),
-                si(r[f"{quantity}_matched"]),
-                error,
-                f"{100 * r['error_configured']:+.2f}%".replace("-", "−"),
-                *(
-                    f"{si(r[f'{n}_matched'], u)} ({si(r[f'{n}_configured'], u)})"
-                    for n, u in (("train_flops", ""), ("decode_bytes", "B"), ("state_bytes", "B"))
-                ),
-                _e(str(r["changes"])),
-            ]
+            {
+                "Arm": _name(analysis, r["arm"]),
+                QUANTITIES[quantity].capitalize(): si(r[f"{quantity}_matched"]),
+                "From the target": error,
+                "As configured": f"{100 * r['error_configured']:+.2f}%".replace("-", "−"),
+                **{
+                    name: f"{si(r[f'{n}_matched'], u)} ({si(r[f'{n}_configured'], u)})"
+                    for name, n, u in (
+                        ("Training FLOPs a token", "train_flops", ""),
+                        ("Bytes to decode a token", "decode_bytes", "B"),
+                        ("State", "state_bytes", "B"),
+                    )
+                },
+                "Widths changed": _e(str(r["changes"])),
+            }
         )
-    header = [
-        *("Arm", QUANTITIES[quantity].capitalize(), "From the target", "As configured"),
-        *("Training FLOPs a token", "Bytes to decode a token", "State", "Widths changed"),
-    ]
     note = (
         f"Arms are matched by construction in {QUANTITIES[quantity]}, to the "
         f"{si(float(first['target']))} of {first['reference']}, within "
         f"{100 * float(first['tolerance']):g}%. In brackets, and under 'as configured': the "
         "unmatched swap. Each arm's certificate is in its runs' result.json."
     )
-    table_text = _table(header, rows, {0, 7})
-    return f"<p class='note'>{_e(note)}</p><div class='long'>{table_text}</div>"
+    return f"<p class='note'>{_e(note)}</p><div class='long'>{_table(rows)}</div>"
 
 
 def _evaluation(table: pd.DataFrame | None) -> str:
@@ -406,26 +394,30 @@ def _evaluation(table: pd.DataFrame | None) -> str:
             value = row[name]
             return f"{scale * value:.{d}f}".replace("-", "−") if math.isfinite(value) else "–"
 
-        told = {"floor": "at floor", "ceiling": "at ceiling"}.get(r["verdict"], "")
+        told = {"floor": "at floor", "ceiling": "at ceiling", "cut": "texts cut"}
+        seeds = [f"{scale * float(v):.{digits}f}" for v in r["by_seed"].split()]
+        fuzzy = f"; fuzzy in {r['fuzzy']} of {len(seeds)} seeds" if r["fuzzy"] else ""
+        difference = "–"
+        if math.isfinite(r["difference"]):
+            difference = f"{shown('difference')} ({shown('difference_low')} to "
+            difference += f"{shown('difference_high')})"
         rows.append(
-            [
-                *(_e(r["task"]), _e(r["cell"]), _e(r["arm"]), _e(r["metric"]), str(r["items"])),
-                f"{shown('value')} ({shown('low')} to {shown('high')})",
-                "–"
-                if not math.isfinite(r["difference"])
-                else f"{shown('difference')} ({shown('difference_low')} to "
-                f"{shown('difference_high')})",
-                *(_p(r["p"]), _p(r["mcnemar_p"])),
-                told + ("; fuzzy" if r["fuzzy"] else ""),
-            ]
+            {
+                **{name.capitalize(): _e(r[name]) for name in ("task", "cell", "arm", "metric")},
+                "Items": str(r["items"]),
+                "Tokens": f"{r['tokens']:.0f}" if math.isfinite(r["tokens"]) else "–",
+                "Value (95%)": f"{shown('value')} ({shown('low')} to {shown('high')})",
+                "By seed": ", ".join(seeds) if len(seeds) > 1 else "–",
+                "Against the reference (95%)": difference,
+                "p": _p(r["p"]),
+                "p (McNemar)": _p(r["mcnemar_p"]),
+                "": (told.get(r["verdict"], "") + fuzzy).removeprefix("; "),
+            }
         )
-    header = [
-        *("Task", "Cell", "Arm", "Metric", "Items", "Value (95%)"),
-        *("Against the reference (95%)", "p", "p (McNemar)", ""),
-    ]
-    return _table(header, rows, {0, 1, 2, 3, len(header) - 1}) + (
+    return _table(rows) + (
         "<p class='note'>Intervals and p over documents (those that share a text together, seeds "
-        "averaged): they speak of other documents, not of other seeds. McNemar's exact test where "
+        "averaged): they speak of other documents, not of other seeds, whose own values stand "
+        "beside. McNemar's exact test where "
         "there is one seed an arm and no shared text. At floor or ceiling a task cannot tell arms "
         "apart. Fuzzy: wrong numbers agree with the right one in more digits than with permuted "
         "ones and than with others of their text.</p>"
@@ -451,80 +443,62 @@ def _confounds(found: Sequence[Confound], analysis: Analysis) -> str:
 
 def _failures(analysis: Analysis) -> str:
     frame = analysis.frame
-    parts = []
-    own = frame[~frame["orphan"]]
+    own, orphans = frame[~frame["orphan"]], frame[frame["orphan"]]
     bad = own[(own["state"] != "done") | (own["cause"] != "")]
-    if len(bad):
+    sizes = {"Rows before": "out_of_memory", "Rows after": "micro_batch"}
+
+    def listing(title: str, runs: pd.DataFrame, shown: Callable[..., dict[str, str]]) -> str:
         rows = [
-            [
-                _arm(r),
-                str(r["seed"]),
-                _e(_state(r)),
-                _e(str(r["cause"] or "–")),
-                _key(r["key"]),
-            ]
-            for r in records(bad)
+            {
+                "Arm": _arm(r),
+                "Seed": str(r["seed"]),
+                **shown(r),
+                "Run": f"<code>{_e(r['key'])}</code>",
+            }
+            for r in records(runs)
         ]
-        parts.append(
-            "<h3>Runs without a usable result</h3>"
-            + _table(["Arm", "Seed", "State", "Cause", "Run"], rows, {0, 2, 3, 4})
-        )
-    skipped = own[own["skipped_steps"] > 0]
-    if len(skipped):
-        rows = [
-            [_arm(r), str(r["seed"]), str(int(r["skipped_steps"])), _key(r["key"])]
-            for r in records(skipped)
-        ]
-        parts.append(
-            "<h3>Runs that skipped steps (a gradient was not finite)</h3>"
-            + _table(["Arm", "Seed", "Steps", "Run"], rows, {0, 3})
-        )
-    sizes = ("out_of_memory", "micro_batch")
-    smaller = own[own["out_of_memory"].notna()]
-    if len(smaller):
-        rows = [
-            [_arm(r), str(r["seed"]), *(f"{r[n]:.0f}" for n in sizes), _key(r["key"])]
-            for r in records(smaller)
-        ]
-        parts.append(
-            "<h3>Runs that ran out of memory, and went on with fewer rows a pass</h3>"
-            + _table(["Arm", "Seed", "Rows before", "Rows after", "Run"], rows, {0, 4})
-        )
-    missing = missing_cells(frame)
-    if len(missing):
-        rows = [[_arm(r), str(r["seed"]), _key(r["key"])] for r in records(missing)]
-        parts.append("<h3>Planned, not started</h3>" + _table(["Arm", "Seed", "Run"], rows, {0, 2}))
-    orphans = frame[frame["orphan"]]
-    if len(orphans):
-        rows = [
-            [_e(r["arm"]), str(r["seed"]), _e(r["state"]), _loss(r), _key(r["key"])]
-            for r in records(orphans)
-        ]
-        parts.append(
-            "<h3>Orphans: runs that the study no longer asks for, left out above</h3>"
-            + _table(["Arm", "Seed", "State", "Loss", "Run"], rows, {0, 2, 4})
-        )
+        return _listing(title, rows)
+
+    parts = [
+        listing(
+            "Runs without a usable result",
+            bad,
+            lambda r: {"State": _e(_state(r)), "Cause": _e(str(r["cause"] or "–"))},
+        ),
+        listing(
+            "Runs that skipped steps (a gradient was not finite)",
+            own[own["skipped_steps"] > 0],
+            lambda r: {"Steps": str(int(r["skipped_steps"]))},
+        ),
+        listing(
+            "Runs that ran out of memory, and went on with fewer rows a pass",
+            own[own["out_of_memory"].notna()],
+            lambda r: {name: f"{r[column]:.0f}" for name, column in sizes.items()},
+        ),
+        listing("Planned, not started", missing_cells(frame), lambda r: {}),
+        listing(
+            "Orphans: runs that the study no longer asks for, left out above",
+            orphans,
+            lambda r: {"State": _e(r["state"]), "Loss": LOSS.show(r["val_b_loss"])},
+        ),
+    ]
     return "".join(parts) or "<p>None: every planned run finished with finite figures.</p>"
 
 
 def _cost(analysis: Analysis) -> str:
-    header = [
-        *("Arm", "Parameters beside the embedding", "All parameters", "Training FLOPs a token"),
-        *("Training FLOPs", "State", "Tokens", "Seconds", "Tokens/s", "MFU"),
-    ]
     rows = [
-        [
-            _name(analysis, arm),
-            si(r["non_embedding_params"]),
-            si(r["params"]),
-            si(r["train_flops_per_token"]),
-            si(r["train_flops"]),
-            si(r["state_bytes"], "B"),
-            si(r["tokens"]),
-            si(r["seconds"]),
-            si(r["tokens_per_second"]),
-            "–" if not math.isfinite(r["mfu"]) else f"{100 * r['mfu']:.1f}%",
-        ]
+        {
+            "Arm": _name(analysis, arm),
+            "Parameters beside the embedding": si(r["non_embedding_params"]),
+            "All parameters": si(r["params"]),
+            "Training FLOPs a token": si(r["train_flops_per_token"]),
+            "Training FLOPs": si(r["train_flops"]),
+            "State": si(r["state_bytes"], "B"),
+            "Tokens": si(r["tokens"]),
+            "Seconds": si(r["seconds"]),
+            "Tokens/s": si(r["tokens_per_second"]),
+            "MFU": _share(r["mfu"]),
+        }
         for arm, r in analysis.arms.iterrows()
     ]
     if not rows:
@@ -536,14 +510,12 @@ def _cost(analysis: Analysis) -> str:
         f"the training length. All finished runs together: {_duration(total)} of training, "
         f"{si(flops)} FLOPs.</p>"
     )
-    return _table(header, rows, {0}) + note
+    return _table(rows) + note
 
 
 def _noise(analysis: Analysis) -> str:
-    header = ["Metric", "Seed noise (SD)", "After pairing (SD)", "Seed correlation",
-              "Detectable, 2 arms", "Detectable, all arms"]  # fmt: skip
     rows = []
-    for metric in _shown(analysis):
+    for metric in analysis.shown(_SHOWN):
         comparison = analysis.comparisons[metric.column]
         fit = comparison.fit
         if metric not in COMPARED or not comparison.has_interval or len(fit.arms) < 2:
@@ -555,14 +527,14 @@ def _noise(analysis: Analysis) -> str:
         one = fit.minimum_detectable()
         all_arms = fit.minimum_detectable(comparisons=len(fit.arms) - 1)
         rows.append(
-            [
-                metric.name,
-                metric.show_size(fit.total_sigma(), fit.total_sigma()),
-                metric.show_size(fit.sigma, fit.sigma),
-                told.replace("-", "−"),
-                metric.show_size(one, one),
-                metric.show_size(all_arms, all_arms),
-            ]
+            {
+                "Metric": metric.name,
+                "Seed noise (SD)": metric.show_size(fit.total_sigma(), fit.total_sigma()),
+                "After pairing (SD)": metric.show_size(fit.sigma, fit.sigma),
+                "Seed correlation": told.replace("-", "−"),
+                "Detectable, 2 arms": metric.show_size(one, one),
+                "Detectable, all arms": metric.show_size(all_arms, all_arms),
+            }
         )
     if not rows:
         return ""
@@ -571,7 +543,7 @@ def _noise(analysis: Analysis) -> str:
         "5%, for one planned comparison and for all arms against the reference (Bonferroni). Seed "
         "correlation: the share of a run's variance that its seed carries into every arm.</p>"
     )
-    return _table(header, rows, {0}) + note
+    return _table(rows) + note
 
 
 def _environment(details: pd.DataFrame) -> str:
@@ -581,12 +553,11 @@ def _environment(details: pd.DataFrame) -> str:
             values = details[column].dropna()
             shown = list(dict.fromkeys(str(v) for v in values))
             if shown:
-                name = column.removeprefix("environment.")
-                rows.append([_e(name), _e("; ".join(shown[:6]) + (" …" if len(shown) > 6 else ""))])
+                told = _e("; ".join(shown[:6]) + (" …" if len(shown) > 6 else ""))
+                rows.append({"Recorded": _e(column.removeprefix("environment.")), "Value": told})
     if not rows:
         return "<p>No run recorded its environment.</p>"
-    table = _table(["Recorded", "Value"], rows, {0, 1})
-    return f"<details><summary>{len(rows)} recorded values</summary>{table}</details>"
+    return f"<details><summary>{len(rows)} recorded values</summary>{_table(rows)}</details>"
 
 
 def _reproduce(study: dict[str, Any], name: str, path: Path) -> str:
@@ -596,13 +567,6 @@ def _reproduce(study: dict[str, Any], name: str, path: Path) -> str:
 
 
 # --- small parts ---------------------------------------------------------------------------------
-
-
-def _shown(analysis: Analysis) -> list[Metric]:
-    shown = [m for m in _SHOWN if m.column in analysis.comparisons]
-    if LOSS not in shown and LOSS_A.column in analysis.comparisons:
-        shown.append(LOSS_A)
-    return shown
 
 
 def _arm_heading(analysis: Analysis) -> str:
@@ -640,22 +604,31 @@ def _section(title: str, body: str) -> str:
     return f"<section><h2>{_e(title)}</h2>{body}</section>" if body else ""
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]], text_columns: set[int]) -> str:
-    """A table in a box that scrolls sideways on a phone. Cells are HTML already."""
-    kind = ["text" if i in text_columns else "number" for i in range(len(header))]
-    head = "".join(
-        f'<th scope="col" class="{k}">{_e(h)}</th>' for k, h in zip(kind, header, strict=True)
-    )
+_WORDS = ("Arm", "Cell", "Metric", "Cause", "Run", "Pattern", "Verdict", "Problem",
+          "Widths changed", "Value", "")  # fmt: skip
+
+
+def _table(rows: Sequence[dict[str, str]], *words: str) -> str:
+    """A table in a box that scrolls sideways on a phone: column -> cell, which is HTML already.
+
+    The first column, `_WORDS` and `words` are set as text, the others as numbers.
+    """
+    header = list(rows[0])
+    text = {header[0], *_WORDS, *words}
+    kind = {name: "text" if name in text else "number" for name in header}
+    head = "".join(f'<th scope="col" class="{kind[h]}">{_e(h)}</th>' for h in header)
     body = "".join(
-        "<tr>"
-        + "".join(f'<td class="{k}">{c}</td>' for k, c in zip(kind, row, strict=True))
-        + "</tr>"
+        "<tr>" + "".join(f'<td class="{kind[h]}">{row[h]}</td>' for h in header) + "</tr>"
         for row in rows
     )
     return (
         '<div class="scroll" tabindex="0" role="region" aria-label="table">'
         f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
     )
+
+
+def _listing(title: str, rows: Sequence[dict[str, str]]) -> str:
+    return f"<h3>{_e(title)}</h3>{_table(rows, 'State')}" if rows else ""
 
 
 def _name(analysis: Analysis, arm: Any) -> str:
@@ -671,14 +644,6 @@ def _arm(row: dict[str, Any]) -> str:
 
 def _state(row: dict[str, Any]) -> str:
     return "done, not finite" if row["state"] == "done" else str(row["state"])
-
-
-def _loss(row: dict[str, Any]) -> str:
-    return LOSS.show(row["val_b_loss"])
-
-
-def _key(key: str) -> str:
-    return f"<code>{_e(key)}</code>"
 
 
 def _share(value: float) -> str:

@@ -7,7 +7,7 @@ estimate names its source, and the noise that the power is computed with names w
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,15 +15,16 @@ from typing import Any
 import numpy as np
 import torch
 from rich.console import Console
+from rich.table import Table
 
 from ablate import config
 from ablate.arch import pattern as patterns
-from ablate.data.corpus import sources
+from ablate.data.corpus import sources, text_bytes
 from ablate.data.stream import MAX_EPOCHS, row_counts
 from ablate.data.tokens import usable_cores
 from ablate.errors import UserError
 from ablate.report import estimate as estimates
-from ablate.report.estimate import Estimate, Machine, Speed, run_flops, run_tokens
+from ablate.report.estimate import Estimate, Machine, Speed
 from ablate.report.published import ATTENTION_SHARE, GROUPED_QUERIES
 from ablate.report.stats import (
     ArmFit,
@@ -35,8 +36,9 @@ from ablate.report.stats import (
 from ablate.run import RunFolder, find_runs
 from ablate.study import space
 from ablate.study.folder import StudyFolder
-from ablate.study.prepare import count, duration, plain_table, size, wide_console
+from ablate.study.show import duration, plain_table, si, wide_console
 from ablate.study.space import Cell
+from ablate.study.trial import Trial
 from ablate.train.stop import TrialFailed
 
 ASSUMED_NOISE = (0.004, 0.3)  # nats a token between seeds, and the share a seed carries to all arms
@@ -68,81 +70,89 @@ def plan(
     what they could decide. gpu: plan for a GPU of this name instead of this machine.
     """
     console = console or wide_console()
+    for part in _parts(tree, calibrate, hours, gpu):
+        if isinstance(part, str):
+            console.print(part, markup=False, highlight=False, soft_wrap=True)
+        else:
+            console.print(part)
+
+
+def _parts(
+    tree: Mapping[str, Any], calibrate: bool, hours: float | None, gpu: str | None
+) -> Iterator[str | Table]:
     cfg = config.load(tree)
     study = cfg.study
     arms = space.cells(tree)
     if study.search:
         middle = {name: _middle(dim) for name, dim in study.search.items()}
         arms = space.proposed(tree, middle)
-        _say(
-            console,
+        yield (
             f"a search of {study.n_trials} trials by {study.sampler} over "
-            f"{', '.join(study.search)}; the middle of the space would be:",
+            f"{', '.join(study.search)}; the middle of the space would be:"
         )
     folder = StudyFolder(Path(study.folder).expanduser() / study.name)
+    root = folder.path.parent
     here = estimates.machine(cfg, gpu)
-    speeds, text = _speeds(arms, folder.path.parent, here, calibrate, console)
-    stages = {"confirm": arms}
+    speeds: dict[str, Speed] = {}
+    text: dict[str, Any] = {}
+    past = [] if calibrate else estimates.history(root, here)
+    for arm, group in by_arm(arms).items():
+        if calibrate:
+            yield f"calibrating {arm} …"
+            speeds[arm], text = _calibrated(arm, group[0].trial)
+        else:
+            speeds[arm] = estimates.speed(group[0].trial, past, here)
+    stages, compared = {"": arms}, arms
     if study.tune.points:
-        stages = {"tune": space.tuning(cfg, arms), "confirm": arms}
-        stages = {**stages, **_confirmed(folder, arms)}
+        compared = _confirmed(folder, arms) or arms
+        stages = {"tune": space.tuning(cfg, arms), "confirm": compared}
     found = {
-        stage: {c.key: estimates.estimate(c.trial, speeds[c.arm], here) for c in cells}
-        for stage, cells in stages.items()
+        c.key: estimates.estimate(c.trial, speeds[c.arm], here)
+        for cells in stages.values()
+        for c in cells
     }
     for stage, cells in stages.items():
-        _table(console, cfg, stage if len(stages) > 1 else "", cells, found[stage], folder)
-    _say(console, f"time on {here}, by: {_sources(speeds)}")
+        yield _table(cfg, stage, cells, found, folder)
+    yield f"time on {here}, by: {_sources(speeds)}"
     if not all(math.isfinite(speed.memory) for speed in speeds.values()):
-        _say(
-            console,
+        yield (
             f"memory, where not measured: {estimates.STATE_BYTES} bytes a parameter and roughly "
-            f"{estimates.ACTIVATION_BYTES} (bf16) a token, layer and channel of a micro-batch",
+            f"{estimates.ACTIVATION_BYTES} (bf16) a token, layer and channel of a micro-batch"
         )
-    for line in _certificates(arms):
-        _say(console, line)
-    total = [
-        _total(console, cfg, stages[s], found[s], folder, here, s if len(stages) > 1 else "")
-        for s in stages
-    ]
-    if len(total) > 1:
-        _say(console, f"both stages: {duration(sum(total))} of trial time")
-    _say(console, _epochs(cfg, arms, folder.path.parent, text))
-    for warning in sorted({w for c in arms for w in c.trial.warnings}):
-        _say(console, f"note: {warning}")
+    yield from _certificates(arms)
+    for stage, cells in stages.items():
+        yield _total(cfg, stage, cells, found, folder, here)
+    seconds = {s: sum(found[c.key].seconds for c in cells) for s, cells in stages.items()}
+    if len(stages) > 1:
+        yield f"both stages: {duration(sum(seconds.values()))} of trial time"
+    yield _epochs(cfg, arms, root, text)
+    yield from (f"note: {w}" for w in sorted({w for c in arms for w in c.trial.warnings}))
     if len({c.arm for c in arms}) > 1 and not study.search:
-        before = total[0] if len(total) > 1 else 0.0
-        _power(console, cfg, arms, found["confirm"], before, folder, hours)
+        a_seed = sum(found[group[0].key].seconds for group in by_arm(compared).values())
+        yield from _power(cfg, compared, a_seed, seconds.get("tune", 0.0), folder, hours)
     elif hours is not None:
         raise UserError("hours says what seeds could decide between arms, but there is one arm")
 
 
-def _say(console: Console, line: str) -> None:
-    console.print(line, markup=False, highlight=False, soft_wrap=True)
-
-
-def _confirmed(folder: StudyFolder, arms: Sequence[Cell]) -> dict[str, list[Cell]]:
-    """The second stage at the rates that the first has found, where it has."""
+def _confirmed(folder: StudyFolder, arms: Sequence[Cell]) -> list[Cell]:
+    """The second stage at the rates that the first has found; empty where it has not."""
     tuned = folder.index().get("tuned") or {}
     if not tuned or tuned.get("problems"):
-        return {}
+        return []
     rates = {f["arm"]: f["chosen"] for f in tuned["fit"]["fits"]}
-    if not {c.arm for c in arms} <= rates.keys():
-        return {}
-    return {"confirm": space.confirming(arms, rates)}
+    return space.confirming(arms, rates) if {c.arm for c in arms} <= rates.keys() else []
 
 
 # --- what runs ------------------------------------------------------------------------------------
 
 
 def _table(
-    console: Console,
     cfg: config.Config,
     stage: str,
     cells: Sequence[Cell],
     found: Mapping[str, Estimate],
     folder: StudyFolder,
-) -> None:
+) -> Table:
     study = cfg.study
     title = f"{study.name}: {study.question}".rstrip(": ")
     if stage == "tune":
@@ -158,26 +168,21 @@ def _table(
     for arm, group in by_arm(cells).items():
         trial = group[0].trial
         done = sum(folder.run(c.key).result() is not None for c in group)
-        cost = trial.architecture.cost(trial.config.data.seq_len)
-        own = found[group[0].key]
+        cost, own = trial.cost, found[group[0].key]
         table.add_row(
             "\n= ".join([arm, *group[0].also]),
             patterns.compress(trial.architecture.letters),
-            count(cost.params),
-            count(cost.non_embedding_params),
-            count(cost.train_flops),
-            size(cost.state_bytes),
-            size(own.memory),
-            _or_dash(count, run_tokens(trial)),
-            _or_dash("{:.2e}".format, run_flops(trial)),
+            si(cost.params),
+            si(cost.non_embedding_params),
+            si(cost.train_flops),
+            si(cost.state_bytes, "B"),
+            si(own.memory, "B"),
+            si(trial.tokens),
+            f"{trial.flops:.2e}" if math.isfinite(trial.flops) else "–",
             duration(own.seconds),
             f"{done}/{len(group)}",
         )
-    console.print(table)
-
-
-def _or_dash(show: Any, value: float) -> str:
-    return show(value) if math.isfinite(value) else "–"
+    return table
 
 
 def by_arm(cells: Iterable[Cell]) -> dict[str, list[Cell]]:
@@ -187,41 +192,36 @@ def by_arm(cells: Iterable[Cell]) -> dict[str, list[Cell]]:
     return arms
 
 
-def _certificates(cells: Sequence[Cell]) -> list[str]:
-    lines = []
+def _certificates(cells: Sequence[Cell]) -> Iterator[str]:
     for arm, group in by_arm(cells).items():
         certificate = group[0].certificate
         if certificate is not None:
             forced = "" if certificate.reached else " (beyond the tolerance, forced)"
-            lines.append(f"matched: {arm}: {certificate.sentence()}{forced}")
-    return lines
+            yield f"matched: {arm}: {certificate.sentence()}{forced}"
 
 
 def _total(
-    console: Console,
     cfg: config.Config,
+    stage: str,
     cells: Sequence[Cell],
     found: Mapping[str, Estimate],
     folder: StudyFolder,
     here: Machine,
-    stage: str,
-) -> float:
-    """Print a stage's total; its seconds of trial time."""
+) -> str:
     seconds = sum(found[c.key].seconds for c in cells)
     left = [c for c in cells if folder.run(c.key).result() is None]
-    flops = sum(run_flops(c.trial) for c in cells)
-    slots = min(_slots(cfg, here), max(1, len(left)))
+    rest = sum(found[c.key].seconds for c in left)
+    flops = sum(c.trial.flops for c in cells)
     line = f"{stage}: " if stage else ""
     line += f"{len(cells)} trials, "
     line += f"{flops:.2e} training FLOPs, " if math.isfinite(flops) else ""
     line += f"{duration(seconds)} of trial time"
     if len(left) < len(cells):
-        line += f"; {len(left)} still to do, {duration(sum(found[c.key].seconds for c in left))}"
+        line += f"; {len(left)} still to do, {duration(rest)}"
     if left:
-        rest = sum(found[c.key].seconds for c in left)
+        slots = min(_slots(cfg, here), len(left))
         line += f"; {slots} at a time: about {duration(rest / slots)}"
-    _say(console, line)
-    return seconds
+    return line
 
 
 def _slots(cfg: config.Config, here: Machine) -> int:
@@ -235,22 +235,12 @@ def _slots(cfg: config.Config, here: Machine) -> int:
 # --- how long, on how much text -------------------------------------------------------------------
 
 
-def _speeds(
-    arms: Sequence[Cell], root: Path, here: Machine, calibrate: bool, console: Console
-) -> tuple[dict[str, Speed], dict[str, Any]]:
-    """The speed of each arm, and what a calibration found out about the text."""
-    if not calibrate:
-        past = estimates.history(root, here)
-        return {a: estimates.speed(g[0].trial, past, here) for a, g in by_arm(arms).items()}, {}
-    speeds: dict[str, Speed] = {}
-    text: dict[str, Any] = {}
-    for arm, group in by_arm(arms).items():
-        _say(console, f"calibrating {arm} …")
-        try:
-            speeds[arm], text = estimates.calibrate(group[0].trial)
-        except TrialFailed as error:
-            raise UserError(f"arm '{arm}' cannot be trained here: {error}") from None
-    return speeds, text
+def _calibrated(arm: str, trial: Trial) -> tuple[Speed, dict[str, Any]]:
+    """The speed of an arm, and what its calibration has found out about the text."""
+    try:
+        return estimates.calibrate(trial)
+    except TrialFailed as error:
+        raise UserError(f"arm '{arm}' cannot be trained here: {error}") from None
 
 
 def _sources(speeds: Mapping[str, Speed]) -> str:
@@ -272,7 +262,7 @@ def _epochs(cfg: config.Config, arms: Sequence[Cell], root: Path, text: dict[str
     if unique is None:
         return "epochs: unknown until the text is there; `python -m ablate prepare` fetches it"
     epochs = most / unique
-    line = f"text: {count(most)} tokens of {count(unique)} unique ones ({source}): "
+    line = f"text: {si(most)} tokens of {si(unique)} unique ones ({source}): "
     line += f"{epochs:.2g} epochs"
     if epochs > MAX_EPOCHS and not cfg.data.allow_repeats:
         line += f"; more than {MAX_EPOCHS} are refused without data.allow_repeats=true"
@@ -282,7 +272,7 @@ def _epochs(cfg: config.Config, arms: Sequence[Cell], root: Path, text: dict[str
 def _text_tokens(cell: Cell) -> float:
     cfg = cell.trial.config
     text = row_counts(cfg.data, cfg.train.batch_size).text
-    return run_tokens(cell.trial) * text / cfg.train.batch_size
+    return cell.trial.tokens * text / cfg.train.batch_size
 
 
 def _unique(cfg: config.Config, root: Path, text: dict[str, Any]) -> tuple[float | None, str]:
@@ -296,7 +286,7 @@ def _unique(cfg: config.Config, root: Path, text: dict[str, Any]) -> tuple[float
                 return float(unique), f"counted by {study.name}"
     if cfg.data.source == "hub":
         return None, ""
-    n_bytes = sum(file.stat().st_size for file in sources(cfg.data)["text"].files)
+    n_bytes = text_bytes(sources(cfg.data)["text"].files)
     n_bytes = min(n_bytes, cfg.data.max_bytes or n_bytes)
     kept = 1 - cfg.data.val_share * ((cfg.data.val_a_path is None) + (cfg.data.val_b_path is None))
     per = BYTES_A_TOKEN[cfg.data.tokenizer.kind]
@@ -382,82 +372,63 @@ def _effects(cfg: config.Config, arms: Sequence[Cell]) -> dict[str, float]:
 
 
 def _power(
-    console: Console,
     cfg: config.Config,
     arms: Sequence[Cell],
-    found: Mapping[str, Estimate],
+    a_seed: float,
     before: float,
     folder: StudyFolder,
     hours: float | None,
-) -> None:
-    """Print what numbers of seeds detect, and what published effects would take."""
-    groups = by_arm(arms)
-    k, seeds = len(groups), len({c.seed for c in arms})
-    a_seed = sum(found[g[0].key].seconds for g in groups.values())
+) -> Iterator[str | Table]:
+    """What numbers of seeds detect, and what published effects would take.
+
+    a_seed: seconds of one seed of every arm; before: those of the first stage.
+    """
+    k, seeds = len(by_arm(arms)), len({c.seed for c in arms})
     noise = noise_of(cfg, arms, folder)
-    given = {"n_arms": k, "correlation": noise.correlation}
 
     def detects(n: int, comparisons: int = 1) -> float:
         return minimum_detectable_effect(
             noise.sigma, n_seeds=n, comparisons=comparisons, n_arms=k, correlation=noise.correlation
         )
 
-    _say(console, "what seeds detect: true differences in nats a token, at 5% with 80% power")
-    table = plain_table(
-        "",
-        ["seeds"],
-        ["trial time", "two arms", f"any of {k - 1} from the reference"],
-    )
+    def time(n: int) -> str:
+        return duration(before + n * a_seed)
+
+    yield "what seeds detect: true differences in nats a token, at 5% with 80% power"
+    columns = ["trial time", "two arms", f"any of {k - 1} from the reference"]
+    table = plain_table("", ["seeds"], columns)
     for n in sorted({*SEEDS, seeds} - {1}):
-        table.add_row(
-            f"{n}{' (this study)' if n == seeds else ''}",
-            duration(before + n * a_seed),
-            f"{detects(n):.2g}",
-            f"{detects(n, k - 1):.2g}",
-        )
-    console.print(table)
+        label = f"{n}{' (this study)' if n == seeds else ''}"
+        table.add_row(label, time(n), f"{detects(n):.2g}", f"{detects(n, k - 1):.2g}")
+    yield table
     if seeds == 1:
-        _say(console, "one seed gives no interval: this study, as it is, detects nothing")
-    _say(
-        console,
+        yield "one seed gives no interval: this study, as it is, detects nothing"
+    yield (
         f"noise: {noise.sigma:.2g} nats between seeds, {noise.correlation:.2f} of its variance "
-        f"shared by all arms of a seed ({noise.source})",
+        f"shared by all arms of a seed ({noise.source})"
     )
     effects = _effects(cfg, arms)
     for name, effect in effects.items():
-        n = seeds_needed(effect, noise.sigma, **given)  # type: ignore[arg-type]
-        line = f"published: {name}, {effect:+.2g} nats from the best: {n:,} seeds"
-        _say(console, f"{line}, {duration(before + n * a_seed)}")
-    if cfg.study.margin is not None:
-        n = seeds_for_equivalence(cfg.study.margin, noise.sigma, **given)  # type: ignore[arg-type]
-        _say(
-            console,
-            f"equal arms are called equivalent within study.margin {cfg.study.margin:g} by "
-            f"{n:,} seeds, {duration(before + n * a_seed)}",
+        n = seeds_needed(effect, noise.sigma, n_arms=k, correlation=noise.correlation)
+        yield f"published: {name}, {effect:+.2g} nats from the best: {n:,} seeds, {time(n)}"
+    margin = cfg.study.margin
+    if margin is not None:
+        n = seeds_for_equivalence(margin, noise.sigma, n_arms=k, correlation=noise.correlation)
+        yield (
+            f"equal arms are called equivalent within study.margin {margin:g} by "
+            f"{n:,} seeds, {time(n)}"
         )
-    if hours is not None:
-        _hours(console, hours, before, a_seed, detects, effects, k)
-
-
-def _hours(
-    console: Console,
-    hours: float,
-    before: float,
-    a_seed: float,
-    detects: Any,
-    effects: Mapping[str, float],
-    k: int,
-) -> None:
+    if hours is None:
+        return
     n = math.floor((3600 * hours - before) / a_seed)
     if n < 2:
-        least = duration(before + 2 * a_seed)
-        _say(console, f"{hours:g} hours give no two seeds an arm, which take {least}: no decision")
+        yield f"{hours:g} hours give no two seeds an arm, which take {time(2)}: no decision"
         return
     line = f"{hours:g} hours give {n:,} seeds an arm: a difference of {detects(n):.2g} nats "
     line += f"between two arms, {detects(n, k - 1):.2g} of any from the reference"
-    inside = [name for name, effect in effects.items() if effect >= detects(n)]
-    beyond = [name for name in effects if name not in inside]
     if effects:
+        inside = [name for name, effect in effects.items() if effect >= detects(n)]
+        beyond = [name for name in effects if name not in inside]
         line += f"; decides of the published: {', '.join(inside) or 'none'}"
         line += f"; not: {', '.join(beyond)}" if beyond else ""
-    _say(console, line)
+    yield line

@@ -20,8 +20,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator, PercentFormatter
 from matplotlib.transforms import ScaledTranslation
 
-from ablate.report.confounds import si
 from ablate.report.verdicts import LOSS, LOSS_A, PRIMARY, Analysis, Comparison, Metric
+from ablate.study.show import si
 from ablate.study.tune import RateFit
 
 STYLE: Any = {
@@ -67,9 +67,7 @@ class Plot:
 
 def plot_outcomes(analysis: Analysis, folder: Path) -> Plot | None:
     """Loss and recall over the arms: means with 95% intervals, single seeds as faint dots."""
-    metrics = [m for m in (LOSS, *[p for p in PRIMARY if p is not LOSS]) if _has(analysis, m)]
-    if LOSS not in metrics and _has(analysis, LOSS_A):
-        metrics.insert(0, LOSS_A)
+    metrics = sorted(analysis.shown(PRIMARY), key=lambda m: m not in (LOSS, LOSS_A))
     if not metrics:
         return None
     lay = _Layout(analysis)
@@ -415,31 +413,22 @@ def _trim(ax: Axes, values: pd.Series) -> None:
 
 
 def colours(analysis: Analysis, arms: list[str]) -> dict[str, str]:
+    """A colour an arm: of several series the place tells it, and the dash the series."""
+    places: dict[str, float] = {a: i for i, a in enumerate(arms)}
     if analysis.axis.numeric and (analysis.arms["series"] != "").any():
-        values = sorted(set(analysis.arms["x"]))  # colour tells the place, the dash the series
-        points = np.linspace(0.0, 0.88, len(values))
-        shade = {
-            v: mpl.colors.to_hex(mpl.colormaps["viridis"](p))
-            for v, p in zip(values, points, strict=True)
-        }
-        return {str(a): shade[v] for a, v in analysis.arms["x"].items()}
-    if analysis.axis.numeric or len(arms) > len(CYCLE):
-        points = np.linspace(0.0, 0.88, len(arms))
-        return {
-            a: mpl.colors.to_hex(mpl.colormaps["viridis"](p))
-            for a, p in zip(arms, points, strict=True)
-        }
-    return {a: CYCLE[i] for i, a in enumerate(arms)}
+        places = {str(a): v for a, v in analysis.arms["x"].items()}
+    elif not analysis.axis.numeric and len(arms) <= len(CYCLE):
+        return {a: CYCLE[i] for i, a in enumerate(arms)}
+    values = sorted(set(places.values()))
+    shades = mpl.colormaps["viridis"](np.linspace(0.0, 0.88, len(values)))
+    shade = dict(zip(values, map(mpl.colors.to_hex, shades), strict=True))
+    return {a: shade[v] for a, v in places.items()}
 
 
 def _dashes(analysis: Analysis) -> dict[str, str]:
     names = list(dict.fromkeys(analysis.arms["series"]))
     styles = ("-", "--", ":", "-.")
     return {str(a): styles[names.index(s) % 4] for a, s in analysis.arms["series"].items()}
-
-
-def _has(analysis: Analysis, metric: Metric) -> bool:
-    return metric.column in analysis.comparisons
 
 
 def _cut(text: str, length: int) -> str:

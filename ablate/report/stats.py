@@ -7,8 +7,9 @@ own means. Differences use the noise variance within seeds (intra-block analysis
 are meant for new seeds, so their variance has the seeds' variance in it (Satterthwaite). Where no
 seed links the arms the model falls back to arm + noise, and `paired` says so.
 
-Intervals are two-sided at `level`. Where the degrees of freedom are zero (one seed) limits are NaN:
-there is no interval, and nothing here invents one.
+Intervals are two-sided at 95%, tests at 5%, power is 80%: `LEVEL`, `ALPHA`, `POWER`. Where the
+degrees of freedom are zero (one seed) limits are NaN: there is no interval, and nothing here
+invents one.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from scipy import optimize, special, stats
 
 Array = NDArray[np.float64]
 NAN = float("nan")
+LEVEL, ALPHA, POWER = 0.95, 0.05, 0.8
 
 
 @dataclass(frozen=True)
@@ -45,11 +47,11 @@ class Estimate:
         return (self.high - self.low) / 2
 
 
-def t_estimate(value: float, se: float, df: float, level: float = 0.95) -> Estimate:
+def t_estimate(value: float, se: float, df: float) -> Estimate:
     """An estimate with the t interval and p-value of its standard error."""
     if not (df > 0 and math.isfinite(se)):
         return Estimate(value)
-    reach = float(stats.t.ppf((1 + level) / 2, df)) * se
+    reach = float(stats.t.ppf((1 + LEVEL) / 2, df)) * se
     p = float(2 * stats.t.sf(abs(value) / se, df)) if se > 0 else float(value == 0)
     return Estimate(value, se, df, value - reach, value + reach, p)
 
@@ -88,14 +90,14 @@ class ArmFit:
             arm_mean_square=NAN,
         )
 
-    def mean(self, arm: str, level: float = 0.95) -> Estimate:
+    def mean(self, arm: str) -> Estimate:
         """The arm's mean over seeds like these: its interval counts the seeds' variance too."""
         i = self.index(arm)
         value, own = float(self.means[i]), float(self.unscaled[i, i])
         if not self.df > 0:
             return Estimate(value)
         if not self.paired:
-            return t_estimate(value, self.sigma * math.sqrt(own), self.df, level)
+            return t_estimate(value, self.sigma * math.sqrt(own), self.df)
         # variance = own * sigma^2 + seed variance / S, as a sum of two mean squares
         from_seeds = self.seed_mean_square / (self.seed_weight * self.n_seeds)
         from_noise = self.sigma**2 * (own - 1 / (self.seed_weight * self.n_seeds))
@@ -103,13 +105,13 @@ class ArmFit:
         if variance <= 0:
             return Estimate(value)
         parts = from_seeds**2 / (self.n_seeds - 1) + from_noise**2 / self.df
-        return t_estimate(value, math.sqrt(variance), variance**2 / parts, level)
+        return t_estimate(value, math.sqrt(variance), variance**2 / parts)
 
-    def difference(self, arm: str, reference: str, level: float = 0.95) -> Estimate:
+    def difference(self, arm: str, reference: str) -> Estimate:
         """mean(arm) - mean(reference), paired within seeds where the design is."""
         i, j = self.index(arm), self.index(reference)
         value = float(self.means[i] - self.means[j])
-        return t_estimate(value, self._se(i, j), self.df, level)
+        return t_estimate(value, self._se(i, j), self.df)
 
     def _se(self, i: int, j: int) -> float:
         u = self.unscaled
@@ -125,12 +127,12 @@ class ArmFit:
         scale = np.sqrt(np.diag(covariance))
         return covariance / np.outer(scale, scale)
 
-    def against(self, reference: str, level: float = 0.95) -> pd.DataFrame:
+    def against(self, reference: str) -> pd.DataFrame:
         """Every other arm minus `reference`: arm, difference, se, p, its interval (low, high), and
         adjusted: Dunnett's interval (dunnett_low, dunnett_high), dunnett_p and holm_p."""
         r = self.index(reference)
         others = [i for i in range(len(self.arms)) if i != r]
-        estimates = [self.difference(self.arms[i], reference, level) for i in others]
+        estimates = [self.difference(self.arms[i], reference) for i in others]
         table = pd.DataFrame(
             {
                 "arm": [self.arms[i] for i in others],
@@ -145,7 +147,7 @@ class ArmFit:
         table[["dunnett_low", "dunnett_high", "dunnett_p", "holm_p"]] = NAN
         if self.df > 0 and others and self.sigma > 0:
             correlation = self._correlation(r)
-            reach = many_to_one_quantile(correlation, self.df, level) * table["se"]
+            reach = many_to_one_quantile(correlation, self.df) * table["se"]
             table["dunnett_low"] = table["difference"] - reach
             table["dunnett_high"] = table["difference"] + reach
             t = (table["difference"] / table["se"]).abs()
@@ -160,10 +162,10 @@ class ArmFit:
         ratio = self.arm_mean_square / self.sigma**2
         return float(stats.f.sf(ratio, len(self.arms) - 1, self.df))
 
-    def not_worse_than_best(self, lower_is_better: bool = True, level: float = 0.95) -> list[str]:
+    def not_worse_than_best(self, lower_is_better: bool = True) -> list[str]:
         """Arms that cannot be told from the best: never a bare argmin.
 
-        Hsu's multiple comparisons with the best: with probability `level` at least, the truly best
+        Hsu's multiple comparisons with the best: with probability `LEVEL` at least, the truly best
         arm is in the set. An arm leaves it when some other arm is better by more than
         the one-sided Dunnett bound that takes the arm as control. Without df: all arms.
         """
@@ -172,7 +174,7 @@ class ArmFit:
         values = self.means if lower_is_better else -self.means
         kept = []
         for i, arm in enumerate(self.arms):
-            bound = many_to_one_quantile(self._correlation(i), self.df, level, sides=1)
+            bound = many_to_one_quantile(self._correlation(i), self.df, sides=1)
             worse_by = [
                 (values[i] - values[j]) - bound * self._se(i, j)
                 for j in range(len(self.arms))
@@ -182,16 +184,12 @@ class ArmFit:
                 kept.append(arm)
         return kept
 
-    def equivalence(
-        self, arm: str, reference: str, margin: float, alpha: float = 0.05
-    ) -> Equivalence:
+    def equivalence(self, arm: str, reference: str, margin: float) -> Equivalence:
         """Two one-sided tests that arm and reference differ by less than `margin`."""
         i, j = self.index(arm), self.index(reference)
-        return equivalence(
-            float(self.means[i] - self.means[j]), self._se(i, j), self.df, margin, alpha
-        )
+        return equivalence(float(self.means[i] - self.means[j]), self._se(i, j), self.df, margin)
 
-    def seed_correlation(self, level: float = 0.95) -> Estimate:
+    def seed_correlation(self) -> Estimate:
         """Share of a run's variance (arm apart) that its seed carries to every arm.
 
         The intraclass correlation ICC(3,1) by the method of moments (it can come out negative),
@@ -200,8 +198,8 @@ class ArmFit:
         if not self.paired or not self.df > 0 or self.n_seeds < 2 or not self.sigma > 0:
             return Estimate(NAN)
         k, ratio = self.seed_weight, self.seed_mean_square / self.sigma**2
-        upper = float(stats.f.ppf((1 + level) / 2, self.n_seeds - 1, self.df))
-        lower = float(stats.f.ppf((1 - level) / 2, self.n_seeds - 1, self.df))
+        upper = float(stats.f.ppf((1 + LEVEL) / 2, self.n_seeds - 1, self.df))
+        lower = float(stats.f.ppf((1 - LEVEL) / 2, self.n_seeds - 1, self.df))
         value, low, high = ((f - 1) / (f + k - 1) for f in (ratio, ratio / upper, ratio / lower))
         return Estimate(value, df=self.n_seeds - 1, low=low, high=high)
 
@@ -212,14 +210,12 @@ class ArmFit:
         seed_variance = (self.seed_mean_square - self.sigma**2) / self.seed_weight
         return math.sqrt(max(0.0, self.sigma**2 + seed_variance))
 
-    def minimum_detectable(
-        self, power: float = 0.8, alpha: float = 0.05, comparisons: int = 1
-    ) -> float:
-        """Smallest true difference between two arms that this design finds with `power`."""
+    def minimum_detectable(self, comparisons: int = 1) -> float:
+        """Smallest true difference between two arms that this design finds with `POWER`."""
         if not self.df > 0 or len(self.arms) < 2:
             return NAN
         se = float(np.median([self._se(i, 0) for i in range(1, len(self.arms))]))
-        return detectable(se, self.df, power=power, alpha=alpha / comparisons)
+        return detectable(se, self.df, comparisons)
 
 
 def fit_arms(arm: Sequence[Any], seed: Sequence[Any], value: ArrayLike) -> ArmFit:
@@ -319,6 +315,12 @@ def _loadings(cells: tuple[float, ...]) -> tuple[float, ...]:
     return tuple(np.sqrt(shared))
 
 
+@functools.cache
+def _quadrature() -> tuple[tuple[Array, Array], tuple[Array, Array]]:
+    """Nodes and weights for a standard normal density (but for its constant) and for [-1, 1]."""
+    return np.polynomial.hermite_e.hermegauss(48), np.polynomial.legendre.leggauss(48)
+
+
 def _inside(t: float, correlation: Array, df: float, sides: int) -> float:
     """P(all |T_i| <= t), or P(all T_i <= t) for one side, T multivariate t.
 
@@ -328,9 +330,8 @@ def _inside(t: float, correlation: Array, df: float, sides: int) -> float:
     if len(correlation) == 1:
         return float(stats.t.cdf(t, df) - (stats.t.cdf(-t, df) if sides == 2 else 0.0))
     loadings = np.array(_loadings(_cells(correlation)))
-    z, z_weight = np.polynomial.hermite_e.hermegauss(48)
+    (z, z_weight), (node, node_weight) = _quadrature()
     ends = np.sqrt(stats.chi2.ppf([1e-13, 1 - 1e-13], df) / df)
-    node, node_weight = np.polynomial.legendre.leggauss(48)
     s = ends[0] + (node + 1) / 2 * (ends[1] - ends[0])
     s_weight = node_weight / 2 * (ends[1] - ends[0]) * stats.chi2.pdf(df * s**2, df) * 2 * df * s
     own = np.sqrt(1 - loadings**2)
@@ -343,25 +344,23 @@ def _inside(t: float, correlation: Array, df: float, sides: int) -> float:
 
 
 @functools.lru_cache(maxsize=256)
-def _quantile(cells: tuple[float, ...], df: float, level: float, sides: int) -> float:
+def _quantile(cells: tuple[float, ...], df: float, sides: int) -> float:
     k = math.isqrt(len(cells))
     correlation = np.array(cells).reshape(k, k)
-    tail = (1 - level) / sides
+    tail = (1 - LEVEL) / sides
     low, high = stats.t.isf(tail, df), stats.t.isf(tail / k, df)  # one comparison; Bonferroni
     if k == 1:
         return float(low)
     return float(
         optimize.brentq(
-            lambda t: _inside(t, correlation, df, sides) - level, 0.98 * low, 1.02 * high, xtol=1e-6
+            lambda t: _inside(t, correlation, df, sides) - LEVEL, 0.98 * low, 1.02 * high, xtol=1e-6
         )
     )
 
 
-def many_to_one_quantile(
-    correlation: Array, df: float, level: float = 0.95, sides: int = 2
-) -> float:
+def many_to_one_quantile(correlation: Array, df: float, sides: int = 2) -> float:
     """Dunnett's critical value for differences with this correlation."""
-    return _quantile(_cells(correlation), float(df), level, sides)
+    return _quantile(_cells(correlation), float(df), sides)
 
 
 def adjust(p: Sequence[float] | pd.Series, method: Literal["holm", "bh"] = "holm") -> Array:
@@ -391,41 +390,37 @@ def adjust(p: Sequence[float] | pd.Series, method: Literal["holm", "bh"] = "holm
 
 @dataclass(frozen=True)
 class Equivalence:
-    """Two one-sided tests: `holds` when the 1 - 2 alpha interval lies inside the margin."""
+    """Two one-sided tests: `holds` when the 1 - 2 `ALPHA` interval lies inside the margin."""
 
-    difference: float
-    margin: float
     p: float
     low: float
     high: float
     holds: bool
 
 
-def equivalence(
-    difference: float, se: float, df: float, margin: float, alpha: float = 0.05
-) -> Equivalence:
+def equivalence(difference: float, se: float, df: float, margin: float) -> Equivalence:
     """Schuirmann's two one-sided t tests that |true difference| < margin."""
     if margin <= 0:
         raise ValueError(f"margin must be positive, got {margin}")
     if not (df > 0 and se > 0):
-        return Equivalence(difference, margin, NAN, NAN, NAN, False)
+        return Equivalence(NAN, NAN, NAN, False)
     p = max(
         float(stats.t.sf((difference + margin) / se, df)),
         float(stats.t.cdf((difference - margin) / se, df)),
     )
-    reach = float(stats.t.ppf(1 - alpha, df)) * se
-    return Equivalence(difference, margin, p, difference - reach, difference + reach, p <= alpha)
+    reach = float(stats.t.ppf(1 - ALPHA, df)) * se
+    return Equivalence(p, difference - reach, difference + reach, p <= ALPHA)
 
 
-def detectable(se: float, df: float, *, power: float = 0.8, alpha: float = 0.05) -> float:
-    """True difference that a two-sided t test at `alpha` with this standard error finds with
-    probability `power` (noncentral t)."""
+def detectable(se: float, df: float, comparisons: int = 1) -> float:
+    """True difference that a two-sided t test at `ALPHA` with this standard error finds with
+    probability `POWER` (noncentral t); `comparisons` for Bonferroni."""
     if not df > 0:
         return NAN
-    critical = float(stats.t.isf(alpha / 2, df))
+    critical = float(stats.t.isf(ALPHA / comparisons / 2, df))
 
-    def shortfall(shift: float) -> float:  # the other tail has no weight where this one has `power`
-        return float(stats.nct.sf(critical, df, shift)) - power
+    def shortfall(shift: float) -> float:  # the other tail has no weight where this one has `POWER`
+        return float(stats.nct.sf(critical, df, shift)) - POWER
 
     top = critical
     while shortfall(top) < 0:
@@ -439,15 +434,13 @@ def minimum_detectable_effect(
     n_arms: int,
     n_seeds: int,
     correlation: float = 0.0,
-    power: float = 0.8,
-    alpha: float = 0.05,
     comparisons: int = 1,
 ) -> float:
     """Smallest difference of two arms that a planned study finds: `n_seeds` paired seeds in each of
     `n_arms` arms, `sigma` the standard deviation of single runs over seeds, `correlation` the share
     of its variance that the seed carries to every arm, `comparisons` for Bonferroni."""
     se, df = _planned(sigma, n_arms, n_seeds, correlation)
-    return detectable(se, df, power=power, alpha=alpha / comparisons)
+    return detectable(se, df, comparisons)
 
 
 def _planned(sigma: float, n_arms: int, n_seeds: int, correlation: float) -> tuple[float, int]:
@@ -461,23 +454,12 @@ def seeds_needed(
     *,
     n_arms: int,
     correlation: float = 0.0,
-    power: float = 0.8,
-    alpha: float = 0.05,
-    comparisons: int = 1,
 ) -> int:
     """Fewest paired seeds whose `minimum_detectable_effect` is at most `effect`."""
 
     def enough(n_seeds: int) -> bool:
-        found = minimum_detectable_effect(
-            sigma,
-            n_arms=n_arms,
-            n_seeds=n_seeds,
-            correlation=correlation,
-            power=power,
-            alpha=alpha,
-            comparisons=comparisons,
-        )
-        return found <= effect
+        given = {"n_arms": n_arms, "n_seeds": n_seeds}
+        return minimum_detectable_effect(sigma, correlation=correlation, **given) <= effect
 
     return _fewest(enough)
 
@@ -488,16 +470,14 @@ def seeds_for_equivalence(
     *,
     n_arms: int,
     correlation: float = 0.0,
-    power: float = 0.8,
-    alpha: float = 0.05,
 ) -> int:
     """Fewest paired seeds with which two one-sided tests call two equal arms equivalent within
-    `margin` with probability `power`."""
+    `margin` with probability `POWER`."""
 
     def enough(n_seeds: int) -> bool:
         se, df = _planned(sigma, n_arms, n_seeds, correlation)
-        reach = margin / se - float(stats.t.isf(alpha, df))
-        return 2 * float(stats.t.cdf(reach, df)) - 1 >= power
+        reach = margin / se - float(stats.t.isf(ALPHA, df))
+        return 2 * float(stats.t.cdf(reach, df)) - 1 >= POWER
 
     return _fewest(enough)
 
@@ -522,9 +502,7 @@ def bootstrap_ratio(
     weight: ArrayLike,
     clusters: ArrayLike | None = None,
     *,
-    level: float = 0.95,
     draws: int = 2000,
-    seed: int = 0,
 ) -> Estimate:
     """sum(total) / sum(weight) with a percentile interval over resampled clusters.
 
@@ -543,14 +521,14 @@ def bootstrap_ratio(
     n = len(numerator)
     if n < 2:
         return Estimate(value)
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     ratios = np.empty(draws)
     block = max(1, 4_000_000 // n)  # about 32 MB of picks at a time
     for start in range(0, draws, block):
         pick = rng.integers(n, size=(min(block, draws - start), n))
         sums = denominator[pick].sum(axis=1)
         ratios[start : start + len(pick)] = numerator[pick].sum(axis=1) / sums
-    low, high = np.quantile(ratios, [(1 - level) / 2, (1 + level) / 2])
+    low, high = np.quantile(ratios, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return Estimate(value, float(ratios.std(ddof=1)), n - 1, float(low), float(high))
 
 
@@ -559,7 +537,6 @@ def paired_items(
     other: ArrayLike,
     clusters: ArrayLike | None = None,
     *,
-    level: float = 0.95,
     draws: int = 2000,
 ) -> Estimate:
     """Mean of one - other over the same items, with an interval over resampled clusters.
@@ -568,9 +545,7 @@ def paired_items(
     randomisation test: under no difference the two models' scores could be exchanged).
     """
     difference = np.asarray(one, dtype=np.float64) - np.asarray(other, dtype=np.float64)
-    found = bootstrap_ratio(
-        difference, np.ones_like(difference), clusters, level=level, draws=draws
-    )
+    found = bootstrap_ratio(difference, np.ones_like(difference), clusters, draws=draws)
     if clusters is not None:
         _, group = np.unique(np.asarray(clusters), return_inverse=True)
         difference = np.bincount(group, difference).astype(np.float64)
@@ -578,7 +553,13 @@ def paired_items(
     if not len(own):
         return dataclasses.replace(found, p=1.0)
     rng = np.random.default_rng(0)
-    sums = np.array([(own * rng.choice((-1.0, 1.0), len(own))).sum() for _ in range(draws)])
+    block = max(1, 4_000_000 // len(own))
+    sums = np.concatenate(
+        [
+            rng.choice((-1.0, 1.0), (min(block, draws - start), len(own))) @ own
+            for start in range(0, draws, block)
+        ]
+    )
     p = (1 + (np.abs(sums) >= abs(own.sum()) - 1e-9).sum()) / (1 + draws)
     return dataclasses.replace(found, p=float(p))
 
@@ -664,7 +645,6 @@ class Curve:
     parameters: tuple[float, float, float, float]  # a, b, c, d
     optimum: Estimate  # the share with the lowest fitted value, inside the tested range
     flat: tuple[float, float]  # shares whose fitted value is not distinguishable from the optimum's
-    rss: float  # weighted residual sum of squares over the arms' means
     lack_of_fit: float  # p-value that the arms scatter about the curve by noise alone
 
     def __call__(self, s: ArrayLike) -> Array:
@@ -681,9 +661,7 @@ def fit_curve(
     x: Mapping[str, float],
     *,
     form: str = "exponential",
-    level: float = 0.95,
     draws: int = 1000,
-    seed: int = 0,
 ) -> Curve:
     """A saturating gain plus a convex cost through the arms' means; lower is better.
 
@@ -705,16 +683,16 @@ def fit_curve(
     a, b, c, d = (float(v) for v in parameters[0])
     named = (a, b, c, d)
     if not fit.df > 0 or not fit.sigma > 0:
-        return Curve(form, named, Estimate(optimum), (NAN, NAN), float(rss[0]), NAN)
+        return Curve(form, named, Estimate(optimum), (NAN, NAN), NAN)
 
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     noise = rng.standard_normal((draws, len(shares))) / np.sqrt(weight)
     sigma = fit.sigma * np.sqrt(fit.df / rng.chisquare(fit.df, size=(draws, 1)))
     centre = _evaluate(form, parameters, shares)
     drawn, _ = _least_squares(form, shares, centre + sigma * noise, weight, scales)
     lines = _evaluate(form, drawn, grid)
-    low, high = np.quantile(grid[lines.argmin(axis=1)], [(1 - level) / 2, (1 + level) / 2])
-    excess = np.quantile(lines - lines[:, at : at + 1], 1 - level, axis=0)
+    low, high = np.quantile(grid[lines.argmin(axis=1)], [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    excess = np.quantile(lines - lines[:, at : at + 1], 1 - LEVEL, axis=0)
     flat = np.flatnonzero(excess <= 0)
     first = last = at
     while first - 1 in flat:
@@ -730,6 +708,5 @@ def fit_curve(
         named,
         Estimate(optimum, low=float(low), high=float(high)),
         (float(grid[first]), float(grid[last])),
-        float(rss[0]),
         fit_p,
     )

@@ -8,16 +8,16 @@ interval, none is given and the sentence says so.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
 
-from ablate.report.confounds import si
 from ablate.report.frames import arm_label, missing_cells, usable, varies
 from ablate.report.stats import ArmFit, Curve, Equivalence, Estimate, adjust, fit_arms, fit_curve
+from ablate.study.show import si
 from ablate.study.tune import RateFit, Tuning
 
 
@@ -149,6 +149,11 @@ class Analysis:
     @property
     def study(self) -> dict[str, Any]:
         return dict(self.frame.attrs.get("study", {}))
+
+    def shown(self, metrics: Sequence[Metric]) -> list[Metric]:
+        """Those that runs have; where none has a validation B loss, validation A at the end."""
+        found = [m for m in metrics if m.column in self.comparisons]
+        return found + [LOSS_A] * (LOSS not in found and LOSS_A.column in self.comparisons)
 
     @property
     def margin(self) -> float | None:
@@ -325,15 +330,13 @@ def verdicts(frame: pd.DataFrame) -> list[str]:
 def judge(analysis: Analysis) -> list[Verdict]:
     """Plain sentences: what is unfinished, what differs, what does not, what cannot be known."""
     lines = _progress(analysis)
-    shown = [m for m in PRIMARY if m.column in analysis.comparisons]
-    if LOSS not in shown and LOSS_A.column in analysis.comparisons:
-        shown.append(LOSS_A)
-        lines.append(
-            Verdict("limit", "No run has a validation B loss: validation A is shown instead.")
-        )
+    shown = analysis.shown(PRIMARY)
+    if LOSS_A in shown:
+        text = "No run has a validation B loss: validation A is shown instead."
+        lines.append(Verdict("limit", text))
     for metric in shown:
         lines += _about(analysis, analysis.comparisons[metric.column])
-    return lines + _limits(analysis)
+    return lines + [Verdict("limit", text) for text in _limits(analysis)]
 
 
 def _progress(analysis: Analysis) -> list[Verdict]:
@@ -524,11 +527,11 @@ def curve_sentence(comparison: Comparison) -> str:
     return text + "."
 
 
-def _limits(analysis: Analysis) -> list[Verdict]:
+def _limits(analysis: Analysis) -> Iterator[str]:
     """What results of this size cannot prove."""
     runs = analysis.runs
     if runs.empty:
-        return []
+        return
     reasons = []
     params, tokens = runs["non_embedding_params"].median(), runs["tokens"].median()
     text_tokens = runs["text_tokens"].median()
@@ -546,41 +549,22 @@ def _limits(analysis: Analysis) -> list[Verdict]:
     scored = runs["val_b_tokens"].median()
     if scored < 100_000:
         reasons.append(f"the loss is scored on {int(scored):,} tokens")
-    lines = []
     if reasons:
-        lines.append(
-            Verdict(
-                "limit",
-                "What the loss here cannot prove: which arm is better at a size that people use. "
-                f"{_sentence(reasons)}",
-            )
+        yield (
+            "What the loss here cannot prove: which arm is better at a size that people use. "
+            f"{_sentence(reasons)}"
         )
     epochs = runs["epochs"].max()
     if epochs > 4:
-        lines.append(
-            Verdict(
-                "limit",
-                f"The text was seen {epochs:.1f} times: arms may differ in how they overfit.",
-            )
-        )
-    counts = [c.fit.n_seeds for c in analysis.comparisons.values()]
-    seeds = min(counts) if counts else 0
+        yield f"The text was seen {epochs:.1f} times: arms may differ in how they overfit."
+    seeds = min((c.fit.n_seeds for c in analysis.comparisons.values()), default=0)
     if seeds == 1 and len(analysis.arms) > 1:
-        lines.append(
-            Verdict(
-                "limit",
-                "One seed: no interval is shown anywhere on this page, as "
-                "none can be known; give study.seeds at least two.",
-            )
+        yield (
+            "One seed: no interval is shown anywhere on this page, as none can be known; give "
+            "study.seeds at least two."
         )
     elif seeds == 2 and len(analysis.arms) > 1:
-        lines.append(
-            Verdict(
-                "limit",
-                "Two seeds only: intervals rest on the assumption that all arms are equally noisy.",
-            )
-        )
-    return lines
+        yield "Two seeds only: intervals rest on the assumption that all arms are equally noisy."
 
 
 def _seeds(fit: ArmFit) -> str:

@@ -32,7 +32,7 @@ from typing import Any
 from filelock import Timeout
 
 from ablate import config
-from ablate.run import RunFolder, StaleWriter, State
+from ablate.run import RunFolder, StaleWriter, State, process_age, python_path
 
 Train = Callable[..., dict[str, Any]]
 
@@ -42,8 +42,6 @@ ANSWER_SECONDS = 20.0
 def child_environment(cfg: config.Config, gpus: str | None = None) -> dict[str, str]:
     """Environment of a process that trains: its threads, its GPUs, this very package, and compile
     caches that all processes of this machine share, unless the user has set others."""
-    root = str(Path(__file__).resolve().parents[2])
-    path = os.pathsep.join(p for p in (root, os.environ.get("PYTHONPATH")) if p)
     threads = str(cfg.train.threads)
     cache = Path(cfg.data.cache).expanduser().resolve()
     return {
@@ -52,7 +50,7 @@ def child_environment(cfg: config.Config, gpus: str | None = None) -> dict[str, 
         **os.environ,
         "OMP_NUM_THREADS": threads,
         "MKL_NUM_THREADS": threads,
-        "PYTHONPATH": path,
+        "PYTHONPATH": python_path(),
         **({} if gpus is None else {"CUDA_VISIBLE_DEVICES": gpus}),
     }
 
@@ -78,7 +76,8 @@ class Channel:
         os.dup2(null, 0)
         os.close(null)
         os.dup2(2, 1)
-        self.assignments: queue.Queue[dict[str, Any]] = queue.Queue()
+        # with the age of this process when it came
+        self.assignments: queue.Queue[tuple[dict[str, Any], float]] = queue.Queue()
         self._answers: queue.Queue[bool] = queue.Queue()
         self._stopped = False
         self._lock = threading.Lock()
@@ -118,7 +117,7 @@ class Channel:
             for line in lines:
                 message = json.loads(line)
                 if "folder" in message:
-                    self.assignments.put(message)
+                    self.assignments.put((message, process_age()))
                 elif "pruned" in message:
                     self._answers.put(message["pruned"])
                 elif "stop" in message:
@@ -134,15 +133,21 @@ def main(train: Train | None = None) -> None:
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # threads to come inherit it
     channel = Channel()
     threading.Thread(target=_wait_for_term, args=(channel,), daemon=True).start()
+    loaded = None
     if train is None:
         _preload()
         from ablate.evaluate.trial import train_and_evaluate as imported
+        from ablate.train.loop import set_loading_time
 
-        train = imported
+        train, loaded = imported, process_age()
     channel.send("ready")
     try:
-        while not _work(channel, channel.assignments.get(), train):
-            pass
+        while True:
+            assignment, came = channel.assignments.get()
+            if loaded is not None:
+                set_loading_time(max(0.0, loaded - came))
+            if _work(channel, assignment, train):
+                break
     except KeyboardInterrupt:
         channel.send("end", state="interrupted", cause=None)
     with contextlib.suppress(Exception):

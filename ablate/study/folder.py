@@ -30,6 +30,14 @@ def tuning_name(arm: str, rate: float) -> str:
     return f"{arm}, tuning lr={rate:.3g}"
 
 
+def is_held(run: RunFolder) -> bool:
+    """Whether a live process works in a run folder; False where its lock cannot be read."""
+    try:
+        return run.is_held()
+    except OSError:
+        return False
+
+
 @dataclass(frozen=True)
 class StudyFolder:
     """One study's folder. Cheap to make; touches the disk only through its methods."""

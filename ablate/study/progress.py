@@ -14,6 +14,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from ablate.study.show import duration, si
+
 PLAIN_SECONDS = 10.0
 
 
@@ -39,7 +41,6 @@ class Snapshot:
     total: int
     done: int = 0
     failed: int = 0
-    waiting: int = 0
     held: int = 0
     running: Sequence[Running] = ()
     seconds_left: float | None = None
@@ -137,7 +138,7 @@ def _figures(row: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [
         ("done", f"{_share(row):.0%}" if row.get("steps") else str(row.get("phase") or "")),
         ("loss", text("loss", "{:.4f}")),
-        ("tok/s", _short(row.get("tokens_per_second"))),
+        ("tok/s", si(speed) if (speed := row.get("tokens_per_second")) else ""),
         ("MFU", text("mfu", "{:.1f}%", 100)),
         ("left", "" if left is None else duration(left)),
     ]
@@ -146,21 +147,3 @@ def _figures(row: Mapping[str, Any]) -> list[tuple[str, str]]:
 def _share(row: Mapping[str, Any]) -> float:
     steps = row.get("steps")
     return min(1.0, (row.get("step") or 0) / steps) if steps else 0.0
-
-
-def _short(value: float | None) -> str:
-    if value is None:
-        return ""
-    for limit, unit in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
-        if value >= limit:
-            return f"{value / {'G': 1e9, 'M': 1e6, 'k': 1e3}[unit]:.3g}{unit}"
-    return f"{value:.0f}"
-
-
-def duration(seconds: float) -> str:
-    """`45 s`, `12 min`, `3.4 h`."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    if seconds < 5400:
-        return f"{seconds / 60:.0f} min"
-    return f"{seconds / 3600:.1f} h"

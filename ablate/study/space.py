@@ -8,6 +8,7 @@ arm as configured, the unmatched swap, becomes a cell of its own where `match.ar
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -22,7 +23,6 @@ from ablate.study import tune as rates
 from ablate.study.folder import tuning_name
 from ablate.study.trial import Trial
 
-Resolve = Callable[[dict[str, Any]], Trial]
 _SHARES = {"arch.attention_share": "attention_of_layers", "arch.mlp_share": "mlp_of_layers"}
 
 
@@ -70,63 +70,46 @@ class _Goal:
     reference: str
 
 
-def cells(tree: Mapping[str, Any], resolve: Resolve | None = None) -> list[Cell]:
+def cells(tree: Mapping[str, Any]) -> list[Cell]:
     """All cells of a grid or of arms, seed by seed; empty for a search, which makes its own.
 
     Raises UserError, naming the cell, when any of them cannot be run.
     """
     base = full(tree)
     cfg = config.load(base)
-    if cfg.study.search:
-        check_search(base, resolve)
-        return []
     fields = factor_names(cfg)
     _check_fields([name for name in fields if name != "match.arms"])
-    combinations = list(_combinations(cfg))
     seeds = cfg.study.seeds or [cfg.seed]
-    goal = _goal(base, cfg, combinations, fields, seeds[0], resolve)
+    make = functools.partial(_cell, base, fields)
+    if cfg.study.search:
+        _check_search(cfg, make)
+        return []
+    combinations = list(_combinations(cfg))
+    goal = _goal(cfg, functools.partial(make, seed=seeds[0]), dict(combinations))
     found: dict[str, Cell] = {}
-    for seed in seeds:
-        for label, changes in combinations:
-            for cell in _variants(base, cfg, label, changes, fields, seed, resolve, goal):
-                first = found.setdefault(cell.key, cell)
-                if cell.arm not in (first.arm, *first.also):
-                    found[cell.key] = replace(first, also=(*first.also, cell.arm))
+    for seed, (label, changes) in itertools.product(seeds, combinations):
+        made = [make(label, changes, seed, goal)]
+        certificate = made[0].certificate
+        if certificate is not None and cfg.match.arms == "both" and certificate.needed:
+            swap = {**changes, "match.arms": "unmatched"}
+            made.append(make(f"{label}, unmatched", swap, seed))
+        for cell in made:
+            first = found.setdefault(cell.key, cell)
+            if cell.arm not in (first.arm, *first.also):
+                found[cell.key] = replace(first, also=(*first.also, cell.arm))
     return list(found.values())
 
 
-def _variants(
-    base: dict[str, Any],
-    cfg: config.Config,
-    label: str,
-    changes: Mapping[str, Any],
-    fields: Sequence[str],
-    seed: int,
-    resolve: Resolve | None,
-    goal: _Goal | None,
-) -> Iterator[Cell]:
-    """The cell of a combination; with `match.arms` 'both' the unmatched swap after it."""
-    matched = _cell(base, label, changes, fields, seed, resolve, goal)
-    yield matched
-    certificate = matched.certificate
-    if certificate is not None and cfg.match.arms == "both" and certificate.needed:
-        plain = {**changes, "match.arms": "unmatched"}
-        yield _cell(base, f"{label}, unmatched", plain, fields, seed, resolve, None)
-
-
 def _goal(
-    base: dict[str, Any],
-    cfg: config.Config,
-    combinations: Sequence[tuple[str, dict[str, Any]]],
-    fields: Sequence[str],
-    seed: int,
-    resolve: Resolve | None,
+    cfg: config.Config, make: Callable[..., Cell], named: dict[str, dict[str, Any]]
 ) -> _Goal | None:
-    """The target of `match`, from the arm that has it where it is not a figure."""
+    """The target of `match`, from the arm that has it where it is not a figure.
+
+    make: the cell of a label and its changes; named: the changes of every arm.
+    """
     match = cfg.match
     if not _matches(match) or isinstance(match.target, int | float):
         return _stated_goal(match)
-    named = dict(combinations)
     if len(named) == 1:
         raise UserError(
             "match.target must be a figure where a study has one arm: it would be matched with "
@@ -134,20 +117,18 @@ def _goal(
         )
     reference = match.target or next(iter(named))
     if reference not in named:  # an arm is also called by the share that came out
-        made = [_cell(base, n, c, fields, seed, resolve, None).arm for n, c in named.items()]
-        named = dict(zip(made, named.values(), strict=True))
+        named = {make(label, changes).arm: changes for label, changes in named.items()}
     if reference not in named:
         raise UserError(
             f"match.target is '{reference}', but no arm is called so"
             f"{did_you_mean(reference, named)}; there are {', '.join(map(repr, named))}"
         )
-    cell = _cell(base, reference, named[reference], fields, seed, resolve, None)
-    reference, trial = cell.arm, cell.trial
-    seq_len = trial.config.data.seq_len
-    target = matching.figures(trial.architecture, seq_len)[match.quantity]
+    cell = make(reference, named[reference])
+    trial = cell.trial
+    target = matching.figures(trial.architecture, trial.config.data.seq_len)[match.quantity]
     if not target > 0:
-        raise UserError(f"match.target: the arm '{reference}' has no {match.quantity} to match")
-    return _Goal(target, f"'{reference}'")
+        raise UserError(f"match.target: the arm '{cell.arm}' has no {match.quantity} to match")
+    return _Goal(target, f"'{cell.arm}'")
 
 
 def _matches(match: config.MatchConfig) -> bool:
@@ -257,16 +238,13 @@ def factor_names(cfg: config.Config) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def proposed(
-    tree: Mapping[str, Any], changes: Mapping[str, Any], resolve: Resolve | None = None
-) -> list[Cell]:
+def proposed(tree: Mapping[str, Any], changes: Mapping[str, Any]) -> list[Cell]:
     """The cells of one proposal of a search: one a seed."""
     base = full(tree)
     cfg = config.load(base)
-    label = _label(changes)
-    seeds = cfg.study.seeds or [cfg.seed]
     goal = _search_goal(cfg)
-    return [_cell(base, label, changes, list(changes), seed, resolve, goal) for seed in seeds]
+    seeds = cfg.study.seeds or [cfg.seed]
+    return [_cell(base, list(changes), _label(changes), changes, seed, goal) for seed in seeds]
 
 
 def _search_goal(cfg: config.Config) -> _Goal | None:
@@ -276,11 +254,8 @@ def _search_goal(cfg: config.Config) -> _Goal | None:
     return goal
 
 
-def check_search(tree: Mapping[str, Any], resolve: Resolve | None = None) -> None:
+def _check_search(cfg: config.Config, make: Callable[..., Cell]) -> None:
     """UserError unless both ends (or all choices) of every dimension can be run."""
-    base = full(tree)
-    cfg = config.load(base)
-    _check_fields(list(cfg.study.search))
     seed = (cfg.study.seeds or [cfg.seed])[0]
     goal = _search_goal(cfg)
     for name, dim in cfg.study.search.items():
@@ -291,25 +266,23 @@ def check_search(tree: Mapping[str, Any], resolve: Resolve | None = None) -> Non
         cast = int if dim.integer else float
         ends = dim.choices if dim.choices is not None else [cast(dim.low or 0), cast(dim.high or 0)]
         for value in ends:
-            changes = {name: value}
-            _cell(base, _label(changes), changes, [name], seed, resolve, goal)
+            make(_label({name: value}), {name: value}, seed, goal)
 
 
 def _cell(
     base: dict[str, Any],
+    fields: Sequence[str],
     label: str,
     changes: Mapping[str, Any],
-    fields: Sequence[str],
     seed: int,
-    resolve: Resolve | None,
-    goal: _Goal | None,
+    goal: _Goal | None = None,
 ) -> Cell:
-    resolve = resolve or trial_module.resolve
+    """`base` with the changes and the seed, matched to the goal; fields: those of its factors."""
     try:
         tree = config.override(_with_options(base, changes), {**changes, "seed": seed})
-        trial = resolve(tree)
+        trial = trial_module.resolve(tree)
         if goal is not None:
-            trial = resolve(_match(trial, goal))
+            trial = trial_module.resolve(_match(trial, goal))
     except UserError as error:
         if not changes:
             raise

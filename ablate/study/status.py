@@ -11,7 +11,7 @@ from rich.table import Table
 
 from ablate.errors import UserError
 from ablate.run import RunFolder, find_runs
-from ablate.study.folder import StudyFolder, tuning_name
+from ablate.study.folder import StudyFolder, is_held, tuning_name
 
 COLUMNS = (
     "key", "arm", "seed", "state", "steps", "tokens", "loss", "val_loss", "cause", "orphan",
@@ -73,14 +73,6 @@ def _state(run: RunFolder) -> dict[str, Any]:
             if line.get(theirs) is not None:
                 row[ours] = line[theirs]
     return row
-
-
-def is_held(run: RunFolder) -> bool:
-    """Whether a live process works in a run folder; False where its lock cannot be read."""
-    try:
-        return run.is_held()
-    except OSError:
-        return False
 
 
 def show(path: Path | str, console: Console | None = None) -> None:

@@ -33,9 +33,8 @@ from optuna.trial import FrozenTrial, TrialState
 from ablate.config import Config, SearchDimension
 from ablate.errors import UserError
 from ablate.run import RunFolder
-from ablate.study.folder import StudyFolder
+from ablate.study.folder import StudyFolder, is_held
 from ablate.study.space import Cell
-from ablate.study.status import is_held
 
 # A failure that says something about the proposal; TPE learns from it as from its worst trial.
 BAD_PROPOSALS = ("diverged", "out of memory")
@@ -57,28 +56,13 @@ class _JournalLock:
         if self._journal.exists():
             with self._journal.open("rb+") as file:
                 size = file.seek(0, os.SEEK_END)
-                if size and _byte_at(file, size - 1) != b"\n":
-                    file.truncate(_end_of_last_line(file, size))
+                file.seek(max(0, size - 1))
+                if size and file.read() != b"\n":
+                    file.truncate(self._journal.read_bytes().rfind(b"\n") + 1)
         return True
 
     def release(self) -> None:
         self._lock.release()
-
-
-def _byte_at(file: Any, position: int) -> bytes:
-    file.seek(position)
-    return bytes(file.read(1))
-
-
-def _end_of_last_line(file: Any, size: int) -> int:
-    """Length of the file up to and with its last newline."""
-    step = 1 << 16
-    for start in range(max(0, size - step), -step, -step):
-        file.seek(max(0, start))
-        newline = file.read(step).rfind(b"\n")
-        if newline >= 0:
-            return max(0, start) + newline + 1
-    return 0
 
 
 class Store:

@@ -43,14 +43,12 @@ from ablate.errors import UserError
 from ablate.run import RunFolder, find_runs
 from ablate.study import space
 from ablate.study.child import child_environment
-from ablate.study.folder import StudyFolder
+from ablate.study.folder import StudyFolder, is_held
 from ablate.study.progress import Display, Running, Snapshot
 from ablate.study.space import Cell
-from ablate.study.status import is_held
 from ablate.study.store import Store, objective
 from ablate.study.tune import Run, Tuning, tune
 from ablate.train import checkpoint
-from ablate.train.budget import Budget
 from ablate.train.environment import commit
 from ablate.train.stop import OUT_OF_MEMORY
 
@@ -509,22 +507,25 @@ class _Supervisor:
             time.sleep(timeout)
             return
         for selected, _ in self.selector.select(timeout):
-            child: _Child = selected.data
-            assert child.process.stdout is not None
-            try:
-                data = os.read(child.process.stdout.fileno(), 1 << 16)
-            except BlockingIOError:
-                continue
-            if not data:
-                self.selector.unregister(child.process.stdout)
-                continue
-            *lines, child.rest = (child.rest + data).split(b"\n")
-            for line in lines:
-                try:
-                    message = json.loads(line)
-                except json.JSONDecodeError:
-                    continue
-                self._hear(child, message)
+            self._listen(selected.data)
+
+    def _listen(self, child: _Child, *, gone: bool = False) -> None:
+        """Hear what a child has said since; no more after the end of it, or when it is gone."""
+        stream = child.process.stdout
+        assert stream is not None
+        if stream.closed:
+            return
+        try:
+            while data := os.read(stream.fileno(), 1 << 16):
+                *lines, child.rest = (child.rest + data).split(b"\n")
+                for line in lines:
+                    with contextlib.suppress(json.JSONDecodeError):
+                        self._hear(child, json.loads(line))
+        except BlockingIOError:
+            if not gone:
+                return
+        self.selector.unregister(stream)
+        stream.close()
 
     def _hear(self, child: _Child, message: dict[str, Any]) -> None:
         event = message.pop("event", None)
@@ -572,7 +573,7 @@ class _Supervisor:
             code = child.process.poll()
             if code is None:
                 continue
-            self._drain(child)
+            self._listen(child, gone=True)
             self.children.remove(child)
             if child.process.stdin is not None:
                 with contextlib.suppress(OSError):
@@ -582,19 +583,6 @@ class _Supervisor:
             else:
                 self._record(child, child.cell, code)
             child.errors.close()
-
-    def _drain(self, child: _Child) -> None:
-        stream = child.process.stdout
-        assert stream is not None
-        with contextlib.suppress(KeyError, ValueError):
-            self.selector.unregister(stream)
-        with contextlib.suppress(BlockingIOError, OSError):
-            while data := os.read(stream.fileno(), 1 << 16):
-                child.rest += data
-        for line in child.rest.split(b"\n"):
-            with contextlib.suppress(json.JSONDecodeError):
-                self._hear(child, json.loads(line))
-        stream.close()
 
     def _record(self, child: _Child, cell: Cell, code: int) -> None:
         run = self.folder.run(cell.key)
@@ -945,24 +933,15 @@ def _index_cells(cells: Sequence[Cell]) -> dict[str, dict[str, Any]]:
 
 
 def _check_epochs(cell: Cell, token_set: TokenSet) -> None:
-    cfg = cell.trial.config
+    cfg, tokens = cell.trial.config, cell.trial.tokens
     stream = TrainStream(token_set, cfg.data, batch_size=cfg.train.batch_size, seed=cfg.seed)
-    step = cfg.train.batch_size * cfg.data.seq_len
-    flops = float(cell.trial.architecture.cost(cfg.data.seq_len).train_flops)
-    steps = Budget.of(cfg.train, step, flops).steps
-    if steps is not None:
-        check_epochs(token_set, cfg.data, stream.text_tokens(steps * step))
+    if math.isfinite(tokens):
+        check_epochs(token_set, cfg.data, stream.text_tokens(int(tokens)))
 
 
 def _work_of(cell: Cell) -> float:
     """Training FLOPs of a trial, or its seconds where time is the budget; for comparison only."""
-    train = cell.trial.config.train
-    if train.flops is not None:
-        return train.flops
-    if train.seconds is not None:
-        return train.seconds
-    cost = cell.trial.architecture.cost(cell.trial.config.data.seq_len)
-    return float(train.tokens or 1) * cost.train_flops
+    return cell.trial.config.train.seconds or cell.trial.flops
 
 
 def _death(code: int, child: _Child, run: RunFolder | None) -> str:

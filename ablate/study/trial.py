@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 
 from ablate import config
+from ablate.arch import Cost
 from ablate.arch import match as matching
 from ablate.arch.spec import Architecture
 from ablate.config import Config, DataConfig
@@ -30,6 +32,7 @@ from ablate.errors import UserError
 from ablate.layers.registry import KINDS
 from ablate.run import RunFolder
 from ablate.train import checkpoint
+from ablate.train.budget import Budget
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,24 @@ class Trial:
     tree: dict[str, Any]
     architecture: Architecture
     warnings: tuple[str, ...] = ()
+
+    @functools.cached_property
+    def cost(self) -> Cost:
+        """At the training length."""
+        return self.architecture.cost(self.config.data.seq_len)
+
+    @property
+    def tokens(self) -> float:
+        """Of the whole run; NaN for a budget in seconds, where none are known before."""
+        train = self.config.train
+        step = train.batch_size * self.config.data.seq_len
+        steps = Budget.of(train, step, self.cost.train_flops).steps
+        return math.nan if steps is None else float(steps * step)
+
+    @property
+    def flops(self) -> float:
+        """Training FLOPs of the whole run by the cost contract; NaN for a budget in seconds."""
+        return self.tokens * self.cost.train_flops
 
 
 def resolve(tree: Mapping[str, Any]) -> Trial:

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats
+from scipy import special  # scipy.stats takes a second to import
 
 Array = NDArray[np.float64]
 NAN = float("nan")
@@ -186,7 +186,7 @@ class _Model:
         return self.beta[at], self.inverse[at, at]
 
     def reach(self) -> float:
-        return float(stats.t.ppf((1 + LEVEL) / 2, self.df)) * self.sigma if self.df > 0 else NAN
+        return float(special.stdtrit(self.df, (1 + LEVEL) / 2)) * self.sigma if self.df > 0 else NAN
 
     def powers(self, x: Array | float, derivative: bool = False) -> Array:
         """(..., degree + 1): 1, u, u^2, ... at u = x - middle, or their derivatives."""
@@ -202,7 +202,7 @@ def _model(runs: Sequence[Run], arms: list[str]) -> _Model:
     gain = quadratic.sigma**2 * quadratic.df - cubic.sigma**2 * cubic.df
     terms = quadratic.df - cubic.df
     ratio = gain / terms / cubic.sigma**2 if cubic.sigma > 0 else 0.0
-    return cubic if float(stats.f.sf(ratio, terms, cubic.df)) < 1 - LEVEL else quadratic
+    return cubic if float(special.fdtrc(terms, cubic.df, ratio)) < 1 - LEVEL else quadratic
 
 
 def _least_squares(runs: Sequence[Run], arms: list[str], degree: int) -> _Model:
@@ -277,7 +277,7 @@ def _smoothed(
     line = design @ beta
     free = len(fits) - degree - 1
     q = float((((x - line) * weight) ** 2).sum())
-    p_value = float(stats.f.sf(q / free, free, model.df)) if free > 0 and model.df > 0 else NAN
+    p_value = float(special.fdtrc(free, model.df, q / free)) if free > 0 and model.df > 0 else NAN
     result = []
     for f, value in zip(fits, line, strict=True):
         chosen = float(f"{2.0**value:.3g}")

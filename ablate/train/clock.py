@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
 
@@ -20,16 +18,6 @@ PHASES = (
     "evaluation",
     "checkpoint",
 )
-
-
-def process_age() -> float:
-    """Seconds since this process started, 0 where the system does not say."""
-    try:
-        fields = Path("/proc/self/stat").read_text().rsplit(")", 1)[1].split()
-        booted = float(Path("/proc/uptime").read_text().split()[0])
-        return booted - float(fields[19]) / os.sysconf("SC_CLK_TCK")
-    except (OSError, ValueError, IndexError):
-        return 0.0
 
 
 class Clock:

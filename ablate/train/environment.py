@@ -46,16 +46,23 @@ def numerics(cfg: TrainConfig, device: torch.device) -> Iterator[None]:
     """
     threads = torch.get_num_threads()
     tf32 = torch.get_float32_matmul_precision()
-    deterministic = torch.are_deterministic_algorithms_enabled()
-    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    mode = torch.get_deterministic_debug_mode()
     fill = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+
+    def set_deterministic(mode: int) -> None:
+        # The first tells Inductor too, and imports it: seconds that are lost where none compiles.
+        if device.type == "cuda" or cfg.compile:
+            torch.use_deterministic_algorithms(mode > 0, warn_only=mode == 1)
+        else:
+            torch.set_deterministic_debug_mode(mode)
+
     torch.set_num_threads(cfg.threads)
     torch.set_float32_matmul_precision("high" if uses_bf16(cfg, device) else "highest")
     if cfg.deterministic:
         # Read by cuBLAS when it starts; without it some of its products differ between runs.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        # With warn_only, attention's backward would take its faster, varying form.
-        torch.use_deterministic_algorithms(True)
+        # Only to warn (1) would let attention's backward take its faster, varying form.
+        set_deterministic(2)
         # Filling every new tensor with NaN is a debugging aid that costs a pass over memory.
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     try:
@@ -63,7 +70,7 @@ def numerics(cfg: TrainConfig, device: torch.device) -> Iterator[None]:
     finally:
         torch.set_num_threads(threads)
         torch.set_float32_matmul_precision(tf32)
-        torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
+        set_deterministic(mode)
         torch.utils.deterministic.fill_uninitialized_memory = fill  # type: ignore[attr-defined]
 
 

@@ -26,21 +26,21 @@ from typing import Any
 import torch
 
 from ablate.arch.spec import Architecture
-from ablate.config import Config, load, science
+from ablate.config import Config, flatten, load, science
 from ablate.data import (
     Batch,
-    Prefetcher,
     TokenSet,
     TrainStream,
     check_epochs,
     model_vocab,
+    prefetched,
     prepare,
 )
 from ablate.errors import UserError
-from ablate.run import RunFolder, StaleWriter
+from ablate.run import RunFolder, StaleWriter, process_age
 from ablate.train import checkpoint
 from ablate.train.budget import Budget
-from ablate.train.clock import Clock, process_age
+from ablate.train.clock import Clock
 from ablate.train.engine import Engine
 from ablate.train.environment import attention_forms, device_of, environment, numerics, uses_bf16
 from ablate.train.micro_batch import Shape
@@ -189,7 +189,7 @@ def _lead(cfg: Config, folder: RunFolder, ranks: Ranks, hooks: Hooks) -> dict[st
             _end(folder, "failed", generation, str(error), run)
             raise
         except Exception as error:
-            cause = ranks.lost() or cause_of(error)
+            cause = ranks.lost(patience=1.0) or cause_of(error)
             if run is not None and ranks.world > 1:
                 run.shrink(cause)
             elif smaller is not None and cause.startswith(OUT_OF_MEMORY):
@@ -243,8 +243,8 @@ def _batches(
     if device.type == "cpu":  # a thread would take the core that trains
         yield (stream.batch(step) for step in range(first, sys.maxsize))
         return
-    with Prefetcher(stream, first, last, pin=True) as prefetcher:
-        yield iter(prefetcher)
+    with prefetched(stream, first, last, pin=True) as batches:
+        yield batches
 
 
 def _create(cfg: Config, folder: RunFolder) -> None:
@@ -271,33 +271,29 @@ def _end(
         return
 
 
-def _differences(one: Mapping[str, Any], other: Mapping[str, Any], prefix: str = "") -> list[str]:
+def _differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
     """Dotted fields in which a branch's config differs from its trunk's and must not."""
-    names: list[str] = []
-    for name in sorted(one.keys() | other.keys()):
-        dotted = prefix + name
-        a, b = one.get(name), other.get(name)
-        if dotted in _BRANCH_MAY_DIFFER or a == b:
-            continue
-        if isinstance(a, Mapping) and isinstance(b, Mapping):
-            names += _differences(a, b, f"{dotted}.")
-        else:
-            names.append(dotted)
-    return names
+    a, b = dict(flatten(one)), dict(flatten(other))
+    names = [name for name in sorted(a.keys() | b.keys()) if a.get(name) != b.get(name)]
+    return [name for name in names if not name.startswith(_BRANCH_MAY_DIFFER)]
 
 
-_BRANCH_MAY_DIFFER = {"evaluate"} | {
-    f"train.{name}"
-    for name in (
-        *("tokens", "flops", "seconds", "schedule", "warmup", "decay", "min_lr_ratio"),
-        *("branch_from", "branch_at"),
-    )
-}
+_BRANCH_MAY_DIFFER = (
+    *("evaluate.", "train.tokens", "train.flops", "train.seconds", "train.schedule"),
+    *("train.warmup", "train.decay", "train.min_lr_ratio", "train.branch_"),
+)
 
 
 def _add_loading_time(seconds: float) -> None:
     global _LOADED
     _LOADED += seconds
+
+
+def set_loading_time(seconds: float) -> None:
+    """What the next run waited for its process to load, where that is not the process's age: one
+    that loaded while the trial before still trained cost its slot nothing."""
+    global _LOADED
+    _LOADED = seconds
 
 
 def _take_loading_time() -> float:
@@ -310,6 +306,13 @@ def _take_loading_time() -> float:
 def _queues(device: torch.device) -> bool:
     """Whether the host runs ahead of the device."""
     return device.type == "cuda"
+
+
+# Of a run, in its checkpoints.
+_KEPT = (
+    *("lr_scale", "timed_tokens", "validated_step", "validated_progress"),
+    *("peak_memory", "to_first_step", "latest"),
+)
 
 
 class _Run:
@@ -576,10 +579,8 @@ class _Run:
         if found is not None:
             for phase, seconds in found.state["seconds"].items():
                 self.clock.seconds[phase] += seconds
-            for name in ("timed_tokens", "validated_step", "validated_progress", "latest"):
-                setattr(self, name, found.state[name])
-            self.peak_memory = found.state["peak_memory"]
-            self.to_first_step = found.state.get("to_first_step")
+            for name in _KEPT:
+                setattr(self, name, found.state.get(name))
         elif branch is not None:
             self.validated_step = branch.step
             self.validated_progress = self.budget.progress(branch.step, 0.0)
@@ -653,6 +654,9 @@ class _Run:
             "parameter_groups": self.group_rows,
         }
         self.folder.write_environment({**surroundings, "commits": commits, "data": data, **more})
+        definition = self.token_set.tokenizer.definition
+        if self.cfg.train.keep != "none" and definition is not None:
+            self.folder.write_tokenizer(definition)  # weights without it could not read a text
         for row in self.group_rows:
             log.info(
                 "AdamW %s: weight decay %g, %d parameters in %d tensors, %s: %s",
@@ -753,13 +757,7 @@ class _Run:
             state = {
                 "data": self.token_set.fingerprint,
                 "seconds": self.clock.seconds,
-                "lr_scale": self.lr_scale,
-                "timed_tokens": self.timed_tokens,
-                "validated_step": self.validated_step,
-                "validated_progress": self.validated_progress,
-                "peak_memory": self.peak_memory,
-                "to_first_step": self.to_first_step,
-                "latest": self.latest,
+                **{name: getattr(self, name) for name in _KEPT},
             }
             root = self.folder.checkpoint
             checkpoint.save(root, self.step, self.model_tensors(), moments, state)

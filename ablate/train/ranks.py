@@ -25,7 +25,6 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -35,6 +34,7 @@ from torch import Tensor
 from ablate.config import Config, TrainConfig
 from ablate.data import Batch
 from ablate.errors import UserError
+from ablate.run import python_path
 from ablate.train.stop import OUT_OF_MEMORY, TrialFailed, is_out_of_memory
 
 log = logging.getLogger(__name__)
@@ -102,9 +102,16 @@ class Ranks:
         dist.broadcast(message, 0)
         return float(message[1]) if message[0] == _STEP else None
 
-    def lost(self) -> str | None:
-        """What became of the others, where one that this process started is gone too early."""
-        gone = [p.returncode for p in self.started if p.poll() is not None]
+    def lost(self, patience: float = 0.0) -> str | None:
+        """What became of the others, where one that this process started is gone too early.
+
+        patience: seconds to wait for it, as a connection ends a moment before the process does.
+        """
+        end = time.monotonic() + patience
+        while not (gone := [p.returncode for p in self.started if p.poll() is not None]):
+            if not self.started or time.monotonic() >= end:
+                break
+            time.sleep(0.05)
         if not gone or self.ended:
             return None
         if _NO_MEMORY in gone:
@@ -164,8 +171,7 @@ def launch(cfg: Config, lost: Callable[[str], None]) -> Ranks:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world)}
-    root = str(Path(__file__).resolve().parents[2])
-    place["PYTHONPATH"] = os.pathsep.join(p for p in (root, os.environ.get("PYTHONPATH")) if p)
+    place["PYTHONPATH"] = python_path()
     started = []
     for rank in range(1, world):
         process = subprocess.Popen(

@@ -14,7 +14,7 @@ import threading
 from collections.abc import Mapping
 from typing import Any
 
-from ablate.config import Config
+from ablate.config import Config, flatten
 from ablate.run import RunFolder, read_json
 
 log = logging.getLogger(__name__)
@@ -47,7 +47,7 @@ class Tracker:
         """Close the mirror, with the result as its summary; waits at most FINISH_SECONDS."""
         if self._thread is None:
             return
-        self._summary = _flat(summary or {})
+        self._summary = dict(flatten(summary or {}))
         self._queue.put(None)
         self._thread.join(FINISH_SECONDS)
         if self._thread.is_alive():
@@ -107,13 +107,3 @@ def label(folder: RunFolder) -> str:
     if cell.get("arm"):
         return f"{cell['arm']}/{cell.get('seed', 0)}"
     return folder.key
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in tree.items():
-        if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{name}.")
-        else:
-            flat[prefix + name] = value
-    return flat

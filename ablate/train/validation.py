@@ -183,8 +183,8 @@ class Validator:
                 targets_BL = batch.targets_BL[rows].to(self.device)
                 keep_BL = targets_BL != IGNORE
                 with self.autocast():
-                    logits_BLV = self.model.logits(batch.tokens_BL[rows].to(self.device))
-                logits_MV = logits_BLV[keep_BL].float()
+                    tokens_BL = batch.tokens_BL[rows].to(self.device)
+                    logits_MV = self.model.logits(tokens_BL, keep_BL=keep_BL)
                 target_M = targets_BL[keep_BL]
                 row_M = keep_BL.nonzero()[:, 0].cpu().numpy()
                 right = (logits_MV.argmax(-1) == target_M).cpu().numpy()

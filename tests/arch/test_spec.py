@@ -48,6 +48,8 @@ PUBLISHED = {
     "samba_421m": (421.79, 2),
     "llama2_438m": (438.08, 2),
     "llama2_swa_438m": (438.08, 2),
+    "sliding_gla_438m": (438.31, 2),
+    "sliding_retnet_446m": (445.56, 2),
     "mamba_432m": (432.80, 2),
     "mamba_swa_mlp_395m": (395.00, 2),
     "samba_1.3b": (1330, 0),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 from pathlib import Path
 from typing import Any
@@ -87,7 +88,7 @@ def test_every_model_composes_to_its_size() -> None:
     [
         (["aten::mm"], "GEMMs"),
         (["aten::mm", "_LinearCrossEntropy"], "loss"),
-        (["ablate::ssd_backward", "CompiledFunctionBackward"], "Mamba-2: ssd"),
+        (["ablate::ssd_backward", "CompiledFunctionBackward"], "Mamba-2, RetNet: ssd"),
         (["ablate::rms_norm_forward"], "all: norm"),
         (["aten::_fused_adamw_", "Optimizer.step#AdamW.step"], "optimiser"),
         (["aten::_foreach_norm"], "optimiser"),
@@ -100,7 +101,9 @@ def test_groups(names: list[str], group: str) -> None:
     assert bench.group_of(names) == group
 
 
-def test_the_peer_steps(settings: list[str]) -> None:
+def test_the_peer_steps(settings: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    small = functools.partial(bench._Transformer, width=128, layers=2)
+    monkeypatch.setattr(bench, "_Transformer", small)
     cfg = load(tree_of([*bench._COMMON, *settings]))
     found = bench._peer("plain_transformer", cfg, 1)
     assert found["tokens_per_second"] > 0

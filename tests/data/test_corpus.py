@@ -61,6 +61,7 @@ def test_chunks_cut_jsonl_at_line_ends_only(
     texts = [*make_documents(50, words=3), "long " * 300, "last"]
     plain = write_jsonl(tmp_path / "a.jsonl", texts)
     packed = write_jsonl(tmp_path / "a.jsonl.zst", texts)
+    assert corpus.text_bytes([packed]) == 3 * packed.stat().st_size
     two_frames = tmp_path / "b.jsonl.zst"
     two_frames.write_bytes(packed.read_bytes() * 2)
     for file, want in ((plain, texts), (packed, texts), (two_frames, texts * 2)):

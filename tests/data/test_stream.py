@@ -10,13 +10,13 @@ import torch
 from ablate.config import DataConfig
 from ablate.data import (
     Batch,
-    Prefetcher,
     TokenSet,
     TrainStream,
     bits,
     check_epochs,
     eval_batches,
     model_vocab,
+    prefetched,
     prepare,
     recall_rows,
 )
@@ -233,22 +233,23 @@ class TestEval:
         assert len(want) > 1000
 
 
-def test_prefetcher_gives_the_same_batches(data: DataConfig, token_set: TokenSet) -> None:
+def test_prefetched_gives_the_same_batches(data: DataConfig, token_set: TokenSet) -> None:
     stream = TrainStream(token_set, data, batch_size=2, seed=0)
-    with Prefetcher(TrainStream(token_set, data, batch_size=2, seed=0), 3, 20) as ahead:
+    with prefetched(TrainStream(token_set, data, batch_size=2, seed=0), 3, 20) as ahead:
         batches = list(ahead)
     assert len(batches) == 17
     assert all(equal(batch, stream.batch(3 + i)) for i, batch in enumerate(batches))
-    assert list(Prefetcher(stream, 5, 5)) == []
+    with prefetched(stream, 5, 5) as ahead:
+        assert list(ahead) == []
 
 
-def test_prefetcher_stops_early_and_hands_on_exceptions(
+def test_prefetched_stops_early_and_hands_on_exceptions(
     data: DataConfig, token_set: TokenSet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stream = TrainStream(token_set, data, batch_size=2, seed=0)
     before = threading.active_count()
-    with Prefetcher(stream, 0, 10**9) as ahead:
-        next(iter(ahead))
+    with prefetched(stream, 0, 10**9) as ahead:
+        next(ahead)
     assert threading.active_count() == before
 
     real = stream.batch
@@ -259,8 +260,7 @@ def test_prefetcher_stops_early_and_hands_on_exceptions(
         return real(step)
 
     monkeypatch.setattr(stream, "batch", fail)
-    with Prefetcher(stream, 0, 10) as ahead:
-        batches = iter(ahead)
+    with prefetched(stream, 0, 10) as batches:
         assert equal(next(batches), real(0))
         assert equal(next(batches), real(1))
         with pytest.raises(OSError, match="disk gone"):

@@ -36,6 +36,25 @@ def test_answers_stand_in_the_text_before_them(kind):
         assert answers >= 1
 
 
+@pytest.mark.parametrize("each", [0.25, 1.0, 2.5])
+def test_every_entry_is_asked_before_any_is_asked_again(each):
+    for row in range(20):
+        pieces = document(0, row, 0, data(kinds=["phonebook"], entries=[8, 8], questions=each))
+        answers = [text for text, answer in pieces if answer]
+        assert len(answers) == round(8 * each)
+        assert len(set(answers[:8])) == min(8, len(answers))
+
+
+def test_entries_are_as_often_few_as_many():
+    sizes = [
+        document(0, row, 0, data(kinds=["phonebook"], entries=[4, 99]))[0][0].count("\n") - 1
+        for row in range(400)
+    ]
+    assert min(sizes) == 4
+    assert 90 < max(sizes) <= 99
+    assert 0.4 < np.mean(np.array(sizes) < 20) < 0.6
+
+
 def test_templates_are_not_those_of_the_tasks():
     marks = [": ", "The pass key", "The number of", "What is"]
     text = "".join(t for row in range(200) for t, _ in document(0, row, 0, data()))

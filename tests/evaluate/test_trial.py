@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import random
+import re
+import shutil
 
 import numpy as np
 import pytest
@@ -14,9 +16,10 @@ from rich.console import Console
 from ablate.config import EvaluateConfig, load
 from ablate.errors import UserError
 from ablate.evaluate import length, suites
+from ablate.evaluate.harness import chance
 from ablate.evaluate.local_data import NoLocalData, local_data
 from ablate.evaluate.subjects import load as load_subject
-from ablate.evaluate.trial import check, command, train_and_evaluate
+from ablate.evaluate.trial import check, command, evaluate, train_and_evaluate
 from ablate.run import RunFolder
 from ablate.train.validation import uninformative
 
@@ -158,9 +161,11 @@ def test_a_finished_folder_is_evaluated_again(run, data_folder):
     place, result = run
     code, said = ask(
         str(place.path), "recall=[passkey]", "suites=[lambada_openai,piqa@3,race]", "length=[]",
-        "sizes={lengths: [200], depths: 2, items: 1}", f"local_data={data_folder}", "device=cpu",
+        "sizes={lengths: [200], items: 9, passkey: {depths: 2, items: 1}}",
+        f"local_data={data_folder}", "device=cpu",
     )  # fmt: skip
     assert code == 0
+    assert place.evaluation("passkey")["cells"]["length=200"]["items"] == 2
     assert "passkey" in said
     assert {"passkey", "lambada_openai-0shot", "piqa-3shot"} <= set(place.evaluations())
     assert "race-0shot" not in place.evaluations()
@@ -182,6 +187,109 @@ def test_mmlu_in_three_forms(run, data_folder, capsys):
     assert all(len(form["items"]["id"]) == 57 for form in forms.values())
     found = [form["items"]["loglikelihoods"][0] for form in forms.values()]
     assert len({tuple(f) for f in found}) == 3
+
+
+def test_weights_are_evaluated_without_the_text_they_were_trained_on(run, tmp_path):
+    """Their tokenizer was made from it, and another text would make another one."""
+    tree = run[0].config()
+    text, cache = tmp_path / "text", tmp_path / "cache"
+    shutil.copytree(tree["data"]["path"], text)
+    tree["data"] |= {"path": str(text), "cache": str(cache)}
+    tree["data"]["tokenizer"] = {"kind": "bpe", "vocab_size": 290}
+    tree["train"]["tokens"] = 256
+    tree["evaluate"] = {"tokens": 400}
+    place = RunFolder(tmp_path / "key")
+    train_and_evaluate(load(tree), place)
+    shutil.rmtree(text)
+    shutil.rmtree(cache)
+    words = ["recall=[phonebook]", "sizes={entries: [3], items: 2}", "device=cpu"]
+    assert ask(str(place.path), *words)[0] == 0
+    with pytest.raises(UserError, match=r"data\.path"):
+        command([str(place.path), "length=[1]", "recall=[]"])
+
+    kept = place.path / "tokenizer.json"
+    whole = kept.read_text()
+    kept.write_text(whole[:100])
+    with pytest.raises(UserError, match=r"its tokenizer\.json cannot be read"):
+        command([str(place.path), *words])
+    other = json.loads(whole)
+    first = other["added_tokens"][0]
+    other["added_tokens"] += [{**first, "id": 300 + i, "content": f"<{i}>"} for i in range(60)]
+    kept.write_text(json.dumps(other))
+    with pytest.raises(UserError, match="do not fit its config and tokenizer: embedding is"):
+        command([str(place.path), *words])
+    kept.write_text(whole)
+    weights = place.checkpoint / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-9])
+    with pytest.raises(UserError, match="its weights cannot be read"):
+        command([str(place.path), *words])
+
+
+def test_a_transformers_model_and_its_length(hf_folder, tmp_path):
+    """Recall beyond what it reads is said to be cut, loss beyond its positions refused."""
+    sizes = "sizes={entries: [3, 40], items: 2, lengths: [120], depths: 1}"
+    code, said = ask(str(hf_folder), "recall=[phonebook,passkey]", sizes, f"out={tmp_path}")
+    assert code == 0
+    assert said.count("longer than the model reads") == 1
+    kept = json.loads((tmp_path / "evaluation" / "phonebook.json").read_text())["cells"]
+    assert [kept[f"entries={n}"]["cut"] for n in (3, 40)] == [0, 2]
+    code, said = ask(str(hf_folder), "recall=[phonebook]", sizes, "max_length=100")
+    assert said.count("longer than the model reads") == 2
+    text = tmp_path / "long.txt"
+    text.write_text("some words of a text " * 200)
+    words = ["recall=[]", f"long_documents={text}", "max_length=64"]
+    code, said = ask(str(hf_folder), "length=[1,2,4]", *words)
+    assert code == 0
+    assert "256" in said
+    with pytest.raises(UserError, match="8 times 64 tokens are more than the 256 positions"):
+        command([str(hf_folder), "length=[8]", *words])
+    with pytest.raises(UserError, match="max_length is 512, but the model has 256 positions"):
+        command([str(hf_folder), "max_length=512"])
+
+
+def test_transformers_models_that_cannot_be_loaded(hf_folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+    def damaged(name, file, content):
+        folder = tmp_path / name
+        shutil.copytree(hf_folder, folder)
+        (folder / file).write_text(content)
+        return str(folder)
+
+    config = json.loads((hf_folder / "config.json").read_text())
+    classes = {"AutoConfig": "mine.MineConfig", "AutoModelForCausalLM": "mine.Mine"}
+    own = damaged(
+        "own", "config.json", json.dumps({**config, "model_type": "mine", "auto_map": classes})
+    )
+    code = [
+        "from transformers import GPT2Config, GPT2LMHeadModel",
+        "class MineConfig(GPT2Config):",
+        "    model_type = 'mine'",
+        "class Mine(GPT2LMHeadModel):",
+        "    config_class = MineConfig",
+    ]
+    (tmp_path / "own" / "mine.py").write_text("\n".join(code))
+    for target, named in (
+        ("nobody/nothing", r"cannot be loaded \(HF_HUB_OFFLINE is set\)"),
+        (damaged("weights", "model.safetensors", "no weights"), "weights' cannot be loaded"),
+        (damaged("config", "config.json", "{"), "config' cannot be loaded"),
+        (damaged("kind", "config.json", '{"model_type": "nothing"}'), "kind' cannot be loaded"),
+        (damaged("tokens", "tokenizer.json", "{"), "tokens' cannot be loaded"),
+        (own, "remote_code=true would run"),
+    ):
+        with pytest.raises(UserError, match=named) as raised:
+            command([target, "recall=[induction]"])
+        assert "\n" not in str(raised.value)
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "m"))
+    assert load_subject(own, device="cpu", remote_code=True).positions == 256
+
+
+def test_a_passkey_found_every_time_is_at_no_floor():
+    items = [{"target": "12345", "others": []}] * 20
+    assert chance("passkey", items) == 0.0
+    assert chance("needle", [{"target": "1", "others": ["2", "3", "4"]}]) == 0.25
+    assert chance("needle_multivalue", [{"target": "1, 2", "others": ["3", "4"]}]) == 1 / 6
 
 
 def test_a_transformers_model_from_a_folder(hf_folder, tmp_path):
@@ -211,11 +319,17 @@ def test_weights_that_were_not_kept(run, tmp_path):
         (["x", "suites=[smal]"], "did you mean 'small'"),
         (["x", "suites=[piqa@many]"], "piqa@many"),
         (["x", "sizes={entrie: 3}"], "did you mean 'entries'"),
+        (["x", "sizes={needle: {item: 3}}"], "did you mean 'items'"),
+        (["x", "sizes={needle: 3}"], "'needle' is a task"),
         (["x", "length=[0]"], "length"),
         (["x", "limit=0"], "limit"),
         (["x", "local_data=/nowhere"], "/nowhere"),
         (["x", "long_documents=/nowhere"], "/nowhere"),
         (["x", "device=tpu"], "tpu"),
+        (["x", "max_length=1"], "max_length is 1; it must be a whole number"),
+        (["x", "remote_code=maybe"], "it must be true or false"),
+        (["x", "out=/proc/nowhere"], "cannot write to '/proc/nowhere'"),
+        (["x", "out=[a]"], "it must be a folder"),
         (["x", "limit"], "has no value"),
     ],
 )
@@ -225,9 +339,70 @@ def test_mistakes_are_one_sentence(words, named):
     assert "\n" not in str(raised.value)
 
 
-def test_a_folder_that_is_no_model(tmp_path):
+def test_a_folder_that_is_no_model(run, tmp_path):
     with pytest.raises(UserError, match="neither a run folder"):
         load_subject(str(tmp_path))
+    with pytest.raises(UserError, match="there is no folder 'runs/study/key'"):
+        load_subject("runs/study/key")
+    study = run[0].path.parent
+    with pytest.raises(UserError, match=r"is a study's folder: give one of its runs, .*/key"):
+        load_subject(str(study))
+
+
+def test_caches_are_made_for_few_shapes(run, monkeypatch):
+    """On a GPU each is captured, which takes longer than most batches."""
+    from lm_eval.api.instance import Instance
+
+    from ablate.evaluate import subjects
+    from ablate.evaluate.adapter import SubjectLM
+
+    made = []
+
+    class Counted(subjects.Decoder):
+        def __init__(self, model, batch, room, **options):
+            made.append((batch, room))
+            super().__init__(model, batch, room, **options)
+
+    monkeypatch.setattr(subjects, "Decoder", Counted)
+    subject = load_subject(str(run[0].path), device="cpu")
+    lm = SubjectLM(subject, batch_tokens=4096, quiet=True)
+    options = {"until": ["\n"], "max_gen_toks": 2, "do_sample": False}
+    lm.max_length = 1 << 20
+    requests = [Instance("generate_until", {}, ("x" * (9 * i), options), i) for i in range(1, 120)]
+    assert len(lm.generate_until(requests)) == 119
+    assert len(made) <= 5
+    assert all(batch * room <= 4 * 4096 for batch, room in made)
+
+
+def test_an_interrupt_stops_within_a_task(run):
+    subject = load_subject(str(run[0].path), device="cpu")
+    options = EvaluateConfig(
+        recall=["phonebook"], sizes={"entries": [3], "items": 9}, batch_tokens=256
+    )
+    calls = []
+
+    def between():
+        calls.append(0)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(
+            subject,
+            options,
+            write=lambda *a: None,
+            documents=list,
+            training_length=64,
+            between=between,
+        )
+    assert len(calls) == 4
+
+
+def test_a_sampled_answer_repeats(run):
+    subject = load_subject(str(run[0].path), device="cpu")
+    options = {"do_sample": True, "temperature": 1.0}
+    first = subject.generate([[256, 97]], 12, ["\0"], options)
+    assert first == subject.generate([[256, 97]], 12, ["\0"], options)
 
 
 def test_mistakes_in_a_study_come_before_compute(tmp_path):
@@ -250,15 +425,65 @@ def test_every_suite_has_known_tasks():
     }
 
 
-def test_local_data_says_what_it_misses(tmp_path):
+ROW = {"goal": "run", "sol1": "red", "sol2": "green", "label": 0}
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        (None, r"piqa: skipped, no .*piqa/<split>\.jsonl in evaluate\.local_data"),
+        ("", "piqa: skipped, there are no rows in "),
+        (f"{json.dumps(ROW)}\n\n{{not json\n", r"line 3 of .*validation\.jsonl is not JSON"),
+        (f"{json.dumps(ROW)}\n[1]\n", r"line 2 of .* is not a JSON object"),
+        (f"{json.dumps(ROW)}\n{json.dumps({'goal': 'x'})}\n", "line 2 of .* lacks the field"),
+        (json.dumps({"goal": "run"}), r"lm-eval cannot use its data in .* \(ValueError: "),
+        (b"(\xb5/\xfd", r"cannot be read \(.* is not a whole \.zst file"),
+    ],
+)
+def test_data_that_is_missing_empty_or_damaged_is_one_line(run, tmp_path, capsys, text, named):
+    (tmp_path / "piqa").mkdir()
+    file = tmp_path / "piqa" / f"validation.jsonl{'.zst' if isinstance(text, bytes) else ''}"
+    if text is not None:
+        file.write_bytes(text if isinstance(text, bytes) else text.encode())
+    code, said = ask(
+        str(run[0].path), "recall=[]", "length=[]", "suites=[piqa]", f"local_data={tmp_path}"
+    )
+    assert code == 1
+    assert "every task was skipped" in said
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 1
+    assert re.search(named, lines[0]), lines[0]
+
+
+def test_a_part_of_a_benchmark_that_has_no_rows(tmp_path):
     import datasets
 
-    with local_data(tmp_path), pytest.raises(NoLocalData, match="piqa"):
-        datasets.load_dataset("baber/piqa")
-    (tmp_path / "piqa").mkdir()
-    (tmp_path / "piqa" / "validation.jsonl").write_text("{not json\n")
-    with local_data(tmp_path), pytest.raises(UserError, match=r"validation\.jsonl cannot be read"):
-        datasets.load_dataset("baber/piqa")
+    (tmp_path / "mmlu").mkdir()
+    (tmp_path / "mmlu" / "test.jsonl").write_text(json.dumps({"subject": "law"}) + "\n")
+    with local_data(tmp_path), pytest.raises(NoLocalData, match="with subject 'virology'"):
+        datasets.load_dataset("cais/mmlu", "virology")
+    (tmp_path / "blimp").mkdir()
+    (tmp_path / "blimp" / "train.jsonl").write_text(json.dumps({"uid": "law"}) + "\n")
+    with local_data(tmp_path), pytest.raises(NoLocalData, match="have no field 'UID'"):
+        datasets.load_dataset("nyu-mll/blimp", "virology")
+
+
+def test_a_task_is_prepared_in_no_time(run, data_folder, monkeypatch):
+    """lm-eval compiles a template for each document; under ours each is compiled once."""
+    from lm_eval.utils import env
+
+    made = []
+    compiled = type(env).from_string
+
+    def counted(self, source, *rest):
+        made.append(source)
+        return compiled(self, source, *rest)
+
+    monkeypatch.setattr(type(env), "from_string", counted)
+    ask(str(run[0].path), "recall=[]", "length=[]", "suites=[piqa]", f"local_data={data_folder}")
+    assert 0 < len(made) == len(set(made))
+    env.from_string("a"), env.from_string("a")
+    assert made[-2:] == ["a", "a"]
 
 
 def test_floor_and_ceiling():

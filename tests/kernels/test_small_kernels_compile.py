@@ -243,3 +243,11 @@ def test_states_of_one_token(arch):
     types = pointers("x state y", "bf16") | pointers("w b", "fp32") | integers("x_row width")
     flags = {"TAPS": 4, "SILU": True, "HAS_BIAS": True, "BLOCK": 256}
     assert_fits(resources(step_triton.conv_kernel, types, flags, arch=arch), arch)
+    types = pointers("q k v y", "bf16") | pointers("g beta state", "fp32")
+    types |= integers("q_row k_row v_row g_row beta_row q_head k_head v_head") | {"scale": "fp32"}
+    flags = {"K": 128, "V": 256, "BK": 128, "COLS": 16, "EPS": 1e-6}
+    assert_fits(resources(step_triton.delta_kernel, types, flags, arch=arch), arch)
+    types = pointers("q k v g y", "bf16") | pointers("state", "fp32") | {"scale": "fp32"}
+    types |= integers("q_row k_row v_row g_row q_head k_head v_head g_head")
+    flags = {"K": 192, "V": 384, "BK": 256, "COLS": 8}
+    assert_fits(resources(step_triton.gla_kernel, types, flags, arch=arch), arch)

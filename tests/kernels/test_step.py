@@ -12,6 +12,10 @@ from ablate.kernels import (
     attention_step,
     causal_conv1d,
     causal_conv1d_step,
+    gated_delta_rule,
+    gated_delta_rule_step,
+    gla,
+    gla_step,
     rotary,
     selective_scan,
     selective_scan_step,
@@ -138,6 +142,69 @@ def test_selective_scan(device, backend, dtype, width, d_state, full):
         whole,
         dtype,
     )  # fmt: skip
+    assert error(state, last) <= 1e-5
+
+
+@everywhere
+@dtypes
+@pytest.mark.parametrize(
+    ("heads", "width", "values", "unit"),
+    [(2, 16, 24, True), (3, 12, 8, False), (1, 128, 256, True)],
+)
+def test_gated_delta_rule(device, backend, dtype, heads, width, values, unit):
+    skip_bf16(device, dtype)
+    length = 9
+    wide = random(2, length, heads * (2 * width + values)).to(dtype)  # q, k and v of one projection
+    split = (heads * width, heads * width, heads * values)
+    q, k, v = (t.unflatten(-1, (heads, -1)) for t in wide.split(split, -1))
+    if not unit:
+        q, k = q / width, k / width
+    decay, beta = (
+        -random(2, length, heads, seed=1).exp(),
+        random(2, length, heads, seed=2).sigmoid(),
+    )
+    start = random(2, heads, width, values, seed=3).float()
+    whole, last = gated_delta_rule(
+        q.double(), k.double(), v.double(), decay, beta, normalize_qk=unit,
+        initial_state_BHKV=start.double(), return_final_state=True,
+    )  # fmt: skip
+    state = start.to(device)
+    rows = [t.to(device) for t in (q, k, v, decay.float(), beta.float())]
+    check(
+        lambda i: gated_delta_rule_step(
+            *(t[:, i] for t in rows), normalize_qk=unit, state_BHKV=state, backend=backend
+        ),
+        whole,
+        dtype,
+    )
+    assert error(state, last) <= 1e-5
+
+
+@everywhere
+@dtypes
+@pytest.mark.parametrize(("heads", "width", "values"), [(2, 16, 24), (3, 12, 8), (1, 96, 200)])
+def test_gla(device, backend, dtype, heads, width, values):
+    skip_bf16(device, dtype)
+    length = 9
+    wide = random(2, length, heads * (2 * width + values)).to(dtype)  # q, k and v of one projection
+    q, k, v = (
+        t.unflatten(-1, (heads, -1))
+        for t in wide.split((heads * width, heads * width, heads * values), -1)
+    )
+    decay = -random(2, length, heads, width, seed=1).exp().to(dtype)
+    decay[:, 4, :, ::3] = -torch.inf
+    start = random(2, heads, width, values, seed=2).float()
+    whole, last = gla(
+        *(t.double() for t in (q, k, v, decay)), initial_state_BHKV=start.double(),
+        return_final_state=True,
+    )  # fmt: skip
+    state = start.to(device)
+    rows = [t.to(device) for t in (q, k, v, decay)]
+    check(
+        lambda i: gla_step(*(t[:, i] for t in rows), state_BHKV=state, backend=backend),
+        whole,
+        dtype,
+    )
     assert error(state, last) <= 1e-5
 
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 import torch
 
 from ablate.arch import Architecture
+from ablate.layers import Context
+from ablate.layers.gated_deltanet import GatedDeltaNet, GatedDeltaNetOptions
 from ablate.model import LanguageModel
 
 transformers = pytest.importorskip("transformers")
@@ -208,3 +212,62 @@ def test_llama_and_mistral(kv_heads, window):
         )
     )
     compare(theirs, ours, llama_names(2, 8 * kv_heads, 48))
+
+
+@pytest.mark.parametrize(("head_dim", "head_v_dim"), [(8, 16), (6, 5)])
+def test_gated_deltanet(head_dim, head_v_dim, monkeypatch):
+    """The layer of Qwen3-Next, with as many key heads as value heads."""
+    qwen = pytest.importorskip("transformers.models.qwen3_next.modeling_qwen3_next")
+    for name, value in vars(qwen).copy().items():  # a GPU's kernels, where they are installed
+        if name.startswith(("torch_", "causal_conv1d")):
+            monkeypatch.setattr(qwen, name, inspect.unwrap(value))
+    heads, keys, values = 3, 3 * head_dim, 3 * head_v_dim
+    config = transformers.Qwen3NextConfig(
+        hidden_size=WIDTH,
+        linear_num_key_heads=heads,
+        linear_num_value_heads=heads,
+        linear_key_head_dim=head_dim,
+        linear_value_head_dim=head_v_dim,
+        linear_conv_kernel_dim=4,
+        rms_norm_eps=1e-5,
+    )
+    theirs = qwen.Qwen3NextGatedDeltaNet(config, 0)
+    randomise(theirs)
+    options = GatedDeltaNetOptions(
+        d_model=WIDTH, head_dim=head_dim, n_heads=heads, expand_v=head_v_dim / head_dim
+    )
+    ours = GatedDeltaNet(options, 1e-5)
+    with torch.no_grad():
+        # theirs lie head by head: q, k, v, z in one projection and b, a in the other
+        parts = theirs.in_proj_qkvz.weight.unflatten(0, (heads, -1)).split(
+            (head_dim, head_dim, head_v_dim, head_v_dim), dim=1
+        )
+        q, k, v, z = (part.flatten(0, 1) for part in parts)
+        b, a = theirs.in_proj_ba.weight.unflatten(0, (heads, 2)).unbind(1)
+        ours.in_proj.copy_(torch.cat((z, q, k, v, b, a)))
+        ours.conv_weight.copy_(theirs.conv1d.weight.squeeze(1))
+        for name, source in (
+            ("A_log", theirs.A_log),
+            ("dt_bias", theirs.dt_bias),
+            ("gate_norm", theirs.norm.weight),
+            ("out_proj", theirs.out_proj.weight),
+        ):
+            getattr(ours, name).copy_(source)
+    assert ours.in_proj.shape == (2 * keys + 2 * values + 2 * heads, WIDTH)
+    x = torch.randn(2, 70, WIDTH, generator=torch.Generator().manual_seed(1), requires_grad=True)
+    want = theirs(x)
+    got = ours.branch(x, Context(torch.arange(70)[None]))
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+    weight = torch.randn(want.shape, generator=torch.Generator().manual_seed(2))
+    mine = [ours.A_log, ours.dt_bias, ours.gate_norm, ours.conv_weight, ours.out_proj]
+    other = [
+        theirs.A_log, theirs.dt_bias, theirs.norm.weight, theirs.conv1d.weight,
+        theirs.out_proj.weight,
+    ]  # fmt: skip
+    for ours_grad, ref in zip(
+        torch.autograd.grad((got * weight).sum(), [x, *mine]),
+        torch.autograd.grad((want * weight).sum(), [x, *other]),
+        strict=True,
+    ):
+        scale = ref.abs().max().item()
+        torch.testing.assert_close(ours_grad, ref.view_as(ours_grad), rtol=1e-3, atol=1e-4 * scale)

@@ -19,8 +19,10 @@ CFG = load({"train": {"tokens": 1, "batch_size": 4}}).train
 SMALL = {
     "mamba2": {"d_state": 8, "head_dim": 8},
     "mamba1": {"d_state": 4},
+    "gated_deltanet": {"head_dim": 8},
     "attention": {"head_dim": 8, "n_heads": 2},
     "swa": {"head_dim": 8, "n_heads": 2, "window": 6},
+    "retnet": {"head_dim": 8},
 }
 
 
@@ -44,7 +46,7 @@ def loss_and_gradients(net: LanguageModel, docs: bool) -> tuple[torch.Tensor, li
 @pytest.mark.parametrize("docs", [False, True])
 def test_compiled_layers_give_the_same_loss_and_gradients(docs: bool) -> None:
     torch._dynamo.reset()
-    pattern = "M-m*SM-m*S"
+    pattern = "M-mGLR*SM-mGLR*S"
     plain, compiled = model(pattern), model(pattern)
     compiled.compile_layers(backend="eager")
     want, got = loss_and_gradients(plain, docs), loss_and_gradients(compiled, docs)

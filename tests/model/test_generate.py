@@ -5,18 +5,23 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ablate.arch import Architecture
 from ablate.layers import KINDS
 from ablate.model import Decoder, LanguageModel, Sampling, cast_weights, generate
+from ablate.model.generate import padded_length
 
 OPTIONS = {
     "mamba1": {"d_state": 4},
+    "gated_deltanet": {"head_dim": 8},
     "mamba2": {"head_dim": 16, "d_state": 16, "n_groups": 2},
     "attention": {"head_dim": 16, "n_kv_heads": 1, "d_conv": 4},
     "swa": {"head_dim": 16, "window": 5},
+    "gla": {"n_heads": 2},
+    "retnet": {"head_dim": 8},
 }
-PATTERNS = ["M-", "m-", "*-", "S-", "mM-*S-"]
+PATTERNS = ["M-", "m-", "*-", "S-", "G-", "L-", "R-", "mM-*S-"]
 
 
 def model(pattern="mM-*S-"):
@@ -66,6 +71,12 @@ def test_logits_after_ragged_prompts(pattern):
             expected = lm.logits(whole)[0, -1]
             torch.testing.assert_close(logits[row], expected, rtol=1e-4, atol=2e-4)
         logits = decoder.step(torch.tensor([m[i] for m in more]))
+
+
+def test_ragged_prompts_of_our_layers_are_one_forward():
+    """A kind that forgets `ragged` is still right, but prefilled once a length."""
+    for letter in "mM*S-":
+        assert getattr(KINDS[letter].module, "ragged", False), letter
 
 
 @torch.no_grad()
@@ -205,3 +216,44 @@ def test_a_captured_step_equals_the_plain_one(pattern):
             one, other = captured.step(token), plain.step(token)
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
             token = one.argmax(-1)
+
+
+def test_padded_lengths_are_few_and_near():
+    lengths = [padded_length(n) for n in range(1, 8193)]
+    assert all(n <= p <= max(n + 7, 1.125 * n) for n, p in enumerate(lengths, 1))
+    assert len(set(lengths)) < 80
+    assert [padded_length(n) for n in (1, 64, 65, 255, 2048, 262_144)] == [
+        *(8, 64, 72, 256, 2048, 262_144)
+    ]
+
+
+class Largest(TorchDispatchMode):
+    """The most numbers that one tensor made inside has."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, tuple | list) else [out]:
+            if isinstance(tensor, torch.Tensor):
+                self.numbers = max(self.numbers, tensor.untyped_storage().nbytes() // 4)
+        return out
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("ragged", [False, True])
+def test_a_prefill_holds_no_logits_and_no_mask_of_all_positions(pattern, ragged):
+    """What it holds grows with the prompt, no faster, so that 256K tokens fit: the largest tensor
+    is a layer's projection or the states of a scan, never (L, L) and never (L, V)."""
+    options = {k: v for k, v in OPTIONS.items() if k in {KINDS[c].name for c in pattern}}
+    arch = Architecture(pattern, d_model=32, vocab_size=8192, options=options)
+    lm = LanguageModel(arch, seed=1).eval()
+    found = []
+    for length in (1024, 2048):
+        decoder = Decoder(lm, 2, length)
+        with Largest() as largest:
+            decoder.prefill(prompts(length, length - 9 * ragged))
+        found.append(largest.numbers)
+    assert found[1] < 2.1 * found[0]
+    assert found[1] < 2 * 2048 * 1024  # of (B, L, 8192) and (B, L, 2048)

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 from ablate.report import load_study
-from ablate.report.evaluation import Evaluations
+from ablate.report.evaluation import Evaluations, _Scores
 from ablate.report.page import write_report
 from ablate.report.stats import mcnemar, paired_items
 from ablate.report.verdicts import analyse
@@ -111,6 +111,38 @@ def test_arms_are_compared_on_the_same_items(evaluated: Path):
     loss = found[(found["task"] == "length") & (found["arm"] == last)]
     assert loss["cell"].tolist() == ["1 training lengths", "2 training lengths"]
     assert loss["difference"].tolist() == pytest.approx([0.3, 0.3])
+
+
+def test_seeds_that_differ_and_a_score_without_spread(evaluated: Path):
+    found = Evaluations.read(analyse(load_study(evaluated)), evaluated).table()
+    book = found[(found["task"] == "phonebook") & (found["cell"] == "entries=5")]
+    for row in book.itertuples():
+        own = [float(v) for v in row.by_seed.split()]
+        assert len(own) == 2
+        assert np.mean(own) == pytest.approx(row.value, abs=1e-4)
+    loss = found[found["task"] == "length"]
+    assert (loss["by_seed"].str.split().str[0] == loss["by_seed"].str.split().str[1]).all()
+    every = pd.Series(1.0, index=range(40))
+    clusters = pd.Series(range(40))
+    mean = _Scores(every, clusters, [1.0]).mean()
+    assert (mean.low, mean.high) == (pytest.approx(0.912, abs=1e-3), 1.0)
+    none = _Scores(0 * every, clusters // 10, [0.0]).mean()  # four texts of ten questions
+    assert (none.low, none.high) == (0.0, pytest.approx(0.602, abs=1e-3))
+
+
+def test_a_verdict_is_that_of_every_seed(study: Path):
+    for run in find_runs(study):
+        seed = int(run.key[2:4])
+        content = recall(np.random.default_rng(seed), 0.5)
+        for cell in content["cells"].values():
+            cell |= {"verdict": "floor" if seed == 0 else None, "tokens": 120.0}
+        content["cells"]["entries=20"]["verdict"] = "cut"
+        run.write_evaluation("phonebook", content)
+    found = Evaluations.read(analyse(load_study(study)), study).table()
+    assert set(found[found["cell"] == "entries=5"]["verdict"]) == {""}
+    assert set(found[found["cell"] == "entries=20"]["verdict"]) == {"cut"}
+    assert set(found["tokens"]) == {120.0}
+    assert "texts cut" in write_report(study).read_text()
 
 
 def test_one_seed_has_mcnemar(synthetic, tmp_path: Path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -19,9 +20,10 @@ from ablate.run import find_runs, read_json, write_json
 HOST = "trainer-17"
 
 
-@pytest.fixture
-def evaluated(study: Path) -> Path:
+@pytest.fixture(scope="module")
+def evaluated(synthetic, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A study whose runs were evaluated, on a machine that its files name in many places."""
+    study = synthetic.write_study(tmp_path_factory.mktemp("runs") / "attn_ratio")
     for run in find_runs(study):
         rng = np.random.default_rng(int(run.key[:4]))
         hits = (rng.random(40) < 0.2 + 0.2 * int(run.key[:2])).astype(float)
@@ -57,15 +59,27 @@ def evaluated(study: Path) -> Path:
     return study
 
 
+@pytest.fixture(scope="module")
+def exported(evaluated: Path) -> Path:
+    """The same by the command line, with its report."""
+    results = evaluated.parent / "results"
+    assert main(["report", str(evaluated), f"export={results}"]) == 0
+    return results / "attn_ratio"
+
+
+@pytest.fixture
+def copy(evaluated: Path, tmp_path: Path) -> Path:
+    """The evaluated study, to be damaged."""
+    return Path(shutil.copytree(evaluated, tmp_path / "attn_ratio"))
+
+
 def files(folder: Path) -> dict[str, bytes]:
     return {p.name: p.read_bytes() for p in sorted((folder / "report").iterdir())}
 
 
-def test_the_report_of_an_export_is_that_of_the_run_folders(evaluated, tmp_path):
+def test_the_report_of_an_export_is_that_of_the_run_folders(evaluated, exported):
     write_report(evaluated)
-    folder = export_study(evaluated, tmp_path / "results")
-    write_report(folder)
-    before, after = files(evaluated), files(folder)
+    before, after = files(evaluated), files(exported)
     assert before.keys() == after.keys()
     assert {"evaluation.csv", "recall.png", "positions.svg"} <= before.keys()
     differ = {name for name in before if before[name] != after[name]}
@@ -75,13 +89,12 @@ def test_the_report_of_an_export_is_that_of_the_run_folders(evaluated, tmp_path)
         return page.decode().split("<h2>Environment</h2>")[0]
 
     assert body(before["index.html"]) == body(after["index.html"])
-    write_report(folder)
-    assert files(folder) == after  # the second time the same
+    write_report(exported)
+    assert files(exported) == after  # the second time the same
 
 
-def test_an_export_names_no_machine_and_is_small(evaluated, tmp_path):
-    folder = export_study(evaluated, tmp_path / "results")
-    write_report(folder)
+def test_an_export_names_no_machine_and_is_small(exported):
+    folder = exported
     texts = [p for p in folder.rglob("*") if p.suffix in (".csv", ".json", ".yaml", ".md", ".txt")]
     texts.append(folder / "report" / "index.html")
     for path in texts:
@@ -97,30 +110,28 @@ def test_an_export_names_no_machine_and_is_small(evaluated, tmp_path):
     assert "response" not in items
 
 
-def test_an_export_never_loses_finished_trials(evaluated, tmp_path, capsys):
-    folder = export_study(evaluated, tmp_path / "results")
-    assert main(["report", str(evaluated), f"export={tmp_path / 'results'}"]) == 0
-    next(find_runs(evaluated)).path.rename(tmp_path / "gone")
+def test_an_export_never_loses_finished_trials(copy, exported, tmp_path, capsys):
+    next(find_runs(copy)).path.rename(tmp_path / "gone")
     with pytest.raises(
         UserError, match=r"has 1 finished trials that .* lacks, such as 0000aaaaaaaa"
     ):
-        export_study(evaluated, tmp_path / "results")
+        export_study(copy, exported.parent)
     with pytest.raises(UserError, match="is an exported study already"):
-        export_study(folder, tmp_path / "more")
+        export_study(exported, tmp_path / "more")
     capsys.readouterr()
-    assert main(["report", str(evaluated), "export="]) == 2
+    assert main(["report", str(copy), "export="]) == 2
     assert "report takes one export=DIR" in capsys.readouterr().err
 
 
-def test_a_damaged_export_is_told_in_one_sentence(evaluated, tmp_path):
-    folder = export_study(evaluated, tmp_path / "results")
+def test_a_damaged_export_is_told_in_one_sentence(exported, tmp_path):
+    folder = Path(shutil.copytree(exported, tmp_path / "attn_ratio"))
     (folder / "configs.yaml").write_text("runs: [")
     with pytest.raises(UserError, match="is an exported study that cannot be read"):
         load_study(folder)
 
 
-def test_a_text_that_names_the_machine_is_refused(evaluated, tmp_path):
-    index = read_json(evaluated / "study.json")
-    write_json(evaluated / "study.json", {**index, "question": f"Does {HOST} work?"})
+def test_a_text_that_names_the_machine_is_refused(copy, tmp_path):
+    index = read_json(copy / "study.json")
+    write_json(copy / "study.json", {**index, "question": f"Does {HOST} work?"})
     with pytest.raises(UserError, match=rf"names this machine \('{HOST}'\)"):
-        export_study(evaluated, tmp_path / "results")
+        export_study(copy, tmp_path / "results")

@@ -19,12 +19,13 @@ import pandas as pd
 import pytest
 from rich.console import Console
 
-from ablate.report.confounds import confounds, si
+from ablate.report.confounds import confounds
 from ablate.report.frames import load_details, load_metrics, load_study
 from ablate.report.page import summary, write_report
 from ablate.report.tables import difference_table, equal_budgets
 from ablate.report.verdicts import analyse, verdicts
 from ablate.run import RunFolder, write_json
+from ablate.study.show import si
 
 MAMBA2_EXCESS = [0.0403, 0.0072, 0.0036, 0.0, 0.002, 0.006, 0.012, 0.029]
 
@@ -57,11 +58,21 @@ class Page(HTMLParser):
         self.words.append(data)
 
 
-def test_the_page_stands_alone_and_says_what_was_found(study: Path) -> None:
+@pytest.fixture(scope="module")
+def reported(synthetic: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A study with its report, in whose making nothing was printed."""
+    study: Path = synthetic.write_study(tmp_path_factory.mktemp("runs") / "attn_ratio")
     said: list[object] = []
-    path = write_report(study, say=said.append)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(builtins, "print", lambda *_, **__: pytest.fail("printed"))
+        path = write_report(study, say=said.append)
     assert path == study / "report" / "index.html"
     assert said == []
+    return study
+
+
+def test_the_page_stands_alone_and_says_what_was_found(reported: Path) -> None:
+    study, path = reported, reported / "report" / "index.html"
     page = Page(path)
     assert page.open == []
     assert all(load.startswith("data:image/svg+xml;base64,") for load in page.loads)
@@ -96,16 +107,20 @@ def test_the_page_stands_alone_and_says_what_was_found(study: Path) -> None:
         assert (study / "report" / f"{name}.svg").read_text().startswith("<?xml")
 
 
-def test_the_same_runs_give_the_same_files(study: Path) -> None:
-    write_report(study)
+def test_the_same_runs_give_the_same_files_without_torch(reported: Path) -> None:
+    study = reported
     first = {p.name: p.read_bytes() for p in (study / "report").iterdir()}
-    write_report(study)
+    code = (
+        "import sys; from ablate.report import load_study; from ablate.report.page import "
+        f"write_report; write_report({str(study)!r}); assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
     second = {p.name: p.read_bytes() for p in (study / "report").iterdir()}
     assert [n for n in first if first[n] != second[n]] == []
 
 
-def test_tables_hold_the_means(study: Path) -> None:
-    write_report(study)
+def test_tables_hold_the_means(reported: Path) -> None:
+    study = reported
     table = pd.read_parquet(study / "report" / "table.parquet").set_index("arm")
     runs = load_study(study)
     means = runs.groupby("arm")["val_b_loss"].mean()
@@ -320,7 +335,7 @@ def test_intervals_over_documents_stand_beside_those_over_seeds(study: Path) -> 
     assert again["items_low"].isna().all()
 
 
-def test_without_pyarrow_one_line_and_csv_only(
+def test_without_pyarrow_one_line_and_csv_only_and_words_are_escaped(
     study: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def missing(*_: object, **__: object) -> None:
@@ -328,12 +343,16 @@ def test_without_pyarrow_one_line_and_csv_only(
 
     monkeypatch.setattr(pd.DataFrame, "to_parquet", missing)
     monkeypatch.setattr(pd, "read_parquet", missing)
+    content = json.loads((study / "study.json").read_text())
+    content["question"] = "Is <b>a</b> & b better?"
+    write_json(study / "study.json", content)
     said: list[object] = []
-    write_report(study, say=said.append)
+    page = write_report(study, say=said.append)
     assert len(said) == 1
     assert "pyarrow" in str(said[0])
     assert (study / "report" / "table.csv").exists()
     assert not list(study.rglob("*.parquet"))
+    assert "Is &lt;b&gt;a&lt;/b&gt; &amp; b better?" in page.read_text()
 
 
 def test_the_summary_fits_a_terminal(study: Path) -> None:
@@ -345,30 +364,9 @@ def test_the_summary_fits_a_terminal(study: Path) -> None:
     assert "92k" in out.getvalue()
 
 
-def test_reports_need_no_torch(study: Path) -> None:
-    code = (
-        "import sys; from ablate.report import load_study; from ablate.report.page import "
-        f"write_report; write_report({str(study)!r}); assert 'torch' not in sys.modules"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True)
-
-
-def test_words_from_configs_are_escaped(synthetic: ModuleType, study: Path) -> None:
-    content = json.loads((study / "study.json").read_text())
-    content["question"] = "Is <b>a</b> & b better?"
-    write_json(study / "study.json", content)
-    html = write_report(study).read_text()
-    assert "Is &lt;b&gt;a&lt;/b&gt; &amp; b better?" in html
-
-
 @pytest.mark.parametrize(
     ("value", "unit", "text"),
     [(92_000, "", "92k"), (1_234_567, "", "1.23M"), (36_000, "B", "35.2 KiB"), (999, "", "999")],
 )
 def test_numbers_for_people(value: float, unit: str, text: str) -> None:
     assert si(value, unit) == text
-
-
-def test_nothing_is_printed_by_reading(study: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(builtins, "print", lambda *_, **__: pytest.fail("printed"))
-    write_report(study)

@@ -14,6 +14,7 @@ import pytest
 from ablate.report.confounds import confounds
 from ablate.report.frames import load_details, load_study, usable
 from ablate.report.page import write_report
+from ablate.report.tables import difference_table
 from ablate.report.verdicts import analyse, verdicts
 from ablate.run import RunFolder, write_json
 
@@ -82,7 +83,7 @@ def test_arms_within_the_margin_are_called_equal(synthetic: ModuleType, tmp_path
     path = synthetic.write_two_stages(tmp_path / "m", noise=0.0005, margin=0.05)
     lines = verdicts(load_study(path))
     assert any("Loss within 0.05 nats of the arm without attention: 12.5%" in v for v in lines)
-    table = pd.read_csv(write_report(path).parent / "differences.csv")
+    table = difference_table(analyse(load_study(path)), path)
     assert (table["equivalence_p"] < 0.05).all()
     assert (table["holm_all_p"] >= table["p"]).all()
     assert (table["fdr_q"] <= table["holm_all_p"] + 1e-12).all()
@@ -105,7 +106,9 @@ def test_a_first_stage_alone_says_how_far_it_is(synthetic: ModuleType, tmp_path:
 
 
 def test_a_forced_match_is_a_confound(synthetic: ModuleType, tmp_path: Path) -> None:
-    path = synthetic.write_two_stages(tmp_path / "forced", tolerance=0.0005, force=True)
+    path = synthetic.write_two_stages(
+        tmp_path / "forced", shares=(0.0, 0.25, 0.5), tolerance=0.0005, force=True
+    )
     texts = [c.text for c in confounds(load_study(path), load_details(path)) if c.between_arms]
     assert any("was run although its non_embedding_params is" in t for t in texts)
     assert "(forced)" in write_report(path).read_text()

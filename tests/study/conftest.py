@@ -2,10 +2,9 @@ from __future__ import annotations
 
 import copy
 import io
-import json
-import os
+import multiprocessing
 import subprocess
-import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,9 +12,11 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-HERE = Path(__file__).parent
-ROOT = HERE.parents[1]
-FAKE = [sys.executable, str(HERE / "fake_child.py")]
+from tests.study.drive import FAKE, drive
+
+__all__ = ["FAKE", "calls", "start"]
+
+ROOT = Path(__file__).parents[2]
 
 
 def deep_update(tree: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
@@ -82,16 +83,41 @@ def console() -> Console:
     return Console(file=io.StringIO(), width=140)
 
 
-def start(tree: dict[str, Any], *words: str, **environment: str) -> subprocess.Popen[str]:
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["ablate.study.supervisor"])  # so that a start costs no import
+
+
+class Study:
+    """A study in a process of its own, with as much of `subprocess.Popen` as tests need."""
+
+    def __init__(self, tree: dict[str, Any], fake: bool, environment: dict[str, str]) -> None:
+        folder = Path(tree["study"]["folder"])
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        self.output = folder.with_name(f"{folder.name}.{time.monotonic_ns()}.log")
+        self.output.touch()
+        environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment}
+        arguments = (tree, fake, environment, str(self.output))
+        self._process = FORKS.Process(target=drive, args=arguments)
+        self._process.start()
+        self.pid = self._process.pid or 0
+
+    @property
+    def returncode(self) -> int | None:
+        return self._process.exitcode
+
+    def poll(self) -> int | None:
+        return self._process.exitcode
+
+    def communicate(self, timeout: float) -> tuple[str, None]:
+        self._process.join(timeout)
+        if self._process.exitcode is None:
+            raise subprocess.TimeoutExpired("study", timeout)
+        return self.output.read_text(), None
+
+
+def start(tree: dict[str, Any], *words: str, **environment: str) -> Study:
     """The study in a process of its own, at the head of its own process group."""
-    return subprocess.Popen(
-        [sys.executable, str(HERE / "drive.py"), json.dumps(tree), *words],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment},
-        start_new_session=True,
-    )
+    return Study(tree, "fake" in words, environment)
 
 
 def calls(tree: dict[str, Any]) -> list[list[str]]:

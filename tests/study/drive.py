@@ -1,14 +1,22 @@
-"""A study run from the command line: `drive.py TREE_JSON [fake]`; its exit code is the study's."""
+"""A study in a process of its own, forked from one that has imported torch already."""
 
 from __future__ import annotations
 
-import json
+import os
 import sys
 from pathlib import Path
+from typing import Any
 
-from ablate.study.supervisor import run_study
+FAKE = [sys.executable, str(Path(__file__).with_name("fake_child.py"))]
 
-if __name__ == "__main__":
-    fake = [sys.executable, str(Path(__file__).with_name("fake_child.py"))]
-    command = fake if "fake" in sys.argv else None
-    sys.exit(run_study(json.loads(sys.argv[1]), child_command=command).exit_code)
+
+def drive(tree: dict[str, Any], fake: bool, environment: dict[str, str], output: str) -> None:
+    """Run a study at the head of a session; the exit code is the study's."""
+    from ablate.study.supervisor import run_study
+
+    os.setsid()
+    os.environ.update(environment)
+    file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    sys.exit(run_study(tree, child_command=FAKE if fake else None).exit_code)

@@ -58,7 +58,7 @@ def train(cfg: Any, folder: Any, *, on_progress: Any, should_prune: Any) -> dict
         lr, loss = cfg.train.lr, math.inf
         try:
             for step in range(first + 1, STEPS + 1):
-                time.sleep(seconds * (20 if lr == SLOW else 1))
+                time.sleep(seconds * (100 if lr == SLOW else 1))
                 misbehave(lr, step, generation)
                 loss = 3 + (math.log10(lr) + 2.5) ** 2 + 0.01 * cfg.seed + 1 / step
                 atomic_write(saved, str(step))

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -90,3 +93,36 @@ def test_a_trial_of_two_processes(make: Any, console: Any) -> None:
         "rows": 2,
         "source": "config",
     }
+
+
+@pytest.mark.parametrize("early", [True, False])
+def test_a_trial_counts_the_loading_it_waited_for(make: Any, tmp_path: Path, early: bool) -> None:
+    """A process that loaded while another trained cost its trial nothing; the first one did."""
+    cfg = config.load(make())
+    ask = {"folder": str(tmp_path / "run"), "config": make(), "generation": 0, "prune": False}
+    child = subprocess.Popen(
+        [sys.executable, "-m", "ablate.study.child"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        env=child_environment(cfg),
+    )
+    assert child.stdin is not None
+    assert child.stdout is not None
+    if early:
+        child.stdin.write(json.dumps(ask) + "\n")
+        child.stdin.flush()
+    began = time.monotonic()
+    while "ready" not in child.stdout.readline():
+        pass
+    loading = time.monotonic() - began
+    if not early:
+        child.stdin.write(json.dumps(ask) + "\n")
+        child.stdin.flush()
+    said = child.stdout.read()
+    child.wait(timeout=120)
+    result = RunFolder(tmp_path / "run").result()
+    assert result is not None, said
+    counted = result["seconds"]["start_up"]
+    assert counted > 0.6 * loading if early else counted < 0.6 * loading, (counted, loading)

@@ -18,6 +18,7 @@ from ablate.run import RunFolder, find_runs
 from ablate.study.folder import StudyFolder
 from ablate.study.rerun import OTHER_TOLERANCE, compare, kept
 from ablate.study.store import Store
+from ablate.train import train
 
 from .conftest import start
 
@@ -77,8 +78,14 @@ def real(make: Any, folder: Path, **changes: Any) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(make: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    tree = real(make, tmp_path_factory.mktemp("quiet"))
+def quiet(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("quiet")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(make: Any, quiet: Path) -> dict[str, Any]:
+    """The figures of the study in `quiet`, which nothing has disturbed."""
+    tree = real(make, quiet)
     finish(tree)
     found = all_figures(tree)
     assert len(found) == 2  # the shares 0.0 and 0.1 of two layers are one pattern, so one run
@@ -126,16 +133,8 @@ def check(tree: dict[str, Any], undisturbed: dict[str, Any]) -> None:
         assert not folder.run(key).checkpoint.exists()
 
 
-def test_kills_change_nothing(make: Any, tmp_path: Path, undisturbed: dict[str, Any]) -> None:
-    tree = real(make, tmp_path)
-    assert kill_often(tree, 4, random.Random(1), most=1.5) >= 2
-    check(tree, undisturbed)
-
-
-def test_a_rerun_gives_the_same_losses(make: Any, tmp_path: Path) -> None:
-    tree = real(make, tmp_path, **{"study.grid": {}, "train.tokens": 32 * 4 * 30})
-    finish(tree)
-    again = compare(next(find_runs(tmp_path / "tiny")).path)
+def test_a_rerun_gives_the_same_losses(quiet: Path, undisturbed: dict[str, Any]) -> None:
+    again = compare(next(find_runs(quiet / "tiny")).path)
     assert again.old == again.new
     assert set(again.old) == {"val_a", "val_b"}
     assert again.same
@@ -147,9 +146,8 @@ def test_the_spread_of_reruns_is_their_tolerance(
     said = RunFolder.environment
     monkeypatch.setattr(RunFolder, "environment", lambda run: {**said(run), "dirty": False})
     changes = {"study.grid": {}, "train.tokens": 32 * 4 * 30, "train.deterministic": False}
-    tree = real(make, tmp_path, **changes)
-    finish(tree)
-    run = next(find_runs(tmp_path / "tiny"))
+    run = RunFolder(tmp_path / "run")
+    train(config.load(real(make, tmp_path, **changes)), run)
     found = compare(run.path)
     assert (found.tolerance, found.same) == (OTHER_TOLERANCE, True)
     assert "times=5 measures the spread" in found.why
@@ -166,11 +164,11 @@ def test_the_spread_of_reruns_is_their_tolerance(
 
 @pytest.mark.slow
 def test_twenty_kills_change_nothing(make: Any, tmp_path: Path) -> None:
-    changes = {"train.tokens": 32 * 4 * 2000, "study.seeds": [0, 1]}
+    changes = {"train.tokens": 32 * 4 * 1200, "study.seeds": [0, 1]}
     quiet = real(make, tmp_path / "quiet", **changes)
     finish(quiet)
     tree = real(make, tmp_path / "killed", **changes)
-    assert kill_often(tree, 20, random.Random(2), most=5.0) >= 12
+    assert kill_often(tree, 20, random.Random(2), most=3.0) >= 12
     check(tree, all_figures(quiet))
 
 

@@ -111,7 +111,7 @@ def test_earlier_runs_of_the_architecture_then_of_the_size(make: Any, console: A
     trial = cells[0].trial
     known = estimates.speed(trial, past, here)
     assert known.source == "2 earlier runs of this architecture (before)"
-    tokens = estimates.run_tokens(trial)
+    tokens = trial.tokens
     cost = trial.architecture.cost(cfg.data.seq_len)
     found = estimates.estimate(trial, known, here)
     validation = 6 * 1500 * cost.forward_flops / (1000 * cost.train_flops)
@@ -155,6 +155,17 @@ def test_stages_are_planned_apart(make: Any, console: Any) -> None:
     assert "confirm: 6 trials" in text
     assert "both stages:" in text
     assert "first stage: 5 learning rates an arm" in text
+
+
+def test_the_second_stage_is_planned_at_the_rates_found(make: Any, console: Any) -> None:
+    tree = make(**{**GRID, "study.tune": {"points": 5}})
+    arms = dict.fromkeys(cell.arm for cell in space.cells(tree))
+    fits = [{"arm": arm, "chosen": 2e-3} for arm in arms]
+    folder = StudyFolder(Path(tree["study"]["folder"]) / "tiny")
+    folder.write_index({"tuned": {"problems": [], "fit": {"fits": fits}}})
+    plan(tree, console)
+    assert "confirm: 6 trials" in said(console)
+    assert "what seeds detect" in said(console)
 
 
 def test_certificates_are_in_the_plan(make: Any, console: Any) -> None:

@@ -11,7 +11,8 @@ from rich.console import Console
 
 from ablate.errors import UserError
 from ablate.run import RunFolder
-from ablate.study.progress import Display, Running, Snapshot, duration
+from ablate.study.progress import Display, Running, Snapshot
+from ablate.study.show import duration
 from ablate.study.status import frame, show
 
 

@@ -196,7 +196,8 @@ def test_a_killed_parent_leaves_no_orphans(make: Any, console: Any, whole_group:
     assert "interrupted" in set(frame(folder_of(tree).path)["state"])
     assert run(tree, console).exit_code == 0
     ends = Counter(call[0] for call in calls(tree) if call[2] == "ends")
-    assert sorted(ends.values()) == [1, 1, 1]
+    assert set(ends.values()) == {1}
+    assert len(ends) in (2, 3)  # one may have been killed between its result and its note
     assert all(
         [s.name for s in trials].count("COMPLETE") == 1
         and "RUNNING" not in [s.name for s in trials]

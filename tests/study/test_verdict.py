@@ -10,11 +10,13 @@ from ablate.report import load_study
 from ablate.report.frames import usable
 from ablate.report.page import write_report
 from ablate.report.verdicts import analyse, judge
+from ablate.run import RunFolder
+from ablate.study.space import cells
+from ablate.study.supervisor import run_study
+from ablate.train import train
 
-from .test_kills import finish
 
-
-def test_a_wider_mlp_is_different_and_a_repeated_arm_is_not(make: Any) -> None:
+def test_a_wider_mlp_is_different_and_a_repeated_arm_is_not(make: Any, console: Any) -> None:
     """`again` is `base` but for AdamW's epsilon, which changes the run and not what it learns."""
     tree = make(
         **{
@@ -33,8 +35,10 @@ def test_a_wider_mlp_is_different_and_a_repeated_arm_is_not(make: Any) -> None:
             "study.seeds": [0, 1, 2],
         }
     )
-    finish(tree)
     path = Path(tree["study"]["folder"]) / "tiny"
+    for cell in cells(tree):  # here, as nine processes would each import torch
+        train(cell.trial.config, RunFolder(path / cell.key))
+    assert run_study(tree, console=console).exit_code == 0
     frame = load_study(path)
     assert len(usable(frame)) == 9
     analysis = analyse(frame)

@@ -15,6 +15,7 @@ from ablate.train.step import Reading, Stepper
 
 SIZES = {"mamba2": {"d_state": 16, "head_dim": 16}, "attention": {"head_dim": 16}}
 SIZES |= {"swa": {"head_dim": 16, "window": 8}, "mamba1": {"d_state": 8}}
+SIZES |= {"gated_deltanet": {"head_dim": 16}, "retnet": {"head_dim": 16}}
 
 
 def run(
@@ -63,7 +64,7 @@ def test_micro_batches_give_the_same_step() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("pattern", ["M-M-", "*-*-", "S-m-"])
+@pytest.mark.parametrize("pattern", ["M-M-", "*-*-", "S-m-", "G-G-", "L-R-"])
 @pytest.mark.parametrize("micro_batch", [None, 2])
 def test_a_captured_step_is_the_plain_one_bit_for_bit(pattern, micro_batch) -> None:
     plain, weights = run(pattern, "cuda", capture=False, micro_batch=micro_batch)
@@ -73,7 +74,7 @@ def test_a_captured_step_is_the_plain_one_bit_for_bit(pattern, micro_batch) -> N
         assert torch.equal(weights_captured[name], w), name
 
 
-@pytest.mark.parametrize("pattern", ["M-", "m*", "S-"])
+@pytest.mark.parametrize("pattern", ["M-", "m*", "S-", "G-", "LR"])
 def test_activation_checkpointing_changes_no_bit(pattern: str) -> None:
     kept, weights = run(pattern, "cpu", capture=False)
     again, weights_again = run(pattern, "cpu", capture=False, recompute=True)
@@ -95,7 +96,7 @@ def test_activation_checkpointing_is_captured_and_compiled(pattern: str) -> None
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("pattern", ["M-M-", "*-S-"])
+@pytest.mark.parametrize("pattern", ["M-M-", "*-S-", "L-R-"])
 def test_a_compiled_step_agrees(pattern) -> None:
     torch._dynamo.reset()
     plain, _ = run(pattern, "cuda", capture=False)

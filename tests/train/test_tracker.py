@@ -130,9 +130,10 @@ def test_the_name_is_the_arm_where_the_study_knows_it(tmp_path: Path) -> None:
 
 
 def test_offline_wandb_writes_under_the_run_folder(
-    tiny: Make, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tiny: Make, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("wandb")
+    monkeypatch.setattr(tracker, "FINISH_SECONDS", 120.0)  # however busy the machine is
     folder = RunFolder(tmp_path / "run")
     folder.path.mkdir()
     with caplog.at_level(logging.WARNING, logger="ablate"):

@@ -80,7 +80,7 @@ class Recaller(nn.Module):
         self.p = nn.Parameter(torch.zeros(()))
         self.seen: list[Tensor] = []
 
-    def logits(self, tokens_BL: Tensor) -> Tensor:
+    def logits(self, tokens_BL: Tensor, *, keep_BL: Tensor) -> Tensor:
         self.seen.append(tokens_BL)
         logits = torch.zeros(*tokens_BL.shape, self.vocab)
         for b, row in enumerate(tokens_BL.tolist()):
@@ -90,7 +90,7 @@ class Recaller(nn.Module):
                     logits[b, t, last[token]] = 50.0
                 if t:
                     last[row[t - 1]] = token
-        return logits
+        return logits[keep_BL]
 
 
 def test_recall_of_one_who_knows(tiny: Make) -> None:
@@ -116,12 +116,13 @@ def test_recall_counts_what_is_wrong(tiny: Make) -> None:
     cfg = tiny(evaluate={"mqar_rows": 10}, data={"seq_len": 32})
     tokens = prepare(cfg.data)
     model = Recaller(model_vocab(tokens.vocab_size))
-    knows: Callable[[Tensor], Tensor] = model.logits
+    knows: Callable[..., Tensor] = model.logits
 
-    def half(tokens_BL: Tensor) -> Tensor:
-        logits = knows(tokens_BL)
-        logits[::2] = 0.0  # the even rows know nothing
-        return logits
+    def half(tokens_BL: Tensor, *, keep_BL: Tensor) -> Tensor:
+        all_BL = torch.ones_like(keep_BL)
+        logits_BLV = knows(tokens_BL, keep_BL=all_BL).unflatten(0, keep_BL.shape)
+        logits_BLV[::2] = 0.0  # the even rows know nothing
+        return logits_BLV[keep_BL]
 
     model.logits = half  # type: ignore[method-assign]
     score = validator(cfg, model, tokens).recall(final=True)

@@ -1,0 +1,48 @@
+"""Tiles of row-major matrices, and the strides of the tensors (B, L, H, width) they lie in."""
+
+# mypy: disallow-untyped-defs=False
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+@triton.jit
+def load_tile(
+    ptr, rows, cols, n_rows, n_cols, stride, FULL_ROWS: tl.constexpr, FULL_COLS: tl.constexpr
+):
+    """A tile of a row-major matrix, zero outside; masks only where the tile can stick out."""
+    ptrs = ptr + rows[:, None] * stride + cols[None, :]
+    if FULL_ROWS and FULL_COLS:
+        return tl.load(ptrs)
+    elif FULL_COLS:
+        return tl.load(ptrs, mask=rows[:, None] < n_rows, other=0.0)
+    elif FULL_ROWS:
+        return tl.load(ptrs, mask=cols[None, :] < n_cols, other=0.0)
+    else:
+        return tl.load(ptrs, mask=(rows[:, None] < n_rows) & (cols[None, :] < n_cols), other=0.0)
+
+
+@triton.jit
+def store_tile(
+    ptr, value, rows, cols, n_rows, n_cols, stride, FULL_ROWS: tl.constexpr, FULL_COLS: tl.constexpr
+):
+    ptrs = ptr + rows[:, None] * stride + cols[None, :]
+    value = value.to(ptr.dtype.element_ty)
+    if FULL_ROWS and FULL_COLS:
+        tl.store(ptrs, value)
+    else:
+        tl.store(ptrs, value, mask=(rows[:, None] < n_rows) & (cols[None, :] < n_cols))
+
+
+def dense_rows(v: Tensor) -> Tensor:
+    """v (B, L, H, width) with its last two axes dense; a copy only where they are not."""
+    dense = v.stride(3) == 1 and v.stride(2) == v.shape[3]
+    return v if dense else v.contiguous()
+
+
+def batch_unit(*tensors: Tensor) -> int:
+    """8 if every batch stride is a multiple of 8 elements, which wide loads need to know, or 1."""
+    return 8 if all(v.stride(0) % 8 == 0 for v in tensors) else 1
