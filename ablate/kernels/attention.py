@@ -114,7 +114,8 @@ def attention(
     scale: of the scores, P^-0.5 when None.
 
     What runs:
-        scaled_dot_product_attention: neither documents nor a window shorter than L;
+        scaled_dot_product_attention: neither documents nor a window shorter than L, unless torch
+            is to be deterministic;
         the Triton kernel: otherwise, on CUDA, with P <= 128 (padded to a power of two from 16 on),
             a positive scale and any type but float64;
         scaled_dot_product_attention with masks, by blocks of queries: otherwise.
@@ -153,7 +154,9 @@ def _form(
         window = None
     full = window is None and doc_start_BL is None
     kernel = use_triton(backend, q, k, v, supported=_kernel_runs(q, scale))
-    if kernel and (backend == "triton" or not full):
+    # The kernel's backward pass is deterministic, cuDNN's is not, and FlashAttention's takes longer.
+    ours = not full or torch.are_deterministic_algorithms_enabled()
+    if kernel and (backend == "triton" or ours):
         return "triton", window
     return ("sdpa" if full else "blocks"), window
 
