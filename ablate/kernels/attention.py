@@ -154,7 +154,7 @@ def _form(
         window = None
     full = window is None and doc_start_BL is None
     kernel = use_triton(backend, q, k, v, supported=_kernel_runs(q, scale))
-    # The kernel's backward pass is deterministic, cuDNN's is not, and FlashAttention's takes longer.
+    # cuDNN's backward pass is not deterministic, and FlashAttention's takes longer then.
     ours = not full or torch.are_deterministic_algorithms_enabled()
     if kernel and (backend == "triton" or ours):
         return "triton", window
