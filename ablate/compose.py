@@ -89,13 +89,16 @@ def compose(overrides: Sequence[str]) -> Composed:
         _check_word(word)
     # The keys of these are the user's own: setting one adds to what the sweep has.
     words = [f"++{w}" if w.startswith(_OPEN) else w for w in overrides]
-    tree, choices = _compose(words)
     notes = []
-    if choices.get("scale") == "auto":
+    groups = [w for w in words if w.lstrip("+~").partition("=")[0].partition("@")[0] in GROUPS]
+    _, choices = _compose(groups)  # alone: `auto` has none of the fields that a scale sets
+    auto = choices.get("scale") == "auto"
+    if auto:
         scale, why = _scale_of_this_machine()
         words = [w for w in words if not w.startswith("scale=")] + [f"scale={scale}"]
-        tree, choices = _compose(words)
         notes.append(f"scale auto: {scale} ({why})")
+    tree, choices = _compose(words)
+    if auto:
         choices["scale_auto"] = "yes"
     return Composed(tree, choices, notes)
 
