@@ -90,9 +90,11 @@ def compose(overrides: Sequence[str]) -> Composed:
     # The keys of these are the user's own: setting one adds to what the sweep has.
     words = [f"++{w}" if w.startswith(_OPEN) else w for w in overrides]
     notes = []
-    groups = [w for w in words if w.lstrip("+~").partition("=")[0].partition("@")[0] in GROUPS]
-    _, choices = _compose(groups)  # alone: `auto` has none of the fields that a scale sets
-    auto = choices.get("scale") == "auto"
+    scales = [w for w in words if w.startswith("scale=")]
+    auto = scales[-1:] in ([], ["scale=auto"])
+    if auto:  # a user's own config.yaml may name another; `auto` has no field that a scale sets
+        groups = [w for w in words if re.split("[@=]", w.lstrip("+~"))[0] in GROUPS]
+        auto = _compose(groups)[1].get("scale") == "auto"
     if auto:
         scale, why = _scale_of_this_machine()
         words = [w for w in words if not w.startswith("scale=")] + [f"scale={scale}"]
