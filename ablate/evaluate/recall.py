@@ -204,7 +204,7 @@ def _haystack(
 
 def _up_to(room: int, make: Callable[[], str], count: Count) -> Iterator[str]:
     """New texts that together have at most `room` tokens."""
-    while True:
+    while room >= 0:
         some = [make() for _ in range(1 + room // 8)]
         for text, n in zip(some, count(some), strict=True):
             room -= n

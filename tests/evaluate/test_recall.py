@@ -99,6 +99,7 @@ def test_digit_accuracy_by_place():
         ("mqar_text", {"pairs": [64], "lengths": [100]}, "length 100"),
         ("passkey", {"seed": -1}, "seed is -1"),
         ("induction", {"lengths": [9]}, "no room for three words"),
+        ("induction", {"lengths": [7]}, "no room for three words"),
     ],
 )
 def test_mistakes_are_one_sentence(task, sizes, named):
