@@ -82,8 +82,8 @@ def check(task: str, tokenizer: str | None, sizes: Mapping[str, Any]) -> None:
         task, sizes = "needle", {"values": 3, **sizes}
     for name in DEFAULTS[task].keys() & sizes.keys():
         _check_size(task, name, sizes[name])
-    one = {name: 1 for name in ("items", "depths") if name in DEFAULTS[task]}
-    given: dict[str, Any] = {**sizes, **one}
+    one: dict[str, Any] = {n: 1 for n in ("items", "depths") if n in DEFAULTS[task]}
+    given = {**sizes, **one}
     make(task, tokenizer=tokenizer, **given)
 
 
