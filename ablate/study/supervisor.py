@@ -13,6 +13,7 @@ second join the others. Every process comes to the same rates, as they follow fr
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import math
 import os
@@ -40,6 +41,7 @@ from ablate.config import Config
 from ablate.data import TokenSet, TrainStream, check_epochs, prepare
 from ablate.data.tokens import usable_cores
 from ablate.errors import UserError
+from ablate.evaluate.length import check_longest
 from ablate.run import RunFolder, find_runs
 from ablate.study import space
 from ablate.study.child import child_environment
@@ -800,6 +802,7 @@ class _Supervisor:
                 token_sets[name] = prepare(cfg.data)
             try:
                 _check_epochs(cell, token_sets[name])
+                _check_length(cfg, token_sets[name])
             except UserError as error:
                 raise UserError(f"cell '{cell.arm}': {error}") from None
         if not token_sets:
@@ -937,6 +940,14 @@ def _check_epochs(cell: Cell, token_set: TokenSet) -> None:
     stream = TrainStream(token_set, cfg.data, batch_size=cfg.train.batch_size, seed=cfg.seed)
     if math.isfinite(tokens):
         check_epochs(token_set, cfg.data, stream.text_tokens(int(tokens)))
+
+
+def _check_length(cfg: Config, token_set: TokenSet) -> None:
+    """evaluate.length needs long documents, which is better known before training than after."""
+    if cfg.evaluate.length and cfg.evaluate.long_documents is None:
+        ends = token_set.splits["val_b"].doc_offsets
+        longest = max((int(b - a) for a, b in itertools.pairwise(ends)), default=0)
+        check_longest(longest, cfg.data.seq_len, max(cfg.evaluate.length))
 
 
 def _work_of(cell: Cell) -> float:
