@@ -818,7 +818,7 @@ class _Supervisor:
         text = f"{cell.name}, seed {cell.seed}: {state}"
         value = objective(run)
         if state == "done" and value is not None:
-            text += f", validation loss {value:.4f}"
+            text += f", loss {value:.4f} on validation A"
         smaller = ((run.result() or {}).get("train") or {}).get("out_of_memory")
         if smaller:
             text += (
