@@ -45,13 +45,7 @@ def shipped(name: str) -> Path:
     return inside if inside.is_dir() else _PACKAGE.parent / name
 
 
-_OPEN = (
-    "study.grid=",
-    "study.arms=",
-    "study.search=",
-    "arch.overrides=",
-    "evaluate.sizes=",
-)
+_OPEN = ("study.grid=", "study.arms=", "study.search=", "arch.overrides=", "evaluate.sizes=")
 
 # What sweep and scale files may compute from other fields, as ${name:a,b}.
 _RESOLVERS: dict[str, Callable[..., float]] = {

@@ -83,12 +83,7 @@ def _contract(arch: Architecture, context: int, dtype: torch.dtype) -> int:
 
 
 def _speed(
-    model: LanguageModel,
-    context: int,
-    batch: int,
-    steps: int,
-    dtype: torch.dtype,
-    expected: int,
+    model: LanguageModel, context: int, batch: int, steps: int, dtype: torch.dtype, expected: int
 ) -> float:
     """Tokens a second of all rows together, at the end of the context."""
     decoder = Decoder(model, batch, context, cache_dtype=dtype)

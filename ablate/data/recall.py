@@ -143,13 +143,7 @@ def packed_recall(
     per_row = -(-data.seq_len // length)
     documents = (rows[:, None] * per_row + np.arange(per_row)).ravel()
     both = recall_tokens(
-        seed,
-        documents,
-        data.mqar.pairs,
-        length,
-        vocab_size,
-        data.mqar.queries,
-        held_out=False,
+        seed, documents, data.mqar.pairs, length, vocab_size, data.mqar.queries, held_out=False
     )
     tokens, targets = (
         part.reshape(len(rows), per_row * length)[:, : data.seq_len] for part in both

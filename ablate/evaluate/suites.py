@@ -92,10 +92,7 @@ PUBLISHED: dict[str, dict[str, dict[str, float]]] = {
         "Mistral-7B": _row(_MAMBA7B, "81.0 82.1 74.0 80.9 53.8 62.4"),
     },
     # the rest of the table is not known here digit by digit; after 3.5T tokens
-    "empirical12": {
-        "Mamba-2-Hybrid 8B": {"mmlu": 53.60},
-        "Transformer 8B": {"mmlu": 50.07},
-    },
+    "empirical12": {"Mamba-2-Hybrid 8B": {"mmlu": 53.60}, "Transformer 8B": {"mmlu": 50.07}},
     "oute": {
         "Lite-Oute-2 250M": {
             **_row(tuple(f"{n}-0shot" for n in _OUTE), "26.88 53.54 38.00 24.87 30.20 66.27 52.01"),

@@ -226,12 +226,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def linear_cross_entropy_triton(
-    x_MD: Tensor,
-    weight_VD: Tensor,
-    target_M: Tensor,
-    z_loss: float,
-    ignore_index: int,
-    mean: bool,
+    x_MD: Tensor, weight_VD: Tensor, target_M: Tensor, z_loss: float, ignore_index: int, mean: bool
 ) -> Tensor:
     """See `ablate.kernels.linear_cross_entropy`."""
     total: Tensor = _LinearCrossEntropy.apply(

@@ -14,11 +14,7 @@ from ablate.kernels.dispatch import compute_dtype, use_triton
 
 
 def rms_norm_reference(
-    x: Tensor,
-    weight_D: Tensor | None,
-    *,
-    eps: float = 1e-5,
-    residual: Tensor | None = None,
+    x: Tensor, weight_D: Tensor | None, *, eps: float = 1e-5, residual: Tensor | None = None
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The definition, differentiated by autograd; see `rms_norm`."""
     total = x if residual is None else x + residual

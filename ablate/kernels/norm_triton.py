@@ -534,12 +534,7 @@ class _AddRmsNorm(torch.autograd.Function):
 
 
 def gated_rms_norm_triton(
-    x: Tensor,
-    z: Tensor,
-    weight: Tensor | None,
-    eps: float,
-    group: int,
-    gate_after: bool,
+    x: Tensor, z: Tensor, weight: Tensor | None, eps: float, group: int, gate_after: bool
 ) -> Tensor:
     """See `ablate.kernels.gated_rms_norm`."""
     y: Tensor = _GatedRmsNorm.apply(_rows(x), _rows(z), contiguous(weight), eps, group, gate_after)

@@ -20,14 +20,7 @@ from torch import Tensor, nn
 
 from ablate.kernels import attention, attention_step, causal_conv1d_step, rotary_qkv
 from ablate.layers.context import Context, ResidualLayer, State, short_conv
-from ablate.layers.options import (
-    DERIVED,
-    STRICT,
-    DerivedInt,
-    PositiveFloat,
-    PositiveInt,
-    heads_of,
-)
+from ablate.layers.options import DERIVED, STRICT, DerivedInt, PositiveFloat, PositiveInt, heads_of
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,14 +19,7 @@ from ablate.layers.context import (
     beyond,
     gated_output,
 )
-from ablate.layers.options import (
-    DERIVED,
-    STRICT,
-    DerivedInt,
-    PositiveFloat,
-    PositiveInt,
-    tile_work,
-)
+from ablate.layers.options import DERIVED, STRICT, DerivedInt, PositiveFloat, PositiveInt, tile_work
 
 
 @dataclass(frozen=True, kw_only=True)

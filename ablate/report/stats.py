@@ -429,12 +429,7 @@ def detectable(se: float, df: float, comparisons: int = 1) -> float:
 
 
 def minimum_detectable_effect(
-    sigma: float,
-    *,
-    n_arms: int,
-    n_seeds: int,
-    correlation: float = 0.0,
-    comparisons: int = 1,
+    sigma: float, *, n_arms: int, n_seeds: int, correlation: float = 0.0, comparisons: int = 1
 ) -> float:
     """Smallest difference of two arms that a planned study finds: `n_seeds` paired seeds in each of
     `n_arms` arms, `sigma` the standard deviation of single runs over seeds, `correlation` the share
@@ -448,13 +443,7 @@ def _planned(sigma: float, n_arms: int, n_seeds: int, correlation: float) -> tup
     return sigma * math.sqrt(2 * (1 - correlation) / n_seeds), (n_arms - 1) * (n_seeds - 1)
 
 
-def seeds_needed(
-    effect: float,
-    sigma: float,
-    *,
-    n_arms: int,
-    correlation: float = 0.0,
-) -> int:
+def seeds_needed(effect: float, sigma: float, *, n_arms: int, correlation: float = 0.0) -> int:
     """Fewest paired seeds whose `minimum_detectable_effect` is at most `effect`."""
 
     def enough(n_seeds: int) -> bool:
@@ -465,11 +454,7 @@ def seeds_needed(
 
 
 def seeds_for_equivalence(
-    margin: float,
-    sigma: float,
-    *,
-    n_arms: int,
-    correlation: float = 0.0,
+    margin: float, sigma: float, *, n_arms: int, correlation: float = 0.0
 ) -> int:
     """Fewest paired seeds with which two one-sided tests call two equal arms equivalent within
     `margin` with probability `POWER`."""
@@ -498,11 +483,7 @@ def _fewest(enough: Callable[[int], bool], most: int = 1 << 20) -> int:
 
 
 def bootstrap_ratio(
-    total: ArrayLike,
-    weight: ArrayLike,
-    clusters: ArrayLike | None = None,
-    *,
-    draws: int = 2000,
+    total: ArrayLike, weight: ArrayLike, clusters: ArrayLike | None = None, *, draws: int = 2000
 ) -> Estimate:
     """sum(total) / sum(weight) with a percentile interval over resampled clusters.
 
@@ -533,11 +514,7 @@ def bootstrap_ratio(
 
 
 def paired_items(
-    one: ArrayLike,
-    other: ArrayLike,
-    clusters: ArrayLike | None = None,
-    *,
-    draws: int = 2000,
+    one: ArrayLike, other: ArrayLike, clusters: ArrayLike | None = None, *, draws: int = 2000
 ) -> Estimate:
     """Mean of one - other over the same items, with an interval over resampled clusters.
 
@@ -657,11 +634,7 @@ class Curve:
 
 
 def fit_curve(
-    fit: ArmFit,
-    x: Mapping[str, float],
-    *,
-    form: str = "exponential",
-    draws: int = 1000,
+    fit: ArmFit, x: Mapping[str, float], *, form: str = "exponential", draws: int = 1000
 ) -> Curve:
     """A saturating gain plus a convex cost through the arms' means; lower is better.
 

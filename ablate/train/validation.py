@@ -160,12 +160,7 @@ class Validator:
         score = RecallScore({}, {}, {})
         for pairs in cfg.evaluate.mqar_pairs or [cfg.data.mqar.pairs]:
             batch = mqar_rows(
-                cfg.seed,
-                rows,
-                pairs,
-                length,
-                self.token_set.vocab_size,
-                start=rows if final else 0,
+                cfg.seed, rows, pairs, length, self.token_set.vocab_size, start=rows if final else 0
             )
             correct, nats = self._recall_rows(batch)
             score.queries[pairs] = int((batch.targets_BL[0] != IGNORE).sum())
