@@ -65,7 +65,8 @@ def measure(
     weights = sum(p.nbytes for p in model.parameters())
     rows = []
     for context in contexts:
-        expected = _contract(arch, context, dtype)
+        # of one sequence's caches, by the layers' contracts
+        expected = sum(o.state_bytes(context, dtype.itemsize) for o in arch.layer_options)
         try:
             speed = _speed(model, context, batch, steps, dtype, expected)
         except torch.cuda.OutOfMemoryError:
@@ -75,11 +76,6 @@ def measure(
         if device.type == "cuda":
             torch.cuda.empty_cache()
     return rows
-
-
-def _contract(arch: Architecture, context: int, dtype: torch.dtype) -> int:
-    """Bytes of one sequence's caches by the layers' contracts."""
-    return sum(options.state_bytes(context, dtype.itemsize) for options in arch.layer_options)
 
 
 def _speed(

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 FIRST_ID = 3
 MAX_IDS = 8192
 POWER = 0.01
-IGNORE = -100
+IGNORE = -100  # a target that is not scored
 
 
 def check_recall(pairs: int, length: int, queries: int | None, vocab_size: int) -> int:

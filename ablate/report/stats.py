@@ -14,6 +14,7 @@ invents one.
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import functools
 import math
@@ -234,16 +235,19 @@ def fit_arms(arm: Sequence[Any], seed: Sequence[Any], value: ArrayLike) -> ArmFi
     counts = X.sum(axis=0)
     paired = len(arms) > 1 and _connected(a, s, len(arms), len(seeds))
 
+    fitted = functools.partial(
+        ArmFit,
+        arms=arms,
+        counts=tuple(int(c) for c in counts),
+        n_seeds=len(seeds),
+        paired=paired,
+    )
     plain = X.T @ y / counts
     rss_arm = float(((y - X @ plain) ** 2).sum())
     if not paired:
         df = float(len(y) - len(arms))
         between = float((counts * (plain - y.mean()) ** 2).sum())
-        return ArmFit(
-            arms=arms,
-            counts=tuple(int(c) for c in counts),
-            n_seeds=len(seeds),
-            paired=False,
+        return fitted(
             means=plain,
             unscaled=np.diag(1 / counts),
             sigma=math.sqrt(rss_arm / df) if df > 0 else NAN,
@@ -265,11 +269,7 @@ def fit_arms(arm: Sequence[Any], seed: Sequence[Any], value: ArrayLike) -> ArmFi
     rss_seed = float(((y - Z @ (Z.T @ y / z_counts)) ** 2).sum())
     n = len(seeds)
     residual_Z = Z - X @ (X.T @ Z / counts[:, None])
-    return ArmFit(
-        arms=arms,
-        counts=tuple(int(c) for c in counts),
-        n_seeds=n,
-        paired=True,
+    return fitted(
         means=coefficients[: len(arms)],
         unscaled=gram_inverse[: len(arms), : len(arms)],
         sigma=math.sqrt(max(0.0, rss / df)) if df > 0 else NAN,
@@ -467,16 +467,9 @@ def seeds_for_equivalence(
     return _fewest(enough)
 
 
-def _fewest(enough: Callable[[int], bool], most: int = 1 << 20) -> int:
+def _fewest(enough: Callable[[int], bool]) -> int:
     """The fewest seeds, two at least, that are enough, which more of them are too."""
-    high = 2
-    while high < most and not enough(high):
-        high *= 2
-    low = high // 2
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if enough(middle) else (middle, high)
-    return max(2, high)
+    return 2 + bisect.bisect_left(range(2, 1 << 20), True, key=enough)
 
 
 # --- documents and items -------------------------------------------------------------------------

@@ -18,8 +18,7 @@ from torch import Tensor, nn
 
 from ablate.config import Config
 from ablate.data import Batch, Split, TokenSet, eval_batches, mqar_rows
-
-IGNORE = -100  # a target that is not scored
+from ablate.data.recall import IGNORE
 
 
 @dataclass(frozen=True)
