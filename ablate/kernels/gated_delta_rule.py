@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ablate.kernels.dispatch import compute_dtype, use_triton
-from ablate.kernels.ssd import _running_sum
+from ablate.kernels.ssd import running_sum
 
 CHUNK = 64  # tile of the chunked forms; the Triton kernels use the same
 NORM_EPS = 1e-6  # added to the squared norm of a query or key
@@ -81,7 +81,6 @@ def gated_delta_rule_recurrent(
     initial_state_BHKV: Tensor | None = None,
     return_final_state: bool = False,
     doc_start_BL: Tensor | None = None,
-    backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The definition, one token at a time: the oracle of the other forms. Arguments as in
     `gated_delta_rule`."""
@@ -120,7 +119,6 @@ def gated_delta_rule_chunked(
     initial_state_BHKV: Tensor | None = None,
     return_final_state: bool = False,
     doc_start_BL: Tensor | None = None,
-    backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Triangular systems within chunks, the recurrence between them (module docstring), in plain
     PyTorch that autograd differentiates. Arguments as in `gated_delta_rule`.
@@ -142,7 +140,7 @@ def gated_delta_rule_chunked(
 
     q, k = (chunks(x) for x in _prepare(q_BLHK, k_BLHK, scale, normalize_qk, dtype))
     v, beta = chunks(v_BLHV.to(dtype)), chunks(beta_BLH.to(dtype))[..., None]
-    cum = _running_sum(chunks(log_decay_BLH.to(dtype).clamp(min=STRONGEST)))  # (B, H, c, Q)
+    cum = running_sum(chunks(log_decay_BLH.to(dtype).clamp(min=STRONGEST)))  # (B, H, c, Q)
 
     index = torch.arange(chunk, device=q.device)
     allowed = index[:, None] >= index

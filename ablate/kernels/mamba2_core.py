@@ -121,31 +121,15 @@ def mamba2_core(
         and 2 <= conv_weight_CK.shape[1] <= 4
         and group <= 16384
     )
+    tensors = (
+        zxbcdt_BLE, conv_weight_CK, conv_bias_C, dt_bias_H, A_log_H, D_H, norm_weight_I,
+    )  # fmt: skip
     if use_triton(backend, zxbcdt_BLE, supported=supported):
         from ablate.kernels.mamba2_core_triton import mamba2_core_triton
 
-        return mamba2_core_triton(
-            zxbcdt_BLE,
-            conv_weight_CK,
-            conv_bias_C,
-            dt_bias_H,
-            A_log_H,
-            D_H,
-            norm_weight_I,
-            head_dim,
-            n_groups,
-            eps,
-            group,
-            doc_start_BL,
-        )
+        return mamba2_core_triton(*tensors, head_dim, n_groups, eps, group, doc_start_BL)
     return mamba2_core_reference(
-        zxbcdt_BLE,
-        conv_weight_CK,
-        conv_bias_C,
-        dt_bias_H,
-        A_log_H,
-        D_H,
-        norm_weight_I,
+        *tensors,
         head_dim=head_dim,
         n_groups=n_groups,
         d_state=d_state,

@@ -15,17 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ablate.kernels.dispatch import compute_dtype, use_triton
+from ablate.kernels.ssd import step_sizes
 
 CHUNK_ELEMENTS = 1 << 20  # states of one chunk: 4 MB of float32
-
-
-def _prepare(
-    delta_BLD: Tensor, delta_bias_D: Tensor | None, softplus: bool, dtype: torch.dtype
-) -> Tensor:
-    delta = delta_BLD.to(dtype)
-    if delta_bias_D is not None:
-        delta = delta + delta_bias_D.to(dtype)
-    return F.softplus(delta) if softplus else delta
 
 
 def _finish(y_BLD: Tensor, u_BLD: Tensor, D_D: Tensor | None, z_BLD: Tensor | None) -> Tensor:
@@ -54,7 +46,7 @@ def selective_scan_recurrent(
     """The definition, one token after the other; see `selective_scan`. The oracle."""
     dtype = compute_dtype(u_BLD)
     batch, length, width = u_BLD.shape
-    delta = _prepare(delta_BLD, delta_bias_D, delta_softplus, dtype)
+    delta = step_sizes(delta_BLD, delta_bias_D, delta_softplus, dtype)
     A, B, C, u = A_DN.to(dtype), B_BLN.to(dtype), C_BLN.to(dtype), u_BLD.to(dtype)
     h = u.new_zeros(batch, width, A.shape[1])
     if initial_state_BDN is not None:
@@ -198,7 +190,7 @@ def selective_scan(
         )
     dtype = compute_dtype(u_BLD)
     batch, length, width = u_BLD.shape
-    delta = _prepare(delta_BLD, delta_bias_D, delta_softplus, dtype)
+    delta = step_sizes(delta_BLD, delta_bias_D, delta_softplus, dtype)
     if initial_state_BDN is None:
         initial_state_BDN = torch.zeros(
             batch, width, A_DN.shape[1], dtype=dtype, device=u_BLD.device
@@ -239,7 +231,7 @@ def selective_scan_step(
             u_BD, delta_BD, A_DN, B_BN, C_BN, D_D, z_BD, delta_bias_D, delta_softplus, state_BDN
         )
     dtype = compute_dtype(u_BD)
-    delta = _prepare(delta_BD, delta_bias_D, delta_softplus, dtype).unsqueeze(-1)
+    delta = step_sizes(delta_BD, delta_bias_D, delta_softplus, dtype).unsqueeze(-1)
     inflow = delta * u_BD.to(dtype).unsqueeze(-1) * B_BN.to(dtype).unsqueeze(1)
     state = torch.exp(delta * A_DN.to(dtype)) * state_BDN.to(dtype) + inflow
     y = (state * C_BN.to(dtype).unsqueeze(1)).sum(-1)
