@@ -26,16 +26,8 @@ from ablate.errors import UserError, did_you_mean
 
 _PACKAGE = Path(__file__).resolve().parent
 GROUPS = (
-    "arch",
-    "layer",
-    "match",
-    "data",
-    "train",
-    "evaluate",
-    "study",
-    "tracker",
-    "scale",
-    "sweep",
+    *("arch", "layer", "match", "data", "train", "evaluate", "study", "tracker"),
+    *("scale", "sweep"),
 )
 
 

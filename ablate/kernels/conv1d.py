@@ -116,15 +116,10 @@ class _Conv(torch.autograd.Function):
 
 
 def causal_conv1d_reference(
-    x_BLD: Tensor,
-    weight_DK: Tensor,
-    bias_D: Tensor | None = None,
-    *,
-    activation: str | None = "silu",
-    initial_state_BDK: Tensor | None = None,
-    return_final_state: bool = False,
-    doc_start_BL: Tensor | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:
+    x_BLD: Tensor, weight_DK: Tensor, bias_D: Tensor | None = None, *,
+    activation: str | None = "silu", initial_state_BDK: Tensor | None = None,
+    return_final_state: bool = False, doc_start_BL: Tensor | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """The definition, token by token; see `causal_conv1d`. Slow, for tests."""
     _check(x_BLD, weight_DK, activation)
     taps = weight_DK.shape[1]

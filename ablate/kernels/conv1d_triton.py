@@ -415,13 +415,9 @@ class _CausalConv1d(torch.autograd.Function):
 
 
 def causal_conv1d_triton(
-    x_BLD: Tensor,
-    weight_DK: Tensor,
-    bias_D: Tensor | None,
-    silu: bool,
-    initial_state_BDK: Tensor | None,
-    doc_start_BL: Tensor | None,
-) -> Tensor:
+    x_BLD: Tensor, weight_DK: Tensor, bias_D: Tensor | None, silu: bool,
+    initial_state_BDK: Tensor | None, doc_start_BL: Tensor | None,
+) -> Tensor:  # fmt: skip
     """See `ablate.kernels.causal_conv1d`; two to four taps, float32, bfloat16 or float16."""
     if initial_state_BDK is not None:
         initial_state_BDK = initial_state_BDK.to(x_BLD.dtype).contiguous()

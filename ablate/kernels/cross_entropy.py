@@ -18,14 +18,9 @@ CHUNK_ELEMENTS = 1 << 21  # logits of one chunk on the CPU: 8 MB of float32
 
 
 def linear_cross_entropy_reference(
-    x_MD: Tensor,
-    weight_VD: Tensor,
-    target_M: Tensor,
-    *,
-    z_loss: float = 0.0,
-    ignore_index: int = -100,
-    reduction: str = "mean",
-) -> Tensor:
+    x_MD: Tensor, weight_VD: Tensor, target_M: Tensor, *, z_loss: float = 0.0,
+    ignore_index: int = -100, reduction: str = "mean",
+) -> Tensor:  # fmt: skip
     """The definition with all logits in memory, differentiated by autograd."""
     dtype = compute_dtype(x_MD)
     logits_MV = x_MD.to(dtype) @ weight_VD.to(dtype).t()

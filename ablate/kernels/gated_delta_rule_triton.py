@@ -793,18 +793,11 @@ class _GatedDeltaRule(torch.autograd.Function):
 
 
 def gated_delta_rule_triton(
-    q_BLHK: Tensor,
-    k_BLHK: Tensor,
-    v_BLHV: Tensor,
-    log_decay_BLH: Tensor,
-    beta_BLH: Tensor,
-    *,
-    scale: float | None = None,
-    normalize_qk: bool = False,
-    initial_state_BHKV: Tensor | None = None,
-    return_final_state: bool = False,
+    q_BLHK: Tensor, k_BLHK: Tensor, v_BLHV: Tensor, log_decay_BLH: Tensor, beta_BLH: Tensor, *,
+    scale: float | None = None, normalize_qk: bool = False,
+    initial_state_BHKV: Tensor | None = None, return_final_state: bool = False,
     doc_start_BL: Tensor | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """`ablate.kernels.gated_delta_rule` on a GPU; q, k and v share one type, rows are read in
     place, and states between chunks have that type."""
     k, v = k_BLHK.to(q_BLHK.dtype), v_BLHV.to(q_BLHK.dtype)

@@ -682,16 +682,10 @@ class _GLA(torch.autograd.Function):
 
 
 def gla_triton(
-    q_BLHK: Tensor,
-    k_BLHK: Tensor,
-    v_BLHV: Tensor,
-    log_decay_BLHK: Tensor,
-    *,
-    scale: float | None = None,
-    initial_state_BHKV: Tensor | None = None,
-    return_final_state: bool = False,
-    doc_start_BL: Tensor | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:
+    q_BLHK: Tensor, k_BLHK: Tensor, v_BLHV: Tensor, log_decay_BLHK: Tensor, *,
+    scale: float | None = None, initial_state_BHKV: Tensor | None = None,
+    return_final_state: bool = False, doc_start_BL: Tensor | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """`ablate.kernels.gla` on a GPU. Queries, keys and values share one type, and states between
     chunks keep it; log decays keep theirs."""
     k, v = k_BLHK.to(q_BLHK.dtype), v_BLHV.to(q_BLHK.dtype)

@@ -168,19 +168,10 @@ class _Mamba2Core(torch.autograd.Function):
 
 
 def mamba2_core_triton(
-    zxbcdt_BLE: Tensor,
-    conv_weight_CK: Tensor,
-    conv_bias_C: Tensor | None,
-    dt_bias_H: Tensor,
-    A_log_H: Tensor,
-    D_H: Tensor,
-    norm_weight_I: Tensor | None,
-    head_dim: int,
-    n_groups: int,
-    eps: float,
-    norm_group: int,
-    doc_start_BL: Tensor | None,
-) -> Tensor:
+    zxbcdt_BLE: Tensor, conv_weight_CK: Tensor, conv_bias_C: Tensor | None, dt_bias_H: Tensor,
+    A_log_H: Tensor, D_H: Tensor, norm_weight_I: Tensor | None, head_dim: int, n_groups: int,
+    eps: float, norm_group: int, doc_start_BL: Tensor | None,
+) -> Tensor:  # fmt: skip
     """See `ablate.kernels.mamba2_core`."""
     inputs = (
         zxbcdt_BLE, conv_weight_CK, conv_bias_C, dt_bias_H, A_log_H, D_H, norm_weight_I,

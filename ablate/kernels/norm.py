@@ -49,14 +49,9 @@ def rms_norm(
 
 
 def gated_rms_norm_reference(
-    x_BLD: Tensor,
-    z_BLD: Tensor,
-    weight_D: Tensor | None,
-    *,
-    eps: float = 1e-5,
-    group_size: int | None = None,
-    norm_before_gate: bool = False,
-) -> Tensor:
+    x_BLD: Tensor, z_BLD: Tensor, weight_D: Tensor | None, *, eps: float = 1e-5,
+    group_size: int | None = None, norm_before_gate: bool = False,
+) -> Tensor:  # fmt: skip
     """The definition, differentiated by autograd; see `gated_rms_norm`."""
     group = group_size or x_BLD.shape[-1]
     x = x_BLD.to(compute_dtype(x_BLD))

@@ -29,20 +29,11 @@ def _finish(y_BLD: Tensor, u_BLD: Tensor, D_D: Tensor | None, z_BLD: Tensor | No
 
 
 def selective_scan_recurrent(
-    u_BLD: Tensor,
-    delta_BLD: Tensor,
-    A_DN: Tensor,
-    B_BLN: Tensor,
-    C_BLN: Tensor,
-    D_D: Tensor | None = None,
-    *,
-    z_BLD: Tensor | None = None,
-    delta_bias_D: Tensor | None = None,
-    delta_softplus: bool = False,
-    initial_state_BDN: Tensor | None = None,
-    return_final_state: bool = False,
-    doc_start_BL: Tensor | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:
+    u_BLD: Tensor, delta_BLD: Tensor, A_DN: Tensor, B_BLN: Tensor, C_BLN: Tensor,
+    D_D: Tensor | None = None, *, z_BLD: Tensor | None = None, delta_bias_D: Tensor | None = None,
+    delta_softplus: bool = False, initial_state_BDN: Tensor | None = None,
+    return_final_state: bool = False, doc_start_BL: Tensor | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """The definition, one token after the other; see `selective_scan`. The oracle."""
     dtype = compute_dtype(u_BLD)
     batch, length, width = u_BLD.shape
@@ -175,19 +166,10 @@ def selective_scan(
         from ablate.kernels.selective_scan_triton import selective_scan_triton
 
         return selective_scan_triton(
-            u_BLD,
-            delta_BLD,
-            A_DN,
-            B_BLN,
-            C_BLN,
-            D_D,
-            z_BLD=z_BLD,
-            delta_bias_D=delta_bias_D,
-            delta_softplus=delta_softplus,
-            initial_state_BDN=initial_state_BDN,
-            return_final_state=return_final_state,
-            doc_start_BL=doc_start_BL,
-        )
+            u_BLD, delta_BLD, A_DN, B_BLN, C_BLN, D_D, z_BLD=z_BLD, delta_bias_D=delta_bias_D,
+            delta_softplus=delta_softplus, initial_state_BDN=initial_state_BDN,
+            return_final_state=return_final_state, doc_start_BL=doc_start_BL,
+        )  # fmt: skip
     dtype = compute_dtype(u_BLD)
     batch, length, width = u_BLD.shape
     delta = step_sizes(delta_BLD, delta_bias_D, delta_softplus, dtype)

@@ -678,20 +678,11 @@ class _SelectiveScan(torch.autograd.Function):
 
 
 def selective_scan_triton(
-    u_BLD: Tensor,
-    delta_BLD: Tensor,
-    A_DN: Tensor,
-    B_BLN: Tensor,
-    C_BLN: Tensor,
-    D_D: Tensor | None = None,
-    *,
-    z_BLD: Tensor | None = None,
-    delta_bias_D: Tensor | None = None,
-    delta_softplus: bool = False,
-    initial_state_BDN: Tensor | None = None,
-    return_final_state: bool = False,
-    doc_start_BL: Tensor | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:
+    u_BLD: Tensor, delta_BLD: Tensor, A_DN: Tensor, B_BLN: Tensor, C_BLN: Tensor,
+    D_D: Tensor | None = None, *, z_BLD: Tensor | None = None, delta_bias_D: Tensor | None = None,
+    delta_softplus: bool = False, initial_state_BDN: Tensor | None = None,
+    return_final_state: bool = False, doc_start_BL: Tensor | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """`ablate.kernels.selective_scan` on a GPU; rows of u, delta, z, B and C are read in place."""
     # B and C are small, and every program reads them: in float32, once for all
     B, C = (v.to(torch.float32).contiguous() for v in (B_BLN, C_BLN))

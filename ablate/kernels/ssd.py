@@ -68,19 +68,11 @@ def _skip(y: Tensor, x: Tensor, D: Tensor | None) -> Tensor:
 
 
 def ssd_recurrent(
-    x_BLHP: Tensor,
-    dt_BLH: Tensor,
-    A_H: Tensor,
-    B_BLGN: Tensor,
-    C_BLGN: Tensor,
-    D_H: Tensor | None = None,
-    *,
-    dt_bias_H: Tensor | None = None,
-    dt_softplus: bool = False,
-    initial_state_BHPN: Tensor | None = None,
-    return_final_state: bool = False,
+    x_BLHP: Tensor, dt_BLH: Tensor, A_H: Tensor, B_BLGN: Tensor, C_BLGN: Tensor,
+    D_H: Tensor | None = None, *, dt_bias_H: Tensor | None = None, dt_softplus: bool = False,
+    initial_state_BHPN: Tensor | None = None, return_final_state: bool = False,
     doc_start_BL: Tensor | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """The definition, one token at a time: the oracle of the other forms. Arguments as in `ssd`."""
     _check(x_BLHP, dt_BLH, A_H, B_BLGN, C_BLGN, D_H)
     b, length, n_heads, head_dim = x_BLHP.shape
@@ -153,19 +145,11 @@ class _WithinChunk(torch.autograd.Function):
 
 
 def ssd_chunked(
-    x_BLHP: Tensor,
-    dt_BLH: Tensor,
-    A_H: Tensor,
-    B_BLGN: Tensor,
-    C_BLGN: Tensor,
-    D_H: Tensor | None = None,
-    *,
-    dt_bias_H: Tensor | None = None,
-    dt_softplus: bool = False,
-    initial_state_BHPN: Tensor | None = None,
-    return_final_state: bool = False,
+    x_BLHP: Tensor, dt_BLH: Tensor, A_H: Tensor, B_BLGN: Tensor, C_BLGN: Tensor,
+    D_H: Tensor | None = None, *, dt_bias_H: Tensor | None = None, dt_softplus: bool = False,
+    initial_state_BHPN: Tensor | None = None, return_final_state: bool = False,
     doc_start_BL: Tensor | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """The quadratic form inside chunks, the recurrence between them (paper, section 6), in plain
     PyTorch that autograd differentiates. Arguments as in `ssd`.
 
@@ -303,18 +287,10 @@ def ssd(
 
         form = ssd_triton
     return form(
-        x_BLHP,
-        dt_BLH,
-        A_H,
-        B_BLGN,
-        C_BLGN,
-        D_H,
-        dt_bias_H=dt_bias_H,
-        dt_softplus=dt_softplus,
-        initial_state_BHPN=initial_state_BHPN,
-        return_final_state=return_final_state,
+        x_BLHP, dt_BLH, A_H, B_BLGN, C_BLGN, D_H, dt_bias_H=dt_bias_H, dt_softplus=dt_softplus,
+        initial_state_BHPN=initial_state_BHPN, return_final_state=return_final_state,
         doc_start_BL=doc_start_BL,
-    )
+    )  # fmt: skip
 
 
 def ssd_step(
