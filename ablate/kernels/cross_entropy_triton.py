@@ -125,15 +125,10 @@ def _forward(
     need_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Losses (M,) float32, and the gradients of their sum: d_x (M, D), d_weight (V, D) float32."""
-    rows, width = x.shape
-    vocabulary = weight.shape[0]
+    rows, vocabulary = x.shape[0], weight.shape[0]
     weight = weight.to(x.dtype)
     gradient = need_x or need_weight
-    loss = torch.empty(rows, dtype=torch.float32, device=x.device)
-    d_x = torch.empty((rows, width) if need_x else 0, dtype=x.dtype, device=x.device)
-    d_weight = torch.empty(
-        (vocabulary, width) if need_weight else 0, dtype=torch.float32, device=x.device
-    )
+    loss, d_x, d_weight = _results(x, weight, need_x, need_weight)
     step = chunk_rows(rows, vocabulary, x.element_size(), CHUNK_BYTES)
     buffer = _logits_buffer(step, vocabulary, x, x.dtype)
     for start in range(0, rows, step):
@@ -148,7 +143,9 @@ def _forward(
     return loss, d_x, d_weight
 
 
-def _fake_forward(x, weight, target, z_loss, ignore_index, need_x, need_weight):
+def _results(
+    x: Tensor, weight: Tensor, need_x: bool, need_weight: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     return (
         x.new_empty(x.shape[0], dtype=torch.float32),
         x.new_empty(x.shape if need_x else (0,)),
@@ -180,7 +177,7 @@ _forward_op = define_op(
     "linear_cross_entropy(Tensor x, Tensor weight, Tensor target, float z_loss, int ignore_index,"
     " bool need_x, bool need_weight) -> (Tensor, Tensor, Tensor)",
     _forward,
-    _fake_forward,
+    lambda x, weight, target, z_loss, ignore_index, *need: _results(x, weight, *need),
 )
 _token_losses_op = define_op(
     "linear_cross_entropy_tokens(Tensor x, Tensor weight, Tensor target, int ignore_index)"

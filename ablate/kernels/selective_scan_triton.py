@@ -508,11 +508,6 @@ def _row(v: Tensor | None) -> int:
     return 0 if v is None else v.stride(1)
 
 
-def _saved_dtype(u: Tensor) -> torch.dtype:
-    """float16 has not the range of a state."""
-    return torch.bfloat16 if u.dtype == torch.bfloat16 else torch.float32
-
-
 def backward_config(n_state: int) -> Config:
     return BACKWARD if n_state > 8 else BACKWARD_NARROW
 
@@ -541,10 +536,7 @@ def _forward(
     batch, length, width = u.shape
     n_state = A.shape[1]
     block, states, blocks, per_segment, segments = _plan(batch, length, width, n_state, config)
-    y = u.new_empty(u.shape)
-    last = u.new_empty((batch, width, n_state), dtype=torch.float32)
-    spans = triton.cdiv(length, SPAN) if save else 0
-    saved = u.new_empty((batch, spans, width, n_state), dtype=_saved_dtype(u))
+    y, last, saved = _results(u, n_state, save)
     ends = sums = None
     if segments > 1:
         ends = last.new_empty((batch, segments, width, n_state))
@@ -564,13 +556,15 @@ def _forward(
     return y, last, saved
 
 
-def _forward_fake(u, dt, A, B, C, D, z, bias, first, doc, softplus, save):
+def _results(u: Tensor, n_state: int, save: bool) -> tuple[Tensor, Tensor, Tensor]:
     batch, length, width = u.shape
     spans = (length + SPAN - 1) // SPAN if save else 0
+    # float16 has not the range of a state
+    dtype = torch.bfloat16 if u.dtype == torch.bfloat16 else torch.float32
     return (
         u.new_empty(u.shape),
-        u.new_empty((batch, width, A.shape[1]), dtype=torch.float32),
-        u.new_empty((batch, spans, width, A.shape[1]), dtype=_saved_dtype(u)),
+        u.new_empty((batch, width, n_state), dtype=torch.float32),
+        u.new_empty((batch, spans, width, n_state), dtype=dtype),
     )
 
 
@@ -638,7 +632,7 @@ _forward_op = define_op(
     "Tensor? z, Tensor? bias, Tensor? first, Tensor? doc, bool softplus, bool save) "
     "-> (Tensor, Tensor, Tensor)",
     _forward,
-    _forward_fake,
+    lambda u, dt, A, *rest: _results(u, A.shape[1], rest[-1]),
 )
 _backward_op = define_op(
     "selective_scan_backward(Tensor dy, Tensor? dlast, Tensor u, Tensor dt, Tensor A, Tensor B, "

@@ -27,6 +27,8 @@ import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 from scipy import optimize, special, stats
 
+from ablate.study.tune import stretch
+
 Array = NDArray[np.float64]
 NAN = float("nan")
 LEVEL, ALPHA, POWER = 0.95, 0.05, 0.8
@@ -475,6 +477,21 @@ def _fewest(enough: Callable[[int], bool]) -> int:
 # --- documents and items -------------------------------------------------------------------------
 
 
+def _by_cluster(values: ArrayLike, clusters: ArrayLike | None) -> Array:
+    """Sums over the elements of each cluster; without clusters the values as they are."""
+    plain = np.asarray(values, dtype=np.float64)
+    if clusters is None:
+        return plain
+    _, group = np.unique(np.asarray(clusters), return_inverse=True)
+    return np.bincount(group, plain).astype(np.float64)
+
+
+def _blocks(draws: int, n: int) -> list[int]:
+    """How many draws of n elements to make at a time: about 32 MB of them."""
+    block = max(1, 4_000_000 // n)
+    return [min(block, draws - start) for start in range(0, draws, block)]
+
+
 def bootstrap_ratio(
     total: ArrayLike, weight: ArrayLike, clusters: ArrayLike | None = None, *, draws: int = 2000
 ) -> Estimate:
@@ -485,23 +502,16 @@ def bootstrap_ratio(
     the group of each element (a document of several pieces, a book of several questions); whole
     clusters are drawn. The interval speaks of other texts, not of other seeds.
     """
-    numerator = np.asarray(total, dtype=np.float64)
-    denominator = np.asarray(weight, dtype=np.float64)
-    if clusters is not None:
-        _, group = np.unique(np.asarray(clusters), return_inverse=True)
-        numerator = np.bincount(group, numerator).astype(np.float64)
-        denominator = np.bincount(group, denominator).astype(np.float64)
+    numerator, denominator = (_by_cluster(values, clusters) for values in (total, weight))
     value = float(numerator.sum() / denominator.sum())
     n = len(numerator)
     if n < 2:
         return Estimate(value)
     rng = np.random.default_rng(0)
-    ratios = np.empty(draws)
-    block = max(1, 4_000_000 // n)  # about 32 MB of picks at a time
-    for start in range(0, draws, block):
-        pick = rng.integers(n, size=(min(block, draws - start), n))
-        sums = denominator[pick].sum(axis=1)
-        ratios[start : start + len(pick)] = numerator[pick].sum(axis=1) / sums
+    picks = (rng.integers(n, size=(size, n)) for size in _blocks(draws, n))
+    ratios = np.concatenate(
+        [numerator[pick].sum(axis=1) / denominator[pick].sum(axis=1) for pick in picks]
+    )
     low, high = np.quantile(ratios, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return Estimate(value, float(ratios.std(ddof=1)), n - 1, float(low), float(high))
 
@@ -516,19 +526,13 @@ def paired_items(
     """
     difference = np.asarray(one, dtype=np.float64) - np.asarray(other, dtype=np.float64)
     found = bootstrap_ratio(difference, np.ones_like(difference), clusters, draws=draws)
-    if clusters is not None:
-        _, group = np.unique(np.asarray(clusters), return_inverse=True)
-        difference = np.bincount(group, difference).astype(np.float64)
+    difference = _by_cluster(difference, clusters)
     own = difference[difference != 0]
     if not len(own):
         return dataclasses.replace(found, p=1.0)
     rng = np.random.default_rng(0)
-    block = max(1, 4_000_000 // len(own))
     sums = np.concatenate(
-        [
-            rng.choice((-1.0, 1.0), (min(block, draws - start), len(own))) @ own
-            for start in range(0, draws, block)
-        ]
+        [rng.choice((-1.0, 1.0), (size, len(own))) @ own for size in _blocks(draws, len(own))]
     )
     p = (1 + (np.abs(sums) >= abs(own.sum()) - 1e-9).sum()) / (1 + draws)
     return dataclasses.replace(found, p=float(p))
@@ -659,12 +663,7 @@ def fit_curve(
     lines = _evaluate(form, drawn, grid)
     low, high = np.quantile(grid[lines.argmin(axis=1)], [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     excess = np.quantile(lines - lines[:, at : at + 1], 1 - LEVEL, axis=0)
-    flat = np.flatnonzero(excess <= 0)
-    first = last = at
-    while first - 1 in flat:
-        first -= 1
-    while last + 1 in flat:
-        last += 1
+    first, last = stretch(excess <= 0, at)
     free = len(shares) - 4
     fit_p = NAN
     if free > 0:
