@@ -26,8 +26,7 @@ MMLU_TEXT = "mmlu_text"  # lm-eval has no such task: made of `mmlu` by `as_choic
 @dataclass(frozen=True)
 class Entry:
     """A task of a suite. task: lm-eval's name; metric: with its filter; shots; folder: where it
-    stands in lm-eval's tasks; data: its folder in local data, for the line that says it is not
-    there."""
+    stands in lm-eval's tasks."""
 
     task: str
     metric: str

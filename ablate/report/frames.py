@@ -22,14 +22,9 @@ import pandas as pd
 from ablate import config as config_tree
 from ablate.errors import UserError
 from ablate.report import export
-from ablate.run import RunFolder, atomic_write, find_runs, read_json
+from ablate.run import PHASES, RunFolder, atomic_write, find_runs, read_json
 
 INDEX = "index.parquet"
-
-PHASES = (
-    *("start_up", "data", "build", "first_step"),
-    *("train", "validation", "evaluation", "checkpoint"),
-)
 # column of the frame <- place in result.json
 FIGURES = {
     **{
