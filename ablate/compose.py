@@ -26,16 +26,8 @@ from ablate.errors import UserError, did_you_mean
 
 _PACKAGE = Path(__file__).resolve().parent
 GROUPS = (
-    "arch",
-    "layer",
-    "match",
-    "data",
-    "train",
-    "evaluate",
-    "study",
-    "tracker",
-    "scale",
-    "sweep",
+    *("arch", "layer", "match", "data", "train", "evaluate", "study", "tracker"),
+    *("scale", "sweep"),
 )
 
 
@@ -45,13 +37,7 @@ def shipped(name: str) -> Path:
     return inside if inside.is_dir() else _PACKAGE.parent / name
 
 
-_OPEN = (
-    "study.grid=",
-    "study.arms=",
-    "study.search=",
-    "arch.overrides=",
-    "evaluate.sizes=",
-)
+_OPEN = ("study.grid=", "study.arms=", "study.search=", "arch.overrides=", "evaluate.sizes=")
 
 # What sweep and scale files may compute from other fields, as ${name:a,b}.
 _RESOLVERS: dict[str, Callable[..., float]] = {

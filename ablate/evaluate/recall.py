@@ -18,6 +18,7 @@ al. 2022 (arXiv 2209.11895). Copying: Jelassi et al. 2024, section 3.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -429,11 +430,7 @@ def first_answer(response: str, target: str) -> str:
     """The first line of a response, cut to its digits or words where the target is such."""
     line = response.strip().split("\n")[0].strip()
     if target.isdigit():
-        digits = ""
-        for letter in line:
-            if not letter.isdigit():
-                break
-            digits += letter
+        digits = "".join(itertools.takewhile(str.isdigit, line))
         return digits[: len(target) + 1]  # a number that goes on is another number
     if ", " in target:
         return line.rstrip(".")

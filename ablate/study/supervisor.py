@@ -155,15 +155,15 @@ class _Supervisor:
             self.arms, self.cells = self.cells, space.tuning(self.cfg, self.cells)
         self.folder = StudyFolder(Path(self.cfg.study.folder).expanduser() / self.cfg.study.name)
         self.selector = selectors.DefaultSelector()
+        self.display = Display(self.console, self.cfg.study.name)
         self.started = time.monotonic()
 
     # --- the whole ------------------------------------------------------------------------------
 
     def run(self) -> StudyOutcome:
-        self.display = Display(self.console, self.cfg.study.name)
         self._load_proposals()
         for line in _remarks(self.cells):
-            self._say(line)
+            self.display.say(line)
         self._look_at_disk(self.cells)
         self._advance()
         work = bool(self._missing() or self._may_propose())
@@ -184,7 +184,7 @@ class _Supervisor:
         outcome = self._outcome()
         self.console.print(summary(outcome))
         for line in _causes(outcome):
-            self._say(line)
+            self.display.say(line)
         return outcome
 
     def _prepare(self) -> None:
@@ -244,7 +244,7 @@ class _Supervisor:
         if not fitted.problems:
             added = space.confirming(self.arms, fitted.rates())
             for fit in fitted.fits:
-                self._say(f"{fit.arm}: learning rate {fit.chosen:.3g} is confirmed")
+                self.display.say(f"{fit.arm}: learning rate {fit.chosen:.3g} is confirmed")
         self.cells += added
         self._look_at_disk(added)
         if hasattr(self, "store"):  # else it is all written in a moment
@@ -253,7 +253,9 @@ class _Supervisor:
                 with self.folder.locked():
                     self.store.reconcile(added)
             except OSError as error:
-                self._say(f"study.json was not written ({error}); the next start makes up for it")
+                self.display.say(
+                    f"study.json was not written ({error}); the next start makes up for it"
+                )
         return bool(added)
 
     def _untold(self) -> list[Cell]:
@@ -336,7 +338,7 @@ class _Supervisor:
                 process_group=0,  # a Ctrl-C at the terminal reaches this process alone
             )
         except OSError as error:
-            self._say(f"a child process cannot be started: {error}")
+            self.display.say(f"a child process cannot be started: {error}")
             return None
         assert process.stdout is not None
         os.set_blocking(process.stdout.fileno(), False)
@@ -438,7 +440,7 @@ class _Supervisor:
                     return None
                 return self._propose_alone()
         except (OSError, optuna.exceptions.OptunaError) as error:
-            self._say(f"no trial can be proposed: {error}")
+            self.display.say(f"no trial can be proposed: {error}")
             self.exhausted = True
             return None
 
@@ -448,7 +450,7 @@ class _Supervisor:
         try:
             found = space.proposed(self.tree, changes)
         except UserError as error:
-            self._say(f"a proposal cannot be run: {error}")
+            self.display.say(f"a proposal cannot be run: {error}")
             self.store.impossible(number, str(error))
             index["proposals"].append({"factors": changes, "error": str(error)})
             self.folder.write_index(index)
@@ -460,7 +462,9 @@ class _Supervisor:
             self.repeats += 1
             if self.repeats >= REPEATS:
                 self.exhausted = True
-                self._say(f"the search has nothing new to propose after {self.n_proposals} trials")
+                self.display.say(
+                    f"the search has nothing new to propose after {self.n_proposals} trials"
+                )
             return None
         self.repeats = 0
         index["proposals"].append({"factors": changes, "keys": [cell.key for cell in found]})
@@ -566,7 +570,7 @@ class _Supervisor:
             with self.folder.locked():
                 return action()
         except (OSError, optuna.exceptions.OptunaError, ValueError, KeyError) as error:
-            self._say(f"Optuna was not told ({error}); the next start makes up for it")
+            self.display.say(f"Optuna was not told ({error}); the next start makes up for it")
             return None
 
     def _reap(self) -> None:
@@ -632,7 +636,9 @@ class _Supervisor:
         self.shrunk.add(cell.key)
         self.retried[cell.key] = run.status()["generation"]
         self._tell(lambda: self.store.finish(cell, "interrupted", cause=cause))
-        self._say(f"{cell.name}, seed {cell.seed}: {cause}; again with {smaller['to']} rows a pass")
+        self.display.say(
+            f"{cell.name}, seed {cell.seed}: {cause}; again with {smaller['to']} rows a pass"
+        )
         return True
 
     def _fail(self, cell: Cell, cause: str, state: str | None) -> None:
@@ -696,7 +702,7 @@ class _Supervisor:
         if self.stop_at is None:
             self.stop_at = time.monotonic() + STOP_SECONDS
             if self.signals:
-                self._say("stopping: checkpoints are being written; once more kills at once")
+                self.display.say("stopping: checkpoints are being written; once more kills at once")
             for child in self.children:
                 child.stop_sent = True
                 if child.cell is None:
@@ -751,7 +757,9 @@ class _Supervisor:
                 }
             )
         if orphans and not hasattr(self, "store"):
-            self._say(f"{len(orphans)} runs of an earlier form of this study are kept, as orphans")
+            self.display.say(
+                f"{len(orphans)} runs of an earlier form of this study are kept, as orphans"
+            )
 
     def _command_line(self, before: Mapping[str, Any]) -> dict[str, Any]:
         if self.words is not None:
@@ -787,7 +795,7 @@ class _Supervisor:
             if (made := self.folder.run(key).environment().get("commit")) not in (None, now)
         )
         for made, count in others.items():
-            self._say(
+            self.display.say(
                 f"{count} finished trials were made by commit {made[:10]}, "
                 f"the code here is at {(now or 'no commit')[:10]}: the report will say so"
             )
@@ -810,9 +818,6 @@ class _Supervisor:
 
     # --- what the user sees ---------------------------------------------------------------------
 
-    def _say(self, line: str) -> None:
-        self.console.print(line, markup=False, highlight=False, soft_wrap=True)
-
     def _say_end(self, cell: Cell, state: str, cause: str | None = None) -> None:
         run = self.folder.run(cell.key)
         text = f"{cell.name}, seed {cell.seed}: {state}"
@@ -826,7 +831,7 @@ class _Supervisor:
             )
         if cause:
             text += f" ({cause})"
-        self._say(text)
+        self.display.say(text)
 
     def _snapshot(self, slots: int) -> Snapshot:
         running = [c.running for c in self.children if c.running is not None and c.cell is not None]
