@@ -87,7 +87,11 @@ def confounds(frame: pd.DataFrame, details: pd.DataFrame) -> list[Confound]:
                 continue  # widths that make the arms equal: the certificates list them
         elif column.startswith("environment."):
             name = column.removeprefix("environment.")
-            if name.startswith(_IGNORED_ENVIRONMENT):
+            if name.startswith(_IGNORED_ENVIRONMENT) or name == "attention":
+                continue
+            if name.startswith("attention."):  # by letter; no entry where there are no such layers
+                name = name.replace("attention.", "what computes attention (") + ")"
+                found += _difference(table[table[column].map(_is_name)], column, name)
                 continue
         else:
             continue
@@ -98,6 +102,10 @@ def confounds(frame: pd.DataFrame, details: pd.DataFrame) -> list[Confound]:
     found += _changed_together(runs, sorted(factors))
     found += [] if tuned else _shared_rate(runs, factors)
     return sorted(found, key=lambda c: not c.between_arms)
+
+
+def _is_name(value: Any) -> bool:
+    return isinstance(value, str) and value != ""
 
 
 def _difference(table: pd.DataFrame, column: str, name: str) -> list[Confound]:

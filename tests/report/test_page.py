@@ -289,6 +289,32 @@ def test_confounds_are_found_in_configs_results_and_environments(
     assert '<li class="red">train.batch_size differs between arms' in html
 
 
+@pytest.mark.parametrize("forms", ["alike", "apart"])
+def test_what_computes_attention_is_compared_where_there_is_some(
+    synthetic: ModuleType, tmp_path: Path, forms: str
+) -> None:
+    path, cells = tmp_path / "forms", {}
+    for i in range(3):
+        key = f"{i}00000000000"
+        changes = {"arch.attention_share": 0.25 * i}
+        form = "cudnn_attention" if i == 1 and forms == "apart" else "flash_attention"
+        environment = {"attention": {"*": form} if i else {}}
+        content = synthetic.result(loss=2.3, attention=i)
+        synthetic.write_run(path, key, changes=changes, content=content, environment=environment)
+        cells[key] = {"arm": f"arm{i}", "factors": changes, "seed": 0}
+    study = {"name": "f", "factors": ["arch.attention_share"], "cells": cells}
+    write_json(path / "study.json", study)
+    found = confounds(load_study(path), load_details(path))
+    texts = [c.text for c in found if "computes attention" in c.name]
+    if forms == "alike":
+        assert texts == []
+    else:
+        (text,) = texts
+        assert text.startswith("what computes attention (*) differs between arms: ")
+        assert "cudnn_attention in arm1" in text
+        assert "arm0" not in text
+
+
 def test_factors_that_move_together_are_a_confound(synthetic: ModuleType, tmp_path: Path) -> None:
     path, cells = tmp_path / "together", {}
     for i in range(2):
