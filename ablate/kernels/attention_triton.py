@@ -273,7 +273,8 @@ def key_grad_kernel(
 
 @dataclass(frozen=True)
 class Config:
-    """queries, keys: of a tile; at most PAD queries, a divisor of it."""
+    """queries, keys: of a tile; at most PAD queries, a divisor of it. `key_grad` takes no more than
+    the others, which write the sums that it reads, up to the end of their last tile."""
 
     queries: int
     keys: int
@@ -284,9 +285,9 @@ class Config:
 # (heads of up to 64 channels, of up to 128), on Hopper and on others, whose mma.sync holds
 # operands in registers and whose shared memory may be 99 KB.
 CONFIGS = {
-    ("forward", True): (Config(128, 64, 8, 3), Config(128, 64, 8, 3)),
-    ("query_grad", True): (Config(64, 64, 4, 2), Config(128, 64, 8, 2)),
-    ("key_grad", True): (Config(64, 64, 4, 2), Config(32, 128, 8, 2)),
+    ("forward", True): (Config(64, 64, 4, 3), Config(64, 64, 4, 3)),
+    ("query_grad", True): (Config(64, 64, 4, 3), Config(128, 64, 8, 2)),
+    ("key_grad", True): (Config(32, 64, 4, 3), Config(32, 128, 8, 2)),
     ("forward", False): (Config(64, 64, 4, 2), Config(64, 32, 4, 2)),
     ("query_grad", False): (Config(64, 32, 4, 2), Config(64, 32, 4, 2)),
     ("key_grad", False): (Config(32, 64, 4, 2), Config(32, 64, 8, 2)),
