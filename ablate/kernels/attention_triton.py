@@ -286,14 +286,14 @@ class Config:
 # operands in registers and whose shared memory may be 99 KB.
 CONFIGS = {
     ("forward", True): (Config(64, 64, 4, 3), Config(64, 64, 4, 3)),
-    ("query_grad", True): (Config(64, 64, 4, 3), Config(128, 64, 8, 2)),
-    ("key_grad", True): (Config(32, 64, 4, 3), Config(32, 128, 8, 2)),
+    ("query_grad", True): (Config(64, 64, 4, 3), Config(64, 64, 4, 2)),
+    ("key_grad", True): (Config(32, 64, 4, 3), Config(64, 64, 4, 2)),
     ("forward", False): (Config(64, 64, 4, 2), Config(64, 32, 4, 2)),
     ("query_grad", False): (Config(64, 32, 4, 2), Config(64, 32, 4, 2)),
     ("key_grad", False): (Config(32, 64, 4, 2), Config(32, 64, 8, 2)),
 }
 WIDE = {  # float32
-    "forward": (Config(64, 16, 8, 1), Config(32, 16, 4, 1)),
+    "forward": (Config(32, 32, 4, 1), Config(32, 16, 4, 1)),
     "query_grad": (Config(32, 32, 4, 1), Config(16, 32, 4, 1)),
     "key_grad": (Config(32, 32, 4, 1), Config(16, 16, 4, 1)),
 }
