@@ -7,6 +7,7 @@ Hydra only composes: it changes no directory, writes no folder and configures no
 
 from __future__ import annotations
 
+import difflib
 import functools
 import re
 from collections.abc import Callable, Sequence
@@ -180,8 +181,7 @@ def _sentence(error: Exception, words: list[str]) -> str:
         name = unknown[1]
         if "already at" in cause:
             return f"'+{name}' is there already: write {name}=… without the plus sign"
-        parts = name.split(".")
-        return f"unknown field '{name}'{did_you_mean(parts[-1], _names())}"
+        return f"unknown field '{name}'{_meant(name)}"
     group = re.search(r"Could not override '([^']+)'\.\s*No match in the defaults list", cause)
     if group:
         return f"unknown group '{group[1]}'{did_you_mean(group[1], GROUPS)}"
@@ -196,7 +196,16 @@ def _sentence(error: Exception, words: list[str]) -> str:
     return " ".join(text.split())
 
 
-def _names() -> set[str]:
+def _meant(name: str) -> str:
+    """` (did you mean 'a.x' or 'b.x'?)`: the fields whose last part is closest to that of name, or
+    the one of its own group."""
     from ablate import config
 
-    return {part for dotted, _, _ in config.fields() for part in dotted.split(".")}
+    paths = {d.rsplit(".", n)[0] for d, _, _ in config.fields() for n in range(d.count(".") + 1)}
+    last = {path: path.rsplit(".", 1)[-1] for path in sorted(paths)}
+    close = difflib.get_close_matches(name.rsplit(".", 1)[-1], set(last.values()), n=1)
+    meant = [path for path, part in last.items() if part in close]
+    group = name.rpartition(".")[0]
+    meant = [path for path in meant if path.rpartition(".")[0] == group] or meant
+    shown = " or ".join(f"'{path}'" for path in meant[:3])
+    return f" (did you mean {shown}?)" if meant else ""

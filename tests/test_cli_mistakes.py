@@ -145,3 +145,18 @@ def test_what_a_scale_sets_can_be_set_beside_the_scale_of_this_machine(monkeypat
         assert found.tree["data"]["seq_len"] == 2048
         assert found.choices["scale"] == "14m"
         assert found.notes == ["scale auto: 14m (some GPU)"]
+
+
+@pytest.mark.parametrize(
+    ("word", "meant"),
+    [
+        ("workers=4", "'data.workers' or 'study.workers'"),  # the name alone, of two groups
+        ("train.tokes=3", "'train.tokens'"),  # evaluate.tokens is as close, in another group
+        ("trian.lr=2", "'train.lr'"),
+    ],
+)
+def test_a_suggestion_is_a_field_that_can_be_typed(word, meant, capsys):
+    assert main(["plan", word]) == 2
+    assert (
+        f"unknown field '{word.split('=')[0]}' (did you mean {meant}?)" in capsys.readouterr().err
+    )
