@@ -333,6 +333,8 @@ def test_weights_that_were_not_kept(run, tmp_path):
         (["x", "out=/proc/nowhere"], "cannot write to '/proc/nowhere'"),
         (["x", "out=[a]"], "it must be a folder"),
         (["x", "limit"], "has no value"),
+        (["x", "recall=["], "'recall=\\[' cannot be read as name=value"),
+        (["x", "sizes={needle:{item:3}}"], "did you mean 'items'"),  # as it is written elsewhere
     ],
 )
 def test_mistakes_are_one_sentence(words, named):
