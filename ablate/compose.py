@@ -19,11 +19,11 @@ from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from ablate.config import unreadable
 from ablate.errors import UserError, did_you_mean
 
 _PACKAGE = Path(__file__).resolve().parent
@@ -189,24 +189,8 @@ def _sentence(error: Exception, words: list[str]) -> str:
     if re.search(r"(Lexer|Parser|mismatched|extraneous|no viable|token recognition)", cause):
         for word in words:
             if word in cause:
-                return f"'{word}' {_unreadable(error)}"
+                return f"'{word}' {unreadable(error)}"
     return " ".join(text.split())
-
-
-def _unreadable(error: Exception) -> str:
-    reason = str(error).splitlines()[0].rstrip(".")
-    return (
-        f"cannot be read as name=value ({reason}); "
-        "put quotes around a value with brackets, commas, spaces or ~"
-    )
-
-
-def value_of(word: str) -> Any:
-    """The value of a `name=value` word, by the grammar of overrides; `UserError` if it has none."""
-    try:
-        return OverridesParser.create().parse_override(word).value()
-    except HydraException as error:
-        raise UserError(f"'{word}' {_unreadable(error)}") from None
 
 
 def _meant(name: str) -> str:

@@ -582,6 +582,26 @@ def science(config: Config) -> dict[str, Any]:
     return {name: section for name, section in tree.items() if section != {}}
 
 
+def value_of(word: str) -> Any:
+    """The value of a `name=value` word, by the grammar of overrides; `UserError` if it has none."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    try:
+        return OverridesParser.create().parse_override(word).value()
+    except HydraException as error:
+        raise UserError(f"'{word}' {unreadable(error)}") from None
+
+
+def unreadable(error: Exception) -> str:
+    """What to tell of a word that the grammar does not take, after the word."""
+    reason = str(error).splitlines()[0].rstrip(".")
+    return (
+        f"cannot be read as name=value ({reason}); "
+        "put quotes around a value with brackets, commas, spaces or ~"
+    )
+
+
 def override(tree: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
     """A copy of a plain config dict with dotted fields set; `UserError` for an unknown field."""
     result: dict[str, Any] = copy.deepcopy(dict(tree))

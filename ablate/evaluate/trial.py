@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
-from ablate import compose, config
+from ablate import config
 from ablate.config import Config, DataConfig, EvaluateConfig, RecallTask
 from ablate.data import TokenSet, prepare
 from ablate.errors import UserError, did_you_mean
@@ -265,7 +265,7 @@ def _words(words: Iterable[str]) -> dict[str, Any]:
             raise UserError(f"'{word}' has no value: settings are written name=value")
         if name not in known:
             raise UserError(f"unknown setting '{name}'{did_you_mean(name, known)}")
-        given[name] = compose.value_of(f"{name}={value}")
+        given[name] = config.value_of(f"{name}={value}")
     for name, (right, told) in _OWN_WORDS.items():
         if name in given and not right(given[name]):
             raise UserError(f"{name} is {given[name]!r}; it must be {told}")
