@@ -16,6 +16,7 @@ import typing
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal, TypeVar
 
+import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from ablate.errors import UserError, did_you_mean
@@ -583,14 +584,18 @@ def science(config: Config) -> dict[str, Any]:
 
 
 def value_of(word: str) -> Any:
-    """The value of a `name=value` word, by the grammar of overrides; `UserError` if it has none."""
+    """The value of a `name=value` word, by the grammar of overrides or as JSON or YAML; `UserError`
+    if it has none."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 
     try:
         return OverridesParser.create().parse_override(word).value()
     except HydraException as error:
-        raise UserError(f"'{word}' {unreadable(error)}") from None
+        try:
+            return yaml.safe_load(word.partition("=")[2])
+        except yaml.YAMLError:
+            raise UserError(f"'{word}' {unreadable(error)}") from None
 
 
 def unreadable(error: Exception) -> str:
