@@ -57,7 +57,10 @@ def _numbers_only(resolver: Callable[..., float]) -> Callable[..., Any]:
 
     def resolve(*args: Any) -> Any:
         numbers = all(isinstance(a, int | float) and not isinstance(a, bool) for a in args)
-        return resolver(*args) if numbers and all(args[1:]) else args[0]
+        try:
+            return resolver(*args) if numbers else args[0]
+        except ZeroDivisionError:
+            return args[0]
 
     return resolve
 
@@ -81,7 +84,9 @@ def compose(overrides: Sequence[str]) -> Composed:
     scales = [w for w in words if w.startswith("scale=")]
     auto = scales[-1:] in ([], ["scale=auto"])
     if auto:  # a user's own config.yaml may name another; `auto` has no field that a scale sets
-        groups = [w for w in words if re.split("[@=]", w.lstrip("+~"))[0] in GROUPS]
+        # and a sweep, which names no scale, may ask for such a field
+        named = {w: re.split("[@=]", w.lstrip("+~"))[0] for w in words}
+        groups = [w for w, group in named.items() if group in GROUPS and group != "sweep"]
         auto = _compose(groups)[1].get("scale") == "auto"
     if auto:
         scale, why = _scale_of_this_machine()

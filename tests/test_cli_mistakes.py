@@ -2,6 +2,7 @@
 named in one sentence, no traceback, nothing created."""
 
 import typing
+from pathlib import Path
 
 import annotated_types
 import pytest
@@ -160,3 +161,12 @@ def test_a_suggestion_is_a_field_that_can_be_typed(word, meant, capsys):
     assert (
         f"unknown field '{word.split('=')[0]}' (did you mean {meant}?)" in capsys.readouterr().err
     )
+
+
+SWEEPS = sorted(path.stem for path in (Path(__file__).parents[1] / "sweeps").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("name", SWEEPS)
+def test_every_sweep_can_be_planned_as_it_ships(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["plan", f"+sweep={name}", "tracker=none"]) == 0, capsys.readouterr().err
