@@ -93,11 +93,9 @@ def _spans_kernel(spans_ptr, Q: tl.constexpr, BITS: tl.constexpr):
     bit = tl.program_id(0)
     rows = tl.arange(0, Q)
     t, r = rows[:, None], rows[None, :]
-    upper = ((t >> bit) & 1) == 1
-    inside = ((t ^ r) >> bit) == 0
-    if bit >= BITS:
-        upper = (t >= 0) & (bit == BITS)
-        inside = t >= 0
+    chunk = bit >= BITS
+    upper = tl.where(chunk, bit == BITS, ((t >> bit) & 1) == 1)
+    inside = chunk | (((t ^ r) >> bit) == 0)
     ones = tl.where(inside & ((r <= t) == upper), 1.0, 0.0)
     tl.store(spans_ptr + bit * Q * Q + t * Q + r, ones.to(tl.bfloat16))
 

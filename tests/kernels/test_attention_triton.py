@@ -164,7 +164,7 @@ def test_one_visible_key_leaves_queries_and_keys_no_gradient(device):
         t.detach().float().to(device).requires_grad_() for t in qkv(1, 40, 2, 1, 16).values()
     )
     y = attention(q, k, v, window=1, backend="triton")
-    assert torch.equal(y, v.expand_as(y))
+    assert error(y, v.expand_as(y)) < 1e-6  # on a GPU a product of float32 is three of tf32
     dq, dk, dv = torch.autograd.grad(y.sum(), (q, k, v))
     assert max(dq.abs().max(), dk.abs().max()) < 1e-5
     assert error(dv, torch.full_like(dv, 2.0)) < 1e-6

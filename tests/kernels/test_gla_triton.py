@@ -249,6 +249,16 @@ def test_it_assembles(name, arch, dtype, flags):
 
 
 @pytest.mark.compile
+@pytest.mark.parametrize("size", sorted(kernels.CHUNKS))
+def test_spans_assemble(size):
+    from _compile import assert_fits, resources
+
+    chunk = kernels.CHUNKS[size]
+    constants = {"Q": chunk, "BITS": chunk.bit_length() - 1}
+    assert_fits(resources(kernels._spans_kernel, {"spans_ptr": "*bf16"}, constants, arch=90), 90)
+
+
+@pytest.mark.compile
 @pytest.mark.parametrize("number", [1, 2])
 def test_segments_assemble(number):
     from _compile import assert_fits
