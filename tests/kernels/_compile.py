@@ -1,4 +1,4 @@
-"""Compiles a Triton kernel for a GPU that is not there and reads what the assembler used."""
+"""Compiles a Triton kernel for a GPU that is not there and reads what the assembler made of it."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 ARCHITECTURES = (80, 86, 89, 90)
 SHARED_LIMIT = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024}
 
@@ -59,14 +60,12 @@ def resources(
         target=GPUTarget("cuda", arch, 32),
         options={"num_warps": num_warps, "num_stages": num_stages, "maxnreg": registers},
     )
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        report = subprocess.run(
-            [str(tool), "--dump-resource-usage", file.name],
-            capture_output=True, text=True, check=True,
-        ).stdout  # fmt: skip
+        report = _run("cuobjdump", "--dump-resource-usage", file.name)
+        unset = unset_registers(_run("nvdisasm", "--print-code", file.name))
+    assert not unset, f"the assembler reads uniform registers that nothing has set: {unset[0]}"
     used = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", report))
     return Resources(
         shared=compiled.metadata.shared,
@@ -74,6 +73,52 @@ def resources(
         spills=int(used["LOCAL"]) + int(used["STACK"]),
         ptx=compiled.asm["ptx"],
     )
+
+
+def _run(tool: str, *args: str) -> str:
+    return subprocess.run(
+        [str(TOOLS / tool), *args], capture_output=True, text=True, check=True
+    ).stdout
+
+
+_INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)\s*(.*?);")
+_UNIFORM = re.compile(r"(gdesc|desc)?\[?\bUR(\d+)(\.64)?")
+
+
+def unset_registers(sass: str) -> list[str]:
+    """Instructions that read a uniform register which no instruction before them writes.
+
+    ptxas 12.8, which Triton 3.6 and 3.7 bring, loses descriptors of wgmma's operands in kernels
+    with many of them (as `fla` found too, and refuses such kernels): the address in shared memory
+    is then whatever the register held. Results are wrong or the launch faults, on a GPU alone.
+    """
+    written: set[int] = set()
+    found = []
+    for line in sass.splitlines():
+        match = _INSTRUCTION.search(line)
+        if not match:
+            continue
+        name, operands = match.group(1), [o.strip() for o in match.group(2).split(",")]
+        pair = bool(re.search(r"\.64\b|WIDE", name))
+        target = None
+        if re.match(r"U|R2UR|S2UR|CS2UR|REDUX", name):
+            target = re.fullmatch(r"UR(\d+)", operands[0])
+        reads: set[int] = set()
+        # of the four registers of a wgmma's descriptors the first two are the left operand's
+        left_in_registers = name.startswith("HGMMA") and re.match(r"R\d+", operands[1])
+        for operand in operands[1:] if target else operands:
+            for kind, number, wide in _UNIFORM.findall(operand):
+                first, count = int(number), 1
+                if kind == "gdesc":
+                    first, count = (first + 2, 2) if left_in_registers else (first, 4)
+                elif kind or wide or (pair and "WIDE" not in name):
+                    count = 2
+                reads |= set(range(first, first + count))
+        if reads - written:
+            found.append(" ".join(match.group(0).split()))
+        if target:
+            written |= set(range(int(target.group(1)), int(target.group(1)) + 1 + pair))
+    return found
 
 
 def assert_fits(found: Resources, arch: int) -> None:
