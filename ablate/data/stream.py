@@ -33,9 +33,10 @@ log = logging.getLogger(__name__)
 MAX_EPOCHS = 4
 """Up to four epochs cost almost nothing against fresh text (Muennighoff et al. 2023, section 5)."""
 _RECALL_BLOCK_TOKENS = 1 << 15  # recall rows are made so many tokens at a time, which is faster
-_WANTED = 3 * 1.6e6  # tokens a second of whole batches: three times what one GPU trains on
-_WRITTEN = 450_000  # tokens of recall documents a second that one process makes at least
+_WRITTEN = 400_000  # tokens of recall documents a second that one process makes, or more
 
+WANTED = 3 * 1.6e6
+"""Tokens a second of batches with recall documents: three times what one GPU was seen to take."""
 Written = tuple[np.ndarray, np.ndarray, np.ndarray]
 """Tokens, targets and document starts of rows of recall documents."""
 
@@ -284,7 +285,7 @@ def writers(
     if not share:
         return contextlib.nullcontext()
     spare = max(1, usable_cores() // trainers - 1)
-    return Pool(stream.write, min(spare, math.ceil(share * _WANTED / _WRITTEN)))
+    return Pool(stream.write, min(spare, math.ceil(share * WANTED / _WRITTEN)))
 
 
 @contextlib.contextmanager
