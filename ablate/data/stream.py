@@ -143,7 +143,7 @@ class TrainStream:
         is_recall[np.arange(n_recall) * batch_size // max(n_recall, 1)] = True
         self._recall_at, rest = np.flatnonzero(is_recall), np.flatnonzero(~is_recall)
         self._text_at, self._written_at = rest[: self.text_rows], rest[self.text_rows :]
-        # of the numbers of rows, the rows; it pickles, so that another process can do it
+        # Makes the rows of recall documents with these numbers; pickles, for other processes.
         self.write: Callable[[np.ndarray], Written] = functools.partial(
             written_rows, seed, data=data, tokenizer=token_set.tokenizer
         )

@@ -46,6 +46,7 @@ def child_environment(
     very package, and compile caches that all processes of this machine share, unless the user has
     set others."""
     threads = str(cfg.train.threads)
+    share = {} if cores is None else {"ABLATE_CORES": str(cores), "RAYON_NUM_THREADS": str(cores)}
     cache = Path(cfg.data.cache).expanduser().resolve()
     return {
         "TORCHINDUCTOR_CACHE_DIR": str(cache / "inductor"),
@@ -55,7 +56,7 @@ def child_environment(
         "MKL_NUM_THREADS": threads,
         "PYTHONPATH": python_path(),
         **({} if gpus is None else {"CUDA_VISIBLE_DEVICES": gpus}),
-        **({} if cores is None else {"ABLATE_CORES": str(cores)}),
+        **share,  # Rayon's threads are those of `tokenizers`
     }
 
 
