@@ -1,6 +1,6 @@
 """Text in, batches out: corpora, tokenizers, packing, the loader and the synthetic recall rows.
 
-Names are resolved on first use, so that the processes that tokenise start without torch.
+Names are resolved on first use, so that the processes of the loader start without torch.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
         eval_batches,
         model_vocab,
         prefetched,
+        writers,
     )
     from ablate.data.tokens import Split, TokenSet, prepare
 
@@ -32,6 +33,7 @@ __all__ = [
     "prefetched",
     "prepare",
     "recall_rows",
+    "writers",
 ]
 
 _MODULES = {"recall": ("mqar_rows", "recall_rows"), "tokens": ("Split", "TokenSet", "prepare")}

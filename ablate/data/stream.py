@@ -7,6 +7,8 @@ the first seq_len ids, its targets the last seq_len. A row starts with a fresh c
 from __future__ import annotations
 
 import contextlib
+import functools
+import logging
 import math
 import operator
 from collections import deque
@@ -21,13 +23,22 @@ import torch
 from ablate.config import DataConfig
 from ablate.data import bits
 from ablate.data.recall import IGNORE, check_recall, packed_recall, recall_rows
-from ablate.data.tokens import Split, TokenSet
+from ablate.data.tokens import Split, TokenSet, usable_cores
+from ablate.data.worker import Pool, ProcessEnded
 from ablate.data.written import written_count, written_rows
 from ablate.errors import UserError
+
+log = logging.getLogger(__name__)
 
 MAX_EPOCHS = 4
 """Up to four epochs cost almost nothing against fresh text (Muennighoff et al. 2023, section 5)."""
 _RECALL_BLOCK_TOKENS = 1 << 15  # recall rows are made so many tokens at a time, which is faster
+_WRITTEN = 400_000  # tokens of recall documents a second that one process makes, or more
+
+WANTED = 3 * 1.6e6
+"""Tokens a second of batches with recall documents: three times what one GPU was seen to take."""
+Written = tuple[np.ndarray, np.ndarray, np.ndarray]
+"""Tokens, targets and document starts of rows of recall documents."""
 
 
 @dataclass(frozen=True)
@@ -132,6 +143,10 @@ class TrainStream:
         is_recall[np.arange(n_recall) * batch_size // max(n_recall, 1)] = True
         self._recall_at, rest = np.flatnonzero(is_recall), np.flatnonzero(~is_recall)
         self._text_at, self._written_at = rest[: self.text_rows], rest[self.text_rows :]
+        # Makes the rows of recall documents with these numbers; pickles, for other processes.
+        self.write: Callable[[np.ndarray], Written] = functools.partial(
+            written_rows, seed, data=data, tokenizer=token_set.tokenizer
+        )
         self._shuffles: dict[int, np.ndarray] = {}
         self._recall_steps = max(1, _RECALL_BLOCK_TOKENS // max(1, n_recall * self.seq_len))
         self._recall: tuple[int, np.ndarray, np.ndarray] | None = None
@@ -145,8 +160,16 @@ class TrainStream:
         """Epochs over the text after so many trained tokens."""
         return self.text_tokens(tokens) / self.token_set.splits["train"].n_tokens
 
-    def batch(self, step: int) -> Batch:
-        """The rows of a step, counted from 0."""
+    def written(self, step: int) -> np.ndarray:
+        """Numbers of the rows of recall documents of a step."""
+        n = len(self._written_at)
+        return np.arange(step * n, (step + 1) * n)
+
+    def batch(self, step: int, written: Written | None = None) -> Batch:
+        """The rows of a step, counted from 0.
+
+        written: `write(written(step))`, where that has been made elsewhere.
+        """
         shape = (self.batch_size, self.seq_len)
         tokens, targets = np.empty(shape, np.int64), np.empty(shape, np.int64)
         reset = self.data.reset_documents
@@ -166,9 +189,8 @@ class TrainStream:
                 length = self.data.mqar.length or self.seq_len
                 position = np.arange(self.seq_len, dtype=np.int32)
                 doc_start[self._recall_at] = position // length * length
-        if n := len(self._written_at):
-            numbers = np.arange(step * n, (step + 1) * n)
-            made = written_rows(self.seed, numbers, self.data, self.token_set.tokenizer)
+        if len(self._written_at):
+            made = written or self.write(self.written(step))
             tokens[self._written_at], targets[self._written_at] = made[:2]
             if doc_start is not None:
                 doc_start[self._written_at] = made[2]
@@ -250,30 +272,66 @@ def eval_batches(
         )
 
 
+def writers(
+    stream: TrainStream, trainers: int = 1
+) -> contextlib.AbstractContextManager[Pool | None]:
+    """A `Pool` that writes the stream's recall documents for `prefetched`; None where it has none.
+
+    As many processes as keep up with a GPU three times over, where there are the cores: those of
+    this process, shared by so many trainers, less the one that trains. They start in the
+    background, which takes seconds, so that it is worth to have them before the model is built.
+    """
+    share = len(stream.written(0)) / stream.batch_size
+    if not share:
+        return contextlib.nullcontext()
+    spare = max(1, usable_cores() // trainers - 1)
+    return Pool(stream.write, min(spare, math.ceil(share * WANTED / _WRITTEN)))
+
+
 @contextlib.contextmanager
 def prefetched(
-    stream: TrainStream, first: int, last: int, *, pin: bool = False, ahead: int = 4
+    stream: TrainStream,
+    first: int,
+    last: int,
+    *,
+    pin: bool = False,
+    ahead: int = 4,
+    pool: Pool | None = None,
 ) -> Iterator[Iterator[Batch]]:
     """Batches first … last - 1 of a stream, made ahead by a thread, in pinned memory for a GPU.
 
-    What the thread raises is raised by the iteration; what it has made at the end is dropped.
+    pool: of `writers`; else the thread writes recall documents too, as it does instead of a process
+    that was killed. What the thread raises is raised by the iteration; what it has made at the end
+    is dropped.
     """
+    if pool is not None:
+        ahead += 2 * len(pool.processes)
+    told = False
 
-    def make(step: int) -> Batch:
-        batch = stream.batch(step)
+    def make(step: int, rows: Future[Written] | None) -> Batch:
+        nonlocal told
+        written: Written | None = None
+        try:
+            written = None if rows is None else rows.result()
+        except ProcessEnded as error:
+            if not told:
+                log.warning("%s: what it wrote is written by the training process now", error)
+                told = True
+        batch = stream.batch(step, written)
         return batch.pin_memory() if pin else batch
 
     def batches() -> Iterator[Batch]:
         ready: deque[Future[Batch]] = deque()
         for step in range(first, last):
-            ready.append(pool.submit(make, step))
+            rows = None if pool is None else pool.submit(stream.written(step))
+            ready.append(thread.submit(make, step, rows))
             if len(ready) > ahead:
                 yield ready.popleft().result()
         while ready:
             yield ready.popleft().result()
 
-    pool = ThreadPoolExecutor(1, "prefetch")
+    thread = ThreadPoolExecutor(1, "prefetch")
     try:
         yield batches()
     finally:
-        pool.shutdown(cancel_futures=True)
+        thread.shutdown(cancel_futures=True)

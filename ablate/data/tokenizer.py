@@ -58,6 +58,9 @@ class Tokenizer:
         self.eos_id = int(eos)
         self.vocab_size = max(self._inner.get_vocab(with_added_tokens=True).values()) + 1
 
+    def __reduce__(self) -> tuple[type[Tokenizer], tuple[str, str | None]]:
+        return Tokenizer, (self.name, self.definition)  # for the processes of the loader
+
     @property
     def fingerprint(self) -> str:
         """Hash of what decides the ids."""

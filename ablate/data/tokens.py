@@ -331,7 +331,9 @@ def _encoded(data: DataConfig, source: Source, tokenizer: Tokenizer) -> Iterator
 
 
 def usable_cores() -> int:
-    """Cores that this process may run on."""
+    """Cores that this process may run on; in a study its share of them, ABLATE_CORES."""
+    if share := os.environ.get("ABLATE_CORES"):
+        return int(share)
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

@@ -1,4 +1,4 @@
-"""Tokenising processes: `main` reads chunks from stdin and answers on stdout.
+"""Processes that tokenise chunks of text, or write the rows of recall documents.
 
 Plain child processes with pipes instead of `multiprocessing`: nothing of the caller's main module
 is imported again, and no thread or CUDA context is forked.
@@ -7,6 +7,7 @@ is imported again, and no thread or CUDA context is forked.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import pickle
 import queue
@@ -14,7 +15,7 @@ import signal
 import subprocess
 import sys
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -60,58 +61,106 @@ def encode_all(
 
     At most two chunks a process are in memory. Raises the UserError that a process raised.
     """
+    task = functools.partial(encode, tokenizer=tokenizer, lenient=lenient)
     if workers == 1:
-        for chunk in chunks:
-            yield encode(chunk, tokenizer, lenient)
+        yield from map(task, chunks)
         return
-    free: queue.SimpleQueue[subprocess.Popen[bytes]] = queue.SimpleQueue()
-    processes = [_start(tokenizer, lenient) for _ in range(workers)]
-    pool = ThreadPoolExecutor(workers)
-
-    def ask(chunk: Chunk) -> Encoded:
-        process = free.get()
-        try:
-            _send(process.stdin, chunk)
-            answer = pickle.load(process.stdout)  # type: ignore[arg-type]
-        except (EOFError, OSError, pickle.UnpicklingError):
-            raise RuntimeError(f"a tokenising process ended, exit code {process.wait()}") from None
-        finally:
-            free.put(process)
-        if isinstance(answer, UserError):
-            raise answer
-        return answer
-
-    try:
-        for process in processes:
-            free.put(process)
+    with Pool(task, workers) as pool:
         pending: deque[Future[Encoded]] = deque()
         for chunk in chunks:
-            pending.append(pool.submit(ask, chunk))
+            pending.append(pool.submit(chunk))
             if len(pending) > 2 * workers:
                 yield pending.popleft().result()
         while pending:
             yield pending.popleft().result()
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
-        for process in processes:
+
+
+class ProcessEnded(RuntimeError):
+    """A process ended before it had answered."""
+
+
+class Pool:
+    """Processes that answer what a task makes of an item; they end with the `with` or the caller.
+
+    task: a function that pickles: one of a module of this package, or a `functools.partial` of it.
+    """
+
+    def __init__(self, task: Callable[[Any], Any], processes: int) -> None:
+        self.processes: list[subprocess.Popen[bytes]] = []
+        self._free: queue.SimpleQueue[subprocess.Popen[bytes]] = queue.SimpleQueue()
+        self._threads = ThreadPoolExecutor(processes, "pool")
+        try:
+            for _ in range(processes):
+                self.processes.append(_start())
+        except BaseException:
+            self.close()
+            raise
+        for process in self.processes:  # by a thread: until a process reads, its pipe holds 64 KB
+            self._threads.submit(self._tell, process, task)
+
+    def submit(self, item: Any) -> Future[Any]:
+        """The answer to come. Its result raises the UserError that the task raised, and
+        ProcessEnded when the process was killed or the task had another error, which it prints."""
+        return self._threads.submit(self._ask, item)
+
+    def close(self) -> None:
+        """Kill the processes; answers still to come raise ProcessEnded or are cancelled."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+        for process in self.processes:
             process.kill()
             process.wait()
+        self._threads.shutdown()
+        for process in self.processes:
             for pipe in (process.stdin, process.stdout):
                 with contextlib.suppress(OSError):  # bytes that it will not read any more
                     pipe.close()  # type: ignore[union-attr]
-        pool.shutdown()
+
+    def __enter__(self) -> Pool:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _tell(self, process: subprocess.Popen[bytes], task: Callable[[Any], Any]) -> None:
+        try:
+            _send(process.stdin, task)
+        except OSError:
+            pass  # it is gone, as the first who asks it will notice
+        finally:
+            self._free.put(process)
+
+    def _ask(self, item: Any) -> Any:
+        process = self._free.get()
+        keep = True
+        try:
+            _send(process.stdin, item)
+            answer = pickle.load(process.stdout)  # type: ignore[arg-type]
+        except (EOFError, OSError, pickle.UnpicklingError):
+            code = process.wait()
+            # Without the last of them, who asks next would wait for ever.
+            keep = all(other.poll() is not None for other in self.processes)
+            raise ProcessEnded(f"a process of the loader ended, exit code {code}") from None
+        finally:
+            if keep:
+                self._free.put(process)
+        if isinstance(answer, UserError):
+            raise answer
+        return answer
 
 
-def _start(tokenizer: Tokenizer, lenient: bool) -> subprocess.Popen[bytes]:
-    process = subprocess.Popen(
+def _start() -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
         # -P: what lies in the current folder must not shadow a module of the standard library
         [sys.executable, "-P", "-c", "from ablate.data.worker import main; main()"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
-        env={**os.environ, "PYTHONPATH": python_path(), "TOKENIZERS_PARALLELISM": "false"},
+        env={
+            **os.environ,
+            "PYTHONPATH": python_path(),
+            "TOKENIZERS_PARALLELISM": "false",
+            "OMP_NUM_THREADS": "1",
+        },
     )
-    _send(process.stdin, (tokenizer.name, tokenizer.definition, lenient))
-    return process
 
 
 def _send(pipe: Any, value: Any) -> None:
@@ -120,23 +169,25 @@ def _send(pipe: Any, value: Any) -> None:
 
 
 def main() -> None:
-    """Answer chunks until stdin ends, which it also does when the parent dies."""
+    """Read a task, then answer items until stdin ends, which it also does when the parent dies."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # whatever prints must not get between the answers
-    name, definition, lenient = pickle.load(sys.stdin.buffer)
-    tokenizer = Tokenizer(name, definition)
+    task = _read()
     while True:
+        item = _read()
         try:
-            chunk = pickle.load(sys.stdin.buffer)
-        except (EOFError, pickle.UnpicklingError):
-            return
-        answer: Encoded | UserError
-        try:
-            answer = encode(chunk, tokenizer, lenient)
+            answer = task(item)
         except UserError as error:
             answer = error
         try:
             _send(answers, answer)
         except BrokenPipeError:
             os._exit(0)  # the parent is gone; nothing is left to flush to
+
+
+def _read() -> Any:
+    try:
+        return pickle.load(sys.stdin.buffer)
+    except (EOFError, pickle.UnpicklingError):
+        os._exit(0)

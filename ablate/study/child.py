@@ -39,10 +39,14 @@ Train = Callable[..., dict[str, Any]]
 ANSWER_SECONDS = 20.0
 
 
-def child_environment(cfg: config.Config, gpus: str | None = None) -> dict[str, str]:
-    """Environment of a process that trains: its threads, its GPUs, this very package, and compile
-    caches that all processes of this machine share, unless the user has set others."""
+def child_environment(
+    cfg: config.Config, gpus: str | None = None, cores: int | None = None
+) -> dict[str, str]:
+    """Environment of a process that trains: its threads, its GPUs, its share of the cores, this
+    very package, and compile caches that all processes of this machine share, unless the user has
+    set others."""
     threads = str(cfg.train.threads)
+    share = {} if cores is None else {"ABLATE_CORES": str(cores), "RAYON_NUM_THREADS": str(cores)}
     cache = Path(cfg.data.cache).expanduser().resolve()
     return {
         "TORCHINDUCTOR_CACHE_DIR": str(cache / "inductor"),
@@ -52,6 +56,7 @@ def child_environment(cfg: config.Config, gpus: str | None = None) -> dict[str, 
         "MKL_NUM_THREADS": threads,
         "PYTHONPATH": python_path(),
         **({} if gpus is None else {"CUDA_VISIBLE_DEVICES": gpus}),
+        **share,  # Rayon's threads are those of `tokenizers`
     }
 
 

@@ -328,13 +328,14 @@ class _Supervisor:
 
     def _spawn(self, slot: int, gpu: str | None) -> _Child | None:
         try:
+            cores = max(1, usable_cores() // max(1, len(self._slots())))
             errors = tempfile.TemporaryFile()  # noqa: SIM115  # what it says before it has a log
             process = subprocess.Popen(
                 self.command,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=errors,
-                env=child_environment(self.cfg, gpu),
+                env=child_environment(self.cfg, gpu, cores),
                 process_group=0,  # a Ctrl-C at the terminal reaches this process alone
             )
         except OSError as error:

@@ -19,7 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,17 @@ import torch
 
 from ablate.arch.spec import Architecture
 from ablate.config import Config, flatten, load, science
-from ablate.data import Batch, TokenSet, TrainStream, check_epochs, model_vocab, prefetched, prepare
+from ablate.data import (
+    Batch,
+    TokenSet,
+    TrainStream,
+    check_epochs,
+    model_vocab,
+    prefetched,
+    prepare,
+    writers,
+)
+from ablate.data.worker import Pool
 from ablate.errors import UserError
 from ablate.run import RunFolder, StaleWriter, process_age
 from ablate.train import checkpoint
@@ -208,16 +218,17 @@ def _follow(cfg: Config, ranks: Ranks) -> dict[str, Any]:
     with numerics(cfg.train, device):
         token_set = prepare(cfg.data)
         stream = TrainStream(token_set, cfg.data, batch_size=cfg.train.batch_size, seed=cfg.seed)
-        engine = Engine(cfg, architecture_of(cfg, token_set), device, ranks)
-        record, first = ranks.agree(None)
-        stepper = engine.stepper(record["rows"])
-        engine.follow_state(stepper)
-        ranks.listen()  # rank 0 has compiled it all by now
-        if engine.compiled:
-            stepper.warm_up(ranks.part(stream.batch(first)))
-        with _batches(stream, device, first, sys.maxsize) as batches:
-            while (lr := ranks.awaited()) is not None:
-                stepper(next(batches), lr)
+        with _writers(stream, device, ranks) as pool:
+            engine = Engine(cfg, architecture_of(cfg, token_set), device, ranks)
+            record, first = ranks.agree(None)
+            stepper = engine.stepper(record["rows"])
+            engine.follow_state(stepper)
+            ranks.listen()  # rank 0 has compiled it all by now
+            if engine.compiled:
+                stepper.warm_up(ranks.part(stream.batch(first)))
+            with _batches(stream, device, first, sys.maxsize, pool) as batches:
+                while (lr := ranks.awaited()) is not None:
+                    stepper(next(batches), lr)
         result = ranks.agree(None)
     if result is None:
         raise TrialFailed("rank 0 ended without a result, and says why in the run folder")
@@ -230,14 +241,21 @@ def architecture_of(cfg: Config, token_set: TokenSet) -> Architecture:
     return Architecture.from_config(cfg.arch, vocab_size=vocab_size)
 
 
+def _writers(
+    stream: TrainStream, device: torch.device, ranks: Ranks
+) -> AbstractContextManager[Pool | None]:
+    """Processes for the loader, where they pay: on a CPU they would take the core that trains."""
+    return nullcontext() if device.type == "cpu" else writers(stream, ranks.world)
+
+
 @contextmanager
 def _batches(
-    stream: TrainStream, device: torch.device, first: int, last: int
+    stream: TrainStream, device: torch.device, first: int, last: int, pool: Pool | None
 ) -> Iterator[Iterator[Batch]]:
     if device.type == "cpu":  # a thread would take the core that trains
         yield (stream.batch(step) for step in range(first, sys.maxsize))
         return
-    with prefetched(stream, first, last, pin=True) as batches:
+    with prefetched(stream, first, last, pin=True, pool=pool) as batches:
         yield batches
 
 
@@ -372,14 +390,15 @@ class _Run:
                 batch_size=self.cfg.train.batch_size,
                 seed=self.cfg.seed,
             )
-        with self.clock.of("build"):
-            self.report("build", force=True)
-            self.build()
-            self.restore()
-            self.describe(surroundings)
-            self.share_state()
-        self.interrupts.deferred = True
-        self.loop()
+        with _writers(self.stream, self.device, self.ranks) as pool:  # start behind the build
+            with self.clock.of("build"):
+                self.report("build", force=True)
+                self.build()
+                self.restore()
+                self.describe(surroundings)
+                self.share_state()
+            self.interrupts.deferred = True
+            self.loop(pool)
         result = self.final()
         self.interrupts.deferred = False
         return result
@@ -458,7 +477,7 @@ class _Run:
         tokens = self.stream.text_tokens(steps * self.step_tokens)
         check_epochs(self.token_set, self.cfg.data, tokens)
 
-    def loop(self) -> None:
+    def loop(self, pool: Pool | None) -> None:
         if self.validation_due():  # an interrupt had cut it short
             self.validate()
         if self.engine.compiled and self.progress < 1:
@@ -468,7 +487,7 @@ class _Run:
         self.ranks.listen()
         self.checkpoint_time = time.perf_counter()
         last = self.budget.steps or sys.maxsize
-        with _batches(self.stream, self.device, self.step, last) as batches:
+        with _batches(self.stream, self.device, self.step, last, pool) as batches:
             while self.progress < 1:
                 self.interrupts.check()
                 # The first steps compile and capture, so a budget in seconds does not pay for them.

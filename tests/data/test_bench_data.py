@@ -18,9 +18,11 @@ def test_bench_prints_every_shape_and_judges_it(
 ) -> None:
     path = write_jsonl(tmp_path / "t.jsonl", make_documents(300))
     monkeypatch.setattr(bench, "FACTOR", factor)
+    monkeypatch.setattr(bench, "WANTED", factor)
     monkeypatch.setattr(bench, "SHAPES", bench.SHAPES[:1] + bench.SHAPES[-1:])
     args = ["--seconds", "0.02", "--path", str(path), "--cache", str(tmp_path / "cache")]
     assert bench.run(args) == code
     out = capsys.readouterr().out
     assert out.count("yes" if code == 0 else "NO") >= 2
+    assert "40% recall" in out
     assert "2048" in out

@@ -254,7 +254,7 @@ def test_prefetched_stops_early_and_hands_on_exceptions(
 
     real = stream.batch
 
-    def fail(step: int) -> Batch:
+    def fail(step: int, written: object = None) -> Batch:
         if step == 2:
             raise OSError("disk gone")
         return real(step)

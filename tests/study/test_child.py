@@ -27,11 +27,12 @@ def test_compile_caches_are_shared_unless_the_user_has_some(
     cfg = config.load(make(**{"train.threads": 3}))
     monkeypatch.delenv("TRITON_CACHE_DIR", raising=False)
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/mine")
-    found = child_environment(cfg, "2,3")
+    found = child_environment(cfg, "2,3", 7)
     assert found["TRITON_CACHE_DIR"] == str(cache / "triton")
     assert found["TORCHINDUCTOR_CACHE_DIR"] == "/mine"
     assert found["CUDA_VISIBLE_DEVICES"] == "2,3"
     assert found["OMP_NUM_THREADS"] == "3"
+    assert found["ABLATE_CORES"] == "7"
 
 
 def supervisor(tree: dict[str, Any], console: Any) -> _Supervisor:
