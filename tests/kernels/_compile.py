@@ -99,7 +99,7 @@ def unset_registers(sass: str) -> list[str]:
         if not match:
             continue
         name, operands = match.group(1), [o.strip() for o in match.group(2).split(",")]
-        pair = bool(re.search(r"\.64\b|WIDE", name))
+        pair = name.startswith("U") and bool(re.search(r"\.64\b|WIDE", name))
         target = None
         if re.match(r"U|R2UR|S2UR|CS2UR|REDUX", name):
             target = re.fullmatch(r"UR(\d+)", operands[0])
