@@ -26,16 +26,8 @@ from ablate.errors import UserError, did_you_mean
 
 _PACKAGE = Path(__file__).resolve().parent
 GROUPS = (
-    "arch",
-    "layer",
-    "match",
-    "data",
-    "train",
-    "evaluate",
-    "study",
-    "tracker",
-    "scale",
-    "sweep",
+    *("arch", "layer", "match", "data", "train", "evaluate", "study", "tracker"),
+    *("scale", "sweep"),
 )
 
 
@@ -45,13 +37,7 @@ def shipped(name: str) -> Path:
     return inside if inside.is_dir() else _PACKAGE.parent / name
 
 
-_OPEN = (
-    "study.grid=",
-    "study.arms=",
-    "study.search=",
-    "arch.overrides=",
-    "evaluate.sizes=",
-)
+_OPEN = ("study.grid=", "study.arms=", "study.search=", "arch.overrides=", "evaluate.sizes=")
 
 # What sweep and scale files may compute from other fields, as ${name:a,b}.
 _RESOLVERS: dict[str, Callable[..., float]] = {
@@ -89,13 +75,18 @@ def compose(overrides: Sequence[str]) -> Composed:
         _check_word(word)
     # The keys of these are the user's own: setting one adds to what the sweep has.
     words = [f"++{w}" if w.startswith(_OPEN) else w for w in overrides]
-    tree, choices = _compose(words)
     notes = []
-    if choices.get("scale") == "auto":
+    scales = [w for w in words if w.startswith("scale=")]
+    auto = scales[-1:] in ([], ["scale=auto"])
+    if auto:  # a user's own config.yaml may name another; `auto` has no field that a scale sets
+        groups = [w for w in words if re.split("[@=]", w.lstrip("+~"))[0] in GROUPS]
+        auto = _compose(groups)[1].get("scale") == "auto"
+    if auto:
         scale, why = _scale_of_this_machine()
         words = [w for w in words if not w.startswith("scale=")] + [f"scale={scale}"]
-        tree, choices = _compose(words)
         notes.append(f"scale auto: {scale} ({why})")
+    tree, choices = _compose(words)
+    if auto:
         choices["scale_auto"] = "yes"
     return Composed(tree, choices, notes)
 

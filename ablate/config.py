@@ -10,19 +10,13 @@ the key that names a run.
 
 from __future__ import annotations
 
+import copy
 import types
 import typing
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal, TypeVar
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    ValidationError,
-    field_validator,
-    model_validator,
-)
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from ablate.errors import UserError, did_you_mean
 
@@ -590,7 +584,7 @@ def science(config: Config) -> dict[str, Any]:
 
 def override(tree: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
     """A copy of a plain config dict with dotted fields set; `UserError` for an unknown field."""
-    result: dict[str, Any] = _copy(tree)
+    result: dict[str, Any] = copy.deepcopy(dict(tree))
     for dotted, value in changes.items():
         *parents, leaf = dotted.split(".")
         node: Any = result
@@ -601,7 +595,7 @@ def override(tree: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, A
             node = node[part]
         if leaf not in node:
             raise UserError(f"unknown field '{dotted}'{did_you_mean(leaf, node)}")
-        node[leaf] = _copy(value)
+        node[leaf] = copy.deepcopy(value)
     return result
 
 
@@ -622,9 +616,3 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
             yield from flatten(value, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", value
-
-
-def _copy(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {k: _copy(v) for k, v in value.items()}
-    return [_copy(v) for v in value] if isinstance(value, list) else value

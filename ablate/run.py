@@ -31,7 +31,10 @@ import yaml
 from filelock import FileLock, Timeout
 
 State = Literal["created", "running", "done", "failed", "pruned", "interrupted"]
-
+PHASES = (  # of a run, whose seconds stand in its result
+    *("start_up", "data", "build", "first_step"),
+    *("train", "validation", "evaluation", "checkpoint"),
+)
 
 _UMASK = os.umask(0)  # it can only be read by setting it, which threads would notice later on
 os.umask(_UMASK)

@@ -54,7 +54,7 @@ def build(root: Path, *, notebooks: bool = True) -> None:
     ]
     table = findings.table(found)
     atomic_write(results / "findings.csv", table.to_csv(index=False))
-    block = "".join(f"![{p.caption}](docs/{p.png.name})\n\n" for p in shown)
+    block = "".join(f"![{p.caption}](docs/{p.png.name})\n\n*{p.caption}*\n\n" for p in shown)
     block += _findings(table, found) + "\n" + _cost(found) if found else NONE_YET
     put(root / "README.md", "results", block)
     put(docs / "reproduction.md", "cost", _costs(found) if found else NONE_YET)

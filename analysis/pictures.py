@@ -12,6 +12,7 @@ from matplotlib.ticker import NullLocator, PercentFormatter
 from ablate.report.evaluation import by_size
 from ablate.report.plots import BLUE, CYCLE, MARKERS, STYLE, VERMILLION, Plot, save
 from ablate.report.published import ATTENTION_SHARE
+from ablate.study.show import si
 
 KINDS = {
     "transformer": "Transformer",
@@ -72,10 +73,22 @@ def attention_share(found: dict[str, Study], folder: Path) -> Plot | None:
         ax.set_xlabel("share of layers that are attention")
         ax.set_ylabel("loss less that without attention\n(nats a token)")
         figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=1)
+        sizes = "; ".join(f"{label}: {_size(study)}" for study, label, _, _ in shown)
         caption = (
-            "Differences within paired seeds, with 95% intervals. Below zero: attention helps."
+            "Differences within paired seeds, with 95% intervals; below zero, attention helps. "
+            f"{sizes}."
         )
         return save(figure, folder, "attention_share", "; ".join(told) + ".", caption)
+
+
+def _size(study: Study) -> str:
+    frame = study.analysis.frame
+    done = frame[frame["state"] == "done"]
+    return (
+        f"{done['n_layers'].max():.0f} layers, "
+        f"{si(done['non_embedding_params'].median())} parameters beside the embedding, "
+        f"{si(done['tokens'].median())} tokens a trial, {done['seed'].nunique()} seeds"
+    )
 
 
 def recall(study: Study | None, folder: Path) -> Plot | None:

@@ -8,6 +8,7 @@ import pytest
 
 from ablate import config
 from ablate.__main__ import main
+from ablate.compose import compose
 
 FIELDS = {name: info for name, info, _ in config.fields()}
 # The budget of the composed config is train.tokens; the other two are null.
@@ -133,3 +134,14 @@ def test_a_misspelt_name_is_one_sentence(name, capsys, tmp_path, monkeypatch):
 )
 def test_other_mistakes(words, named, capsys, tmp_path, monkeypatch):
     assert named in fails(capsys, tmp_path, monkeypatch, *words)
+
+
+def test_what_a_scale_sets_can_be_set_beside_the_scale_of_this_machine(monkeypatch) -> None:
+    """Without a `scale=` word the machine chooses one, whose fields are fields all the same."""
+    monkeypatch.setattr("ablate.compose._scale_of_this_machine", lambda: ("14m", "some GPU"))
+    for words in ([], ["scale=auto"]):
+        found = compose([*words, "arch.d_model=128", "arch.n_layers=4"])
+        assert (found.tree["arch"]["d_model"], found.tree["arch"]["n_layers"]) == (128, 4)
+        assert found.tree["data"]["seq_len"] == 2048
+        assert found.choices["scale"] == "14m"
+        assert found.notes == ["scale auto: 14m (some GPU)"]

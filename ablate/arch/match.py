@@ -10,6 +10,7 @@ near: who wants to use an architecture beyond the tolerance has to say so (`matc
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -104,26 +105,17 @@ def check(match: MatchConfig, architecture: Architecture, seq_len: int) -> None:
 
 
 def _rows(before: Architecture, after: Architecture) -> Iterator[dict[str, Any]]:
-    if before.n_layers != after.n_layers:
-        yield {
-            "layer": None,
-            "kind": "",
-            "field": "n_layers",
-            "before": before.n_layers,
-            "after": after.n_layers,
-        }
+    names = ("layer", "kind", "field", "before", "after")
+    n, m = before.n_layers, after.n_layers
+    if n != m:
+        yield dict(zip(names, (None, "", "n_layers", n, m), strict=True))
         return
     pairs = zip(before.letters, before.layer_options, after.layer_options, strict=True)
-    for i, (letter, old, new) in enumerate(pairs):
-        for name, value in vars(new).items():
-            if value != getattr(old, name):
-                yield {
-                    "layer": i,
-                    "kind": KINDS[letter].name,
-                    "field": name,
-                    "before": getattr(old, name),
-                    "after": value,
-                }
+    for i, (letter, options, changed) in enumerate(pairs):
+        for field, new in vars(changed).items():
+            old = getattr(options, field)
+            if new != old:
+                yield dict(zip(names, (i, KINDS[letter].name, field, old, new), strict=True))
 
 
 # --- widths ---------------------------------------------------------------------------------------
@@ -150,13 +142,9 @@ def _widths(
     architecture: Architecture, match: MatchConfig, seq_len: int, target: float
 ) -> Architecture | None:
     """The architecture with the nearest widths; itself when it is as near; None: nothing moves."""
-    moving: dict[int, Widen] = {}
-    for i, (letter, options) in enumerate(
-        zip(architecture.letters, architecture.layer_options, strict=True)
-    ):
-        widen = _moves(KINDS[letter], options, str(match.by))
-        if widen is not None:
-            moving[i] = widen
+    layers = zip(architecture.letters, architecture.layer_options, strict=True)
+    widens = [_moves(KINDS[letter], options, str(match.by)) for letter, options in layers]
+    moving = {i: widen for i, widen in enumerate(widens) if widen is not None}
     if not moving:
         return None
     total = figures(architecture, seq_len)[match.quantity]
@@ -173,12 +161,9 @@ def _widths(
     def even(steps: int) -> list[float]:
         return [layer(i, steps) for i in order]
 
-    low, high = 1, 2
-    while high < MAX_STEPS and fixed + sum(even(high)) < target:
-        low, high = high, 2 * high
-    while high - low > 1:  # the quantity grows with the width
-        middle = (low + high) // 2
-        low, high = (middle, high) if fixed + sum(even(middle)) < target else (low, middle)
+    # the quantity grows with the width: the last steps below the target, one at least
+    more_steps = range(2, MAX_STEPS)
+    low = 1 + bisect.bisect_left(more_steps, target, key=lambda steps: fixed + sum(even(steps)))
     few, more = even(low), even(low + 1)
 
     def at(extra: int) -> float:

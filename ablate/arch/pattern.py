@@ -12,6 +12,7 @@ Nothing in a pattern needs quotes in bash or on Hydra's command line; YAML needs
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Literal
@@ -86,17 +87,14 @@ def parse(text: str, *, field: str = "pattern") -> tuple[str, ...]:
                 raise wrong("there is no layer for 'x' to repeat")
             if repeated:
                 raise wrong("a unit is repeated twice by the 'x'")
-            end = i + 1
-            while end < len(text) and text[end] in "0123456789":
-                end += 1
-            digits = text[i + 1 : end]
+            digits = "".join(itertools.takewhile("0123456789".__contains__, text[i + 1 :]))
             if not digits or int(digits[:5]) == 0:
                 raise wrong("'x' needs a count of at least 1", i + 1 if digits else i)
             if len(digits) > 4 or len(letters) + len(unit) * int(digits) > MAX_LAYERS:
                 raise wrong(f"'x{digits}' makes more than {MAX_LAYERS} layers", i + 1)
             unit *= int(digits)
             repeated = True
-            i = end - 1
+            i += len(digits)
         elif char in RESERVED:
             raise wrong(f"'{char}' is reserved for {RESERVED[char]}, which does not exist yet,")
         elif char in _HINTS:

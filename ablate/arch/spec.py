@@ -116,17 +116,8 @@ class Architecture:
 
     def canonical(self) -> dict[str, Any]:
         """Plain data that is equal exactly for equal architectures, however they were written."""
-        shape = {
-            name: getattr(self, name)
-            for name in (
-                "pattern",
-                "d_model",
-                "vocab_size",
-                "tie_embeddings",
-                "norm_eps",
-                "init_std",
-            )
-        }
+        names = ("pattern", "d_model", "vocab_size", "tie_embeddings", "norm_eps", "init_std")
+        shape = {name: getattr(self, name) for name in names}
         options = {name: _plain(self.options[name]) for name in sorted(self.options)}
         overrides = {str(i): dict(values) for i, values in self.overrides.items()}
         return {**shape, "options": options, **({"overrides": overrides} if overrides else {})}

@@ -70,11 +70,7 @@ def run(args: Sequence[str]) -> int:
     met = []
     for seq_len, batch_size, share, reset in SHAPES:
         data = base.model_copy(
-            update={
-                "seq_len": seq_len,
-                "reset_documents": reset,
-                "mqar": MQARConfig(share=share),
-            }
+            update={"seq_len": seq_len, "reset_documents": reset, "mqar": MQARConfig(share=share)}
         )
         stream = TrainStream(token_set, data, batch_size=batch_size, seed=0)
         speed = tokens_per_second(stream, options.seconds)

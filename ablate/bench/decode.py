@@ -65,7 +65,8 @@ def measure(
     weights = sum(p.nbytes for p in model.parameters())
     rows = []
     for context in contexts:
-        expected = _contract(arch, context, dtype)
+        # of one sequence's caches, by the layers' contracts
+        expected = sum(o.state_bytes(context, dtype.itemsize) for o in arch.layer_options)
         try:
             speed = _speed(model, context, batch, steps, dtype, expected)
         except torch.cuda.OutOfMemoryError:
@@ -77,18 +78,8 @@ def measure(
     return rows
 
 
-def _contract(arch: Architecture, context: int, dtype: torch.dtype) -> int:
-    """Bytes of one sequence's caches by the layers' contracts."""
-    return sum(options.state_bytes(context, dtype.itemsize) for options in arch.layer_options)
-
-
 def _speed(
-    model: LanguageModel,
-    context: int,
-    batch: int,
-    steps: int,
-    dtype: torch.dtype,
-    expected: int,
+    model: LanguageModel, context: int, batch: int, steps: int, dtype: torch.dtype, expected: int
 ) -> float:
     """Tokens a second of all rows together, at the end of the context."""
     decoder = Decoder(model, batch, context, cache_dtype=dtype)

@@ -7,18 +7,18 @@ time of moving each input and output once at the copy rate, or of the arithmetic
 longer, as measured on an H200.
 """
 
-# mypy: disable-error-code="import-not-found, import-untyped"
-
 from __future__ import annotations
 
 import argparse
 import contextlib
 import datetime
+import importlib
 import json
 import platform
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ import torch.nn.functional as F
 
 Inputs = dict[str, Any]
 Function = Callable[[Inputs], Any]
-CHECK_LENGTH = 192
+CHECK_BATCH, CHECK_LENGTH = 2, 192
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,6 @@ class Case:
     peers: Callable[[], dict[str, Function]]
     floor: tuple[float | None, float | None] = (None, None)
     must: tuple[float | None, float | None] = (None, None)
-    check_batch: int = 2
     forward_alone: tuple[str, ...] = ()
     """peers without a backward pass, or with one that tunes itself for many minutes"""
 
@@ -70,58 +69,62 @@ class Row:
     floor: tuple[float | None, float | None] = (None, None)
     must: tuple[float | None, float | None] = (None, None)
     failed: str = ""
-    extra: dict[str, float] = field(default_factory=dict)
 
 
-def _randn(*shape: int, scale: float = 1.0, grad: bool = True, dtype: Any = None) -> torch.Tensor:
+def _randn(*shape: int, scale: float = 1.0, dtype: Any = torch.bfloat16) -> torch.Tensor:
     t = torch.randn(*shape, device="cuda", dtype=torch.float32) * scale
-    return t.to(dtype or torch.bfloat16).requires_grad_(grad)
+    return t.to(dtype).requires_grad_()
 
 
-def _documents(batch: int, length: int, size: int) -> torch.Tensor:
+def _documents(batch: int, length: int, size: int) -> torch.Tensor | None:
+    """Where documents of this size begin; None for a size of 0."""
+    if not size:
+        return None
     index = torch.arange(length, device="cuda", dtype=torch.int32)
     return (index // size * size).expand(batch, length).contiguous()
 
 
-def _optional(**makers: Callable[[], Function]) -> dict[str, Function]:
-    """The peers that can be imported here."""
-    found = {}
-    for name, maker in makers.items():
-        with contextlib.suppress(ImportError, AttributeError, ModuleNotFoundError):
-            found[name] = maker()
+def _forms(
+    module: str, ours: str, oracle: str, inputs: str, **options: Any
+) -> tuple[Function, Function]:
+    """Two functions of a module of `ablate.kernels`, on inputs that are named in order, or as
+    keyword=name."""
+    found = importlib.import_module(f"ablate.kernels.{module}")
+    pairs = [word.partition("=") for word in inputs.split()]
+
+    def call(fn: Callable[..., Any], t: Inputs) -> Any:
+        keywords = {keyword: t[name] for keyword, _, name in pairs if name}
+        return fn(*(t[name] for name, _, more in pairs if not more), **keywords, **options)
+
+    return partial(call, getattr(found, ours)), partial(call, getattr(found, oracle))
+
+
+def _installed(peers: dict[str, tuple[str, Callable[..., Any]]]) -> dict[str, Function]:
+    """Of peers, each the place of a function and how it is called on the inputs, those that can be
+    imported here."""
+    found: dict[str, Function] = {}
+    for name, (place, call) in peers.items():
+        module, _, function = place.rpartition(".")
+        with contextlib.suppress(ImportError, AttributeError):
+            found[name] = partial(call, getattr(importlib.import_module(module), function))
     return found
 
 
-def _compiled(fn: Function) -> Function:
+def _compiled(fn: Function) -> dict[str, Function]:
     torch._dynamo.reset()
-    return torch.compile(fn, dynamic=False)
+    return {"compile": torch.compile(fn, dynamic=False)}
 
 
 # -- convolution ------------------------------------------------------------------------------
 
 
-def _conv_inputs(width: int, documents: bool = False) -> Callable[[int, int], Inputs]:
-    def make(batch: int, length: int) -> Inputs:
-        return {
-            "x": _randn(batch, length, width),
-            "weight": _randn(width, 4, scale=0.3, dtype=torch.float32),
-            "bias": _randn(width, scale=0.3, dtype=torch.float32),
-            "doc": _documents(batch, length, 64) if documents else None,
-        }
-
-    return make
-
-
-def _conv_ours(t: Inputs) -> Any:
-    from ablate.kernels import causal_conv1d
-
-    return causal_conv1d(t["x"], t["weight"], t["bias"], doc_start_BL=t["doc"])
-
-
-def _conv_oracle(t: Inputs) -> Any:
-    from ablate.kernels.conv1d import causal_conv1d_reference
-
-    return causal_conv1d_reference(t["x"], t["weight"], t["bias"], doc_start_BL=t["doc"])
+def _conv_inputs(batch: int, length: int, width: int, documents: int = 0) -> Inputs:
+    return {
+        "x": _randn(batch, length, width),
+        "weight": _randn(width, 4, scale=0.3, dtype=torch.float32),
+        "bias": _randn(width, scale=0.3, dtype=torch.float32),
+        "doc": _documents(batch, length, documents),
+    }
 
 
 def _conv_torch(t: Inputs) -> Any:
@@ -131,20 +134,20 @@ def _conv_torch(t: Inputs) -> Any:
 
 
 def _conv_peers() -> dict[str, Function]:
-    def fla() -> Function:
-        from fla.modules.causal_conv1d import causal_conv1d
-
-        return lambda t: causal_conv1d(t["x"], t["weight"], t["bias"], activation="silu")[0]
-
-    def tri_dao() -> Function:
-        from causal_conv1d import causal_conv1d_fn
-
-        return lambda t: causal_conv1d_fn(
-            t["x"].transpose(1, 2), t["weight"].to(t["x"].dtype), t["bias"].to(t["x"].dtype),
-            activation="silu",
-        ).transpose(1, 2)  # fmt: skip
-
-    return _optional(**{"fla": fla, "causal-conv1d": tri_dao}) | {"compile": _compiled(_conv_torch)}
+    found = _installed({
+        "fla": (
+            "fla.modules.causal_conv1d.causal_conv1d",
+            lambda fn, t: fn(t["x"], t["weight"], t["bias"], activation="silu")[0],
+        ),
+        "causal-conv1d": (
+            "causal_conv1d.causal_conv1d_fn",
+            lambda fn, t: fn(
+                t["x"].transpose(1, 2), t["weight"].to(t["x"].dtype), t["bias"].to(t["x"].dtype),
+                activation="silu",
+            ).transpose(1, 2),
+        ),
+    })  # fmt: skip
+    return found | _compiled(_conv_torch)
 
 
 # -- norms ------------------------------------------------------------------------------------
@@ -158,35 +161,15 @@ def _gated_inputs(batch: int, length: int) -> Inputs:
     }
 
 
-def _gated_ours(t: Inputs) -> Any:
-    from ablate.kernels import gated_rms_norm
+def _gated_peers(oracle: Function) -> dict[str, Function]:
+    def call(fn: Callable[..., Any], t: Inputs) -> Any:
+        return fn(t["x"], t["weight"], None, z=t["z"], eps=1e-5, norm_before_gate=False)
 
-    return gated_rms_norm(t["x"], t["z"], t["weight"])
-
-
-def _gated_oracle(t: Inputs) -> Any:
-    from ablate.kernels.norm import gated_rms_norm_reference
-
-    return gated_rms_norm_reference(t["x"], t["z"], t["weight"])
-
-
-def _gated_peers() -> dict[str, Function]:
-    def mamba() -> Function:
-        from mamba_ssm.ops.triton.layernorm_gated import rmsnorm_fn
-
-        return lambda t: rmsnorm_fn(
-            t["x"], t["weight"], None, z=t["z"], eps=1e-5, norm_before_gate=False
-        )
-
-    def fla() -> Function:
-        from fla.modules.norm.layernorm_gated import rmsnorm_fn
-
-        return lambda t: rmsnorm_fn(
-            t["x"], t["weight"], None, z=t["z"], eps=1e-5, norm_before_gate=False
-        )
-
-    found = _optional(**{"mamba_ssm": mamba, "fla (mamba_ssm's)": fla})
-    return found | {"compile": _compiled(_gated_oracle)}
+    found = _installed({
+        "mamba_ssm": ("mamba_ssm.ops.triton.layernorm_gated.rmsnorm_fn", call),
+        "fla (mamba_ssm's)": ("fla.modules.norm.layernorm_gated.rmsnorm_fn", call),
+    })  # fmt: skip
+    return found | _compiled(oracle)
 
 
 def _add_inputs(batch: int, length: int) -> Inputs:
@@ -197,32 +180,18 @@ def _add_inputs(batch: int, length: int) -> Inputs:
     }
 
 
-def _add_ours(t: Inputs) -> Any:
-    from ablate.kernels import rms_norm
-
-    return rms_norm(t["x"], t["weight"], residual=t["residual"])
-
-
-def _add_oracle(t: Inputs) -> Any:
-    from ablate.kernels.norm import rms_norm_reference
-
-    return rms_norm_reference(t["x"], t["weight"], residual=t["residual"])
-
-
-def _add_peers() -> dict[str, Function]:
-    def fla() -> Function:
-        from fla.modules.norm.layernorm import rms_norm
-
-        return lambda t: rms_norm(t["x"], t["weight"], None, residual=t["residual"], prenorm=True)
-
-    def liger() -> Function:
-        from liger_kernel.ops.fused_add_rms_norm import LigerFusedAddRMSNormFunction
-
-        return lambda t: LigerFusedAddRMSNormFunction.apply(
-            t["x"], t["residual"], t["weight"], 1e-5
-        )
-
-    return _optional(fla=fla, liger=liger) | {"compile": _compiled(_add_oracle)}
+def _add_peers(oracle: Function) -> dict[str, Function]:
+    found = _installed({
+        "fla": (
+            "fla.modules.norm.layernorm.rms_norm",
+            lambda fn, t: fn(t["x"], t["weight"], None, residual=t["residual"], prenorm=True),
+        ),
+        "liger": (
+            "liger_kernel.ops.fused_add_rms_norm.LigerFusedAddRMSNormFunction",
+            lambda fn, t: fn.apply(t["x"], t["residual"], t["weight"], 1e-5),
+        ),
+    })  # fmt: skip
+    return found | _compiled(oracle)
 
 
 # -- loss -------------------------------------------------------------------------------------
@@ -236,201 +205,127 @@ def _loss_inputs(batch: int, length: int) -> Inputs:
     }
 
 
-def _loss_ours(t: Inputs) -> Any:
-    from ablate.kernels import linear_cross_entropy
-
-    return linear_cross_entropy(t["x"], t["weight"], t["target"])
-
-
 def _loss_torch(t: Inputs) -> Any:
     logits = F.linear(t["x"], t["weight"])
     return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), t["target"])
 
 
 def _loss_peers() -> dict[str, Function]:
-    def liger() -> Function:
-        from liger_kernel.ops.fused_linear_cross_entropy import (
-            LigerFusedLinearCrossEntropyFunction,
+    found = _installed({
+        "liger": (
+            "liger_kernel.ops.fused_linear_cross_entropy.LigerFusedLinearCrossEntropyFunction",
+            lambda fn, t: _outputs(fn.apply(t["x"], t["weight"], t["target"]))[0],
         )
-
-        def run(t: Inputs) -> Any:
-            out = LigerFusedLinearCrossEntropyFunction.apply(t["x"], t["weight"], t["target"])
-            return out[0] if isinstance(out, tuple) else out
-
-        return run
-
-    return _optional(liger=liger) | {"compile": _compiled(_loss_torch)}
+    })  # fmt: skip
+    return found | _compiled(_loss_torch)
 
 
 # -- state space ------------------------------------------------------------------------------
 
 
-def _ssd_inputs(
-    heads: int, documents: int = 0, head_dim: int = 64, state: int = 128
-) -> Callable[[int, int], Inputs]:
-    def make(batch: int, length: int) -> Inputs:
-        rate = torch.empty(heads, device="cuda").uniform_(1, 16)
-        step = torch.empty(heads, device="cuda").uniform_(-6.9, -2.3)  # log of 0.001 to 0.1
-        return {
-            "x": _randn(batch, length, heads, head_dim),
-            "dt": _randn(batch, length, heads, scale=0.5),
-            "A": (-rate).requires_grad_(),
-            "B": _randn(batch, length, 1, state),
-            "C": _randn(batch, length, 1, state),
-            "D": _randn(heads, dtype=torch.float32),
-            "dt_bias": torch.log(torch.expm1(step.exp())).requires_grad_(),
-            "doc": _documents(batch, length, documents) if documents else None,
-        }
-
-    return make
+def _rate_bias(n: int) -> torch.Tensor:
+    """The inverse softplus of step sizes that are log-uniform from 0.001 to 0.1."""
+    step = torch.empty(n, device="cuda").uniform_(-6.9, -2.3)
+    return torch.log(torch.expm1(step.exp())).requires_grad_()
 
 
-def _ssd_with(form: str) -> Function:
-    def run(t: Inputs) -> Any:
-        import importlib
-
-        fn = getattr(importlib.import_module("ablate.kernels.ssd"), form)
-        return fn(
-            t["x"], t["dt"], t["A"], t["B"], t["C"], t["D"], dt_bias_H=t["dt_bias"],
-            dt_softplus=True, doc_start_BL=t["doc"],
-        )  # fmt: skip
-
-    return run
+def _ssd_inputs(batch: int, length: int, heads: int, documents: int = 0) -> Inputs:
+    rate = torch.empty(heads, device="cuda").uniform_(1, 16)
+    bias = _rate_bias(heads)
+    return {
+        "x": _randn(batch, length, heads, 64),
+        "dt": _randn(batch, length, heads, scale=0.5),
+        "A": (-rate).requires_grad_(),
+        "B": _randn(batch, length, 1, 128),
+        "C": _randn(batch, length, 1, 128),
+        "D": _randn(heads, dtype=torch.float32),
+        "dt_bias": bias,
+        "doc": _documents(batch, length, documents),
+    }
 
 
 def _ssd_peers() -> dict[str, Function]:
-    def mamba() -> Function:
-        from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
-
-        return lambda t: mamba_chunk_scan_combined(
-            t["x"], t["dt"], t["A"], t["B"], t["C"], 256, D=t["D"], dt_bias=t["dt_bias"],
-            dt_softplus=True,
-        )  # fmt: skip
-
-    return _optional(mamba_ssm=mamba)
-
-
-def _selective_inputs(width: int, documents: int = 0) -> Callable[[int, int], Inputs]:
-    def make(batch: int, length: int) -> Inputs:
-        step = torch.empty(width, device="cuda").uniform_(-6.9, -2.3)  # log of 0.001 to 0.1
-        rate = torch.arange(1.0, 17.0, device="cuda").expand(width, 16)
-        return {
-            "u": _randn(batch, length, width),
-            "delta": _randn(batch, length, width, scale=0.5),
-            "A": (-rate).contiguous().requires_grad_(),
-            "B": _randn(batch, length, 16),
-            "C": _randn(batch, length, 16),
-            "D": _randn(width, dtype=torch.float32),
-            "z": _randn(batch, length, width),
-            "bias": torch.log(torch.expm1(step.exp())).requires_grad_(),
-            "doc": _documents(batch, length, documents) if documents else None,
-        }
-
-    return make
+    return _installed({
+        "mamba_ssm": (
+            "mamba_ssm.ops.triton.ssd_combined.mamba_chunk_scan_combined",
+            lambda fn, t: fn(
+                t["x"], t["dt"], t["A"], t["B"], t["C"], 256, D=t["D"], dt_bias=t["dt_bias"],
+                dt_softplus=True,
+            ),
+        )
+    })  # fmt: skip
 
 
-def _selective_with(form: str) -> Function:
-    def run(t: Inputs) -> Any:
-        import importlib
-
-        fn = getattr(importlib.import_module("ablate.kernels.selective_scan"), form)
-        return fn(
-            t["u"], t["delta"], t["A"], t["B"], t["C"], t["D"], z_BLD=t["z"],
-            delta_bias_D=t["bias"], delta_softplus=True, doc_start_BL=t["doc"],
-        )  # fmt: skip
-
-    return run
+def _selective_inputs(batch: int, length: int, width: int, documents: int = 0) -> Inputs:
+    bias = _rate_bias(width)
+    rate = torch.arange(1.0, 17.0, device="cuda").expand(width, 16)
+    return {
+        "u": _randn(batch, length, width),
+        "delta": _randn(batch, length, width, scale=0.5),
+        "A": (-rate).contiguous().requires_grad_(),
+        "B": _randn(batch, length, 16),
+        "C": _randn(batch, length, 16),
+        "D": _randn(width, dtype=torch.float32),
+        "z": _randn(batch, length, width),
+        "bias": bias,
+        "doc": _documents(batch, length, documents),
+    }
 
 
 def _selective_peers() -> dict[str, Function]:
-    def mamba() -> Function:
-        from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
+    def call(fn: Callable[..., Any], t: Inputs) -> Any:
+        # it wants channels before time, in memory too
+        u, delta, B, C, z = (t[k].transpose(1, 2) for k in ("u", "delta", "B", "C", "z"))
+        return fn(
+            u, delta, t["A"], B, C, t["D"], z=z, delta_bias=t["bias"], delta_softplus=True
+        ).transpose(1, 2)
 
-        def run(t: Inputs) -> Any:
-            # it wants channels before time, in memory too
-            u, delta, B, C, z = (t[k].transpose(1, 2) for k in ("u", "delta", "B", "C", "z"))
-            return selective_scan_fn(
-                u, delta, t["A"], B, C, t["D"], z=z, delta_bias=t["bias"], delta_softplus=True
-            ).transpose(1, 2)
-
-        return run
-
-    return _optional(mamba_ssm=mamba)
+    return _installed(
+        {"mamba_ssm": ("mamba_ssm.ops.selective_scan_interface.selective_scan_fn", call)}
+    )
 
 
 def _delta_inputs(
-    heads: int, keys: int, values: int, documents: int = 0
-) -> Callable[[int, int], Inputs]:
-    def make(batch: int, length: int) -> Inputs:
-        rate = torch.empty(heads, device="cuda").uniform_(0.01, 16)
-        step = F.softplus(torch.randn(batch, length, heads, device="cuda") - 4.0)
-        return {
-            "q": _randn(batch, length, heads, keys),
-            "k": _randn(batch, length, heads, keys),
-            "v": _randn(batch, length, heads, values),
-            "log_decay": (-rate * step).requires_grad_(),
-            "beta": torch.rand(batch, length, heads, device="cuda").requires_grad_(),
-            "doc": _documents(batch, length, documents) if documents else None,
-        }
-
-    return make
-
-
-def _delta_with(form: str) -> Function:
-    def run(t: Inputs) -> Any:
-        import importlib
-
-        fn = getattr(importlib.import_module("ablate.kernels.gated_delta_rule"), form)
-        return fn(
-            t["q"], t["k"], t["v"], t["log_decay"], t["beta"], normalize_qk=True,
-            doc_start_BL=t["doc"],
-        )  # fmt: skip
-
-    return run
+    batch: int, length: int, heads: int, keys: int, values: int, documents: int = 0
+) -> Inputs:
+    rate = torch.empty(heads, device="cuda").uniform_(0.01, 16)
+    step = F.softplus(torch.randn(batch, length, heads, device="cuda") - 4.0)
+    return {
+        "q": _randn(batch, length, heads, keys),
+        "k": _randn(batch, length, heads, keys),
+        "v": _randn(batch, length, heads, values),
+        "log_decay": (-rate * step).requires_grad_(),
+        "beta": torch.rand(batch, length, heads, device="cuda").requires_grad_(),
+        "doc": _documents(batch, length, documents),
+    }
 
 
 def _delta_peers() -> dict[str, Function]:
-    def fla() -> Function:
-        from fla.ops.gated_delta_rule import chunk_gated_delta_rule
-
-        return lambda t: chunk_gated_delta_rule(
-            t["q"], t["k"], t["v"], t["log_decay"], t["beta"], use_qk_l2norm_in_kernel=True
-        )[0]
-
-    return _optional(fla=fla)
-
-
-def _gla_inputs(heads: int, documents: int = 0) -> Callable[[int, int], Inputs]:
-    def make(batch: int, length: int) -> Inputs:
-        g = F.logsigmoid(torch.randn(batch, length, heads, 192, device="cuda")) / 16
-        return {
-            "q": _randn(batch, length, heads, 192),
-            "k": _randn(batch, length, heads, 192),
-            "v": _randn(batch, length, heads, 384),
-            "g": g.to(torch.bfloat16).requires_grad_(),
-            "doc": _documents(batch, length, documents) if documents else None,
-        }
-
-    return make
+    return _installed({
+        "fla": (
+            "fla.ops.gated_delta_rule.chunk_gated_delta_rule",
+            lambda fn, t: fn(
+                t["q"], t["k"], t["v"], t["log_decay"], t["beta"], use_qk_l2norm_in_kernel=True
+            )[0],
+        )
+    })  # fmt: skip
 
 
-def _gla_with(form: str) -> Function:
-    def run(t: Inputs) -> Any:
-        import importlib
-
-        fn = getattr(importlib.import_module("ablate.kernels.gla"), form)
-        return fn(t["q"], t["k"], t["v"], t["g"], doc_start_BL=t["doc"])
-
-    return run
+def _gla_inputs(batch: int, length: int, heads: int, documents: int = 0) -> Inputs:
+    g = F.logsigmoid(torch.randn(batch, length, heads, 192, device="cuda")) / 16
+    return {
+        "q": _randn(batch, length, heads, 192),
+        "k": _randn(batch, length, heads, 192),
+        "v": _randn(batch, length, heads, 384),
+        "g": g.to(torch.bfloat16).requires_grad_(),
+        "doc": _documents(batch, length, documents),
+    }
 
 
 def _gla_peers() -> dict[str, Function]:
-    def fla() -> Function:
-        from fla.ops.gla import chunk_gla
-
-        return lambda t: chunk_gla(t["q"], t["k"], t["v"], t["g"])[0]
-
-    return _optional(fla=fla)
+    return _installed(
+        {"fla": ("fla.ops.gla.chunk_gla", lambda fn, t: fn(t["q"], t["k"], t["v"], t["g"])[0])}
+    )
 
 
 def _core_inputs(batch: int, length: int) -> Inputs:
@@ -446,78 +341,86 @@ def _core_inputs(batch: int, length: int) -> Inputs:
     }
 
 
-def _core_with(form: str) -> Function:
-    def run(t: Inputs) -> Any:
-        import importlib
-
-        fn = getattr(importlib.import_module("ablate.kernels.mamba2_core"), form)
-        return fn(*t.values(), head_dim=64, n_groups=1, d_state=128)
-
-    return run
-
-
 def _core_peers() -> dict[str, Function]:
-    def mamba() -> Function:
-        from mamba_ssm.ops.triton.ssd_combined import mamba_split_conv1d_scan_combined
-
-        return lambda t: mamba_split_conv1d_scan_combined(
-            t["zxbcdt"], t["conv_weight"], t["conv_bias"], t["dt_bias"], -torch.exp(t["A_log"]),
-            t["D"], 256, rmsnorm_weight=t["norm_weight"], rmsnorm_eps=1e-5, headdim=64,
-        )  # fmt: skip
-
-    return _optional(mamba_ssm=mamba)
+    return _installed({
+        "mamba_ssm": (
+            "mamba_ssm.ops.triton.ssd_combined.mamba_split_conv1d_scan_combined",
+            lambda fn, t: fn(
+                t["zxbcdt"], t["conv_weight"], t["conv_bias"], t["dt_bias"], -torch.exp(t["A_log"]),
+                t["D"], 256, rmsnorm_weight=t["norm_weight"], rmsnorm_eps=1e-5, headdim=64,
+            ),
+        )
+    })  # fmt: skip
 
 
 def _cases() -> list[Case]:
-    ssd, recurrent = _ssd_with("ssd"), _ssd_with("ssd_recurrent")
-    scan = (_selective_with("selective_scan"), _selective_with("selective_scan_recurrent"))
-    delta = (_delta_with("gated_delta_rule"), _delta_with("gated_delta_rule_recurrent"))
-    gla = (_gla_with("gla"), _gla_with("gla_recurrent"))
-    conv = (_conv_ours, _conv_oracle)
+    conv = _forms("conv1d", "causal_conv1d", "causal_conv1d_reference",
+                  "x weight bias doc_start_BL=doc")  # fmt: skip
+    gated = _forms("norm", "gated_rms_norm", "gated_rms_norm_reference", "x z weight")
+    add = _forms("norm", "rms_norm", "rms_norm_reference", "x weight residual=residual")
+    loss, _ = _forms("cross_entropy", "linear_cross_entropy", "linear_cross_entropy_reference",
+                     "x weight target")  # fmt: skip
+    ssd = _forms("ssd", "ssd", "ssd_recurrent",
+                 "x dt A B C D dt_bias_H=dt_bias doc_start_BL=doc", dt_softplus=True)  # fmt: skip
+    scan = _forms("selective_scan", "selective_scan", "selective_scan_recurrent",
+                  "u delta A B C D z_BLD=z delta_bias_D=bias doc_start_BL=doc",
+                  delta_softplus=True)  # fmt: skip
+    delta = _forms("gated_delta_rule", "gated_delta_rule", "gated_delta_rule_recurrent",
+                   "q k v log_decay beta doc_start_BL=doc", normalize_qk=True)  # fmt: skip
+    gla = _forms("gla", "gla", "gla_recurrent", "q k v g doc_start_BL=doc")
+    core = _forms("mamba2_core", "mamba2_core", "mamba2_core_reference",
+                  "zxbcdt conv_weight conv_bias dt_bias A_log D norm_weight",
+                  head_dim=64, n_groups=1, d_state=128)  # fmt: skip
     none: Callable[[], dict[str, Function]] = dict
     return [
-        Case("causal_conv1d", "B=8 L=4096 D=1792", 8, 4096, _conv_inputs(1792), *conv,
-             _conv_peers, (0.055, 0.138), (0.078, 0.25)),
-        Case("causal_conv1d", "documents of 64", 8, 4096, _conv_inputs(1792, True), *conv, none),
-        Case("gated_rms_norm", "M=32768 D=1536", 8, 4096, _gated_inputs, _gated_ours,
-             _gated_oracle, _gated_peers, (0.070, 0.19), (0.085, 0.32)),
-        Case("rms_norm + residual", "M=32768 D=768", 8, 4096, _add_inputs, _add_ours, _add_oracle,
-             _add_peers, (0.047, 0.094)),
-        Case("linear_cross_entropy", "M=32768 D=768 V=50304", 8, 4096, _loss_inputs, _loss_ours,
+        Case("causal_conv1d", "B=8 L=4096 D=1792", 8, 4096, partial(_conv_inputs, width=1792),
+             *conv, _conv_peers, (0.055, 0.138), (0.078, 0.25)),
+        Case("causal_conv1d", "documents of 64", 8, 4096,
+             partial(_conv_inputs, width=1792, documents=64), *conv, none),
+        Case("gated_rms_norm", "M=32768 D=1536", 8, 4096, _gated_inputs, *gated,
+             partial(_gated_peers, gated[1]), (0.070, 0.19), (0.085, 0.32)),
+        Case("rms_norm + residual", "M=32768 D=768", 8, 4096, _add_inputs, *add,
+             partial(_add_peers, add[1]), (0.047, 0.094)),
+        Case("linear_cross_entropy", "M=32768 D=768 V=50304", 8, 4096, _loss_inputs, loss,
              _loss_torch, _loss_peers, (None, 14.2), (None, 14.5)),
-        Case("ssd", "B=8 L=4096 H=24 P=64 N=128", 8, 4096, _ssd_inputs(24), ssd, recurrent,
+        Case("ssd", "B=8 L=4096 H=24 P=64 N=128", 8, 4096, partial(_ssd_inputs, heads=24), *ssd,
              _ssd_peers, (0.051, 0.151), (0.22, 0.70)),
-        Case("ssd", "H=64", 8, 4096, _ssd_inputs(64), ssd, recurrent, _ssd_peers,
+        Case("ssd", "H=64", 8, 4096, partial(_ssd_inputs, heads=64), *ssd, _ssd_peers,
              (0.130, 0.393), (0.55, 1.8)),
-        Case("ssd", "B=4 L=1024 H=6", 4, 1024, _ssd_inputs(6), ssd, recurrent, _ssd_peers),
-        Case("ssd", "B=1 L=131072 H=24", 1, 131072, _ssd_inputs(24), ssd, recurrent, none),
-        Case("ssd", "documents of 500", 8, 4096, _ssd_inputs(24, 500), ssd, recurrent, none),
-        Case("selective_scan", "B=8 L=4096 D=1536 N=16", 8, 4096, _selective_inputs(1536), *scan,
-             _selective_peers, (0.19, 0.57), (0.68, 3.3)),
-        Case("selective_scan", "B=4 L=1024 D=384", 4, 1024, _selective_inputs(384), *scan,
-             _selective_peers),
-        Case("selective_scan", "B=1 L=131072 D=1536", 1, 131072, _selective_inputs(1536), *scan,
-             none),
-        Case("selective_scan", "documents of 500", 8, 4096, _selective_inputs(1536, 500), *scan,
-             none),
-        Case("gated_delta_rule", "B=8 L=4096 H=6 K=128 V=256", 8, 4096, _delta_inputs(6, 128, 256),
-             *delta, _delta_peers, (0.071, 0.19)),
-        Case("gated_delta_rule", "H=12 K=64 V=128", 8, 4096, _delta_inputs(12, 64, 128), *delta,
-             _delta_peers, (0.071, 0.19)),
-        Case("gated_delta_rule", "H=6 K=256 V=512", 4, 4096, _delta_inputs(6, 256, 512), *delta,
-             _delta_peers, (0.071, 0.19)),
-        Case("gated_delta_rule", "B=4 L=1024 H=4 K=64 V=128", 4, 1024, _delta_inputs(4, 64, 128),
-             *delta, _delta_peers),
-        Case("gated_delta_rule", "documents of 500", 8, 4096, _delta_inputs(6, 128, 256, 500),
-             *delta, none),
-        Case("gla", "B=8 L=4096 H=4 K=192 V=384", 8, 4096, _gla_inputs(4), *gla, _gla_peers,
-             (0.082, 0.222), forward_alone=("fla",)),
-        Case("gla", "B=4 L=1024 H=1", 4, 1024, _gla_inputs(1), *gla, _gla_peers,
+        Case("ssd", "B=4 L=1024 H=6", 4, 1024, partial(_ssd_inputs, heads=6), *ssd, _ssd_peers),
+        Case("ssd", "B=1 L=131072 H=24", 1, 131072, partial(_ssd_inputs, heads=24), *ssd, none),
+        Case("ssd", "documents of 500", 8, 4096, partial(_ssd_inputs, heads=24, documents=500),
+             *ssd, none),
+        Case("selective_scan", "B=8 L=4096 D=1536 N=16", 8, 4096,
+             partial(_selective_inputs, width=1536), *scan, _selective_peers, (0.19, 0.57),
+             (0.68, 3.3)),
+        Case("selective_scan", "B=4 L=1024 D=384", 4, 1024, partial(_selective_inputs, width=384),
+             *scan, _selective_peers),
+        Case("selective_scan", "B=1 L=131072 D=1536", 1, 131072,
+             partial(_selective_inputs, width=1536), *scan, none),
+        Case("selective_scan", "documents of 500", 8, 4096,
+             partial(_selective_inputs, width=1536, documents=500), *scan, none),
+        Case("gated_delta_rule", "B=8 L=4096 H=6 K=128 V=256", 8, 4096,
+             partial(_delta_inputs, heads=6, keys=128, values=256), *delta, _delta_peers,
+             (0.071, 0.19)),
+        Case("gated_delta_rule", "H=12 K=64 V=128", 8, 4096,
+             partial(_delta_inputs, heads=12, keys=64, values=128), *delta, _delta_peers,
+             (0.071, 0.19)),
+        Case("gated_delta_rule", "H=6 K=256 V=512", 4, 4096,
+             partial(_delta_inputs, heads=6, keys=256, values=512), *delta, _delta_peers,
+             (0.071, 0.19)),
+        Case("gated_delta_rule", "B=4 L=1024 H=4 K=64 V=128", 4, 1024,
+             partial(_delta_inputs, heads=4, keys=64, values=128), *delta, _delta_peers),
+        Case("gated_delta_rule", "documents of 500", 8, 4096,
+             partial(_delta_inputs, heads=6, keys=128, values=256, documents=500), *delta, none),
+        Case("gla", "B=8 L=4096 H=4 K=192 V=384", 8, 4096, partial(_gla_inputs, heads=4), *gla,
+             _gla_peers, (0.082, 0.222), forward_alone=("fla",)),
+        Case("gla", "B=4 L=1024 H=1", 4, 1024, partial(_gla_inputs, heads=1), *gla, _gla_peers,
              forward_alone=("fla",)),
-        Case("gla", "B=1 L=131072 H=4", 1, 131072, _gla_inputs(4), *gla, none),
-        Case("gla", "documents of 500", 8, 4096, _gla_inputs(4, 500), *gla, none),
-        Case("mamba2_core", "B=16 L=2048 width 768", 16, 2048, _core_inputs,
-             _core_with("mamba2_core"), _core_with("mamba2_core_reference"), _core_peers,
+        Case("gla", "B=1 L=131072 H=4", 1, 131072, partial(_gla_inputs, heads=4), *gla, none),
+        Case("gla", "documents of 500", 8, 4096, partial(_gla_inputs, heads=4, documents=500),
+             *gla, none),
+        Case("mamba2_core", "B=16 L=2048 width 768", 16, 2048, _core_inputs, *core, _core_peers,
              (None, None), (None, 1.0)),
     ]  # fmt: skip
 
@@ -529,13 +432,13 @@ def _leaves(t: Inputs) -> dict[str, torch.Tensor]:
     return {k: v for k, v in t.items() if isinstance(v, torch.Tensor) and v.requires_grad}
 
 
-def _first(out: Any) -> tuple[torch.Tensor, ...]:
+def _outputs(out: Any) -> tuple[torch.Tensor, ...]:
     return out if isinstance(out, tuple) else (out,)
 
 
 def _gradients(fn: Function, t: Inputs, backward: bool = True) -> dict[str, torch.Tensor]:
     """Outputs and, with `backward`, the gradients of a random projection of them."""
-    outs = _first(fn(t))
+    outs = _outputs(fn(t))
     outputs = {f"output {i}": o.detach() for i, o in enumerate(outs)}
     if not backward:
         return outputs
@@ -553,7 +456,7 @@ def _gradients(fn: Function, t: Inputs, backward: bool = True) -> dict[str, torc
 def _errors(fn: Function, case: Case, backward: bool) -> tuple[float, str]:
     """The largest relative error among outputs and gradients, and whose it is."""
     torch.manual_seed(0)
-    t = case.inputs(case.check_batch, CHECK_LENGTH)
+    t = case.inputs(CHECK_BATCH, CHECK_LENGTH)
     exact = {
         k: v.detach().double().requires_grad_(v.requires_grad)
         if isinstance(v, torch.Tensor) and v.is_floating_point()
@@ -595,14 +498,14 @@ def _measure(case: Case, who: str, fn: Function, milliseconds: int) -> Row:
         t = case.inputs(case.batch, case.length)
         leaves = list(_leaves(t).values())
         with torch.no_grad():
-            grads = [torch.randn_like(o) for o in _first(fn(t))]
+            grads = [torch.randn_like(o) for o in _outputs(fn(t))]
 
         def forward() -> None:
             with torch.no_grad():
                 fn(t)
 
         def both() -> None:
-            torch.autograd.grad(_first(fn(t)), leaves, grads)
+            torch.autograd.grad(_outputs(fn(t)), leaves, grads)
 
         for name, call in (("forward", forward), ("both", both))[: 1 + backward]:
             call()

@@ -34,10 +34,7 @@ __all__ = [
     "recall_rows",
 ]
 
-_MODULES = {
-    "recall": ("mqar_rows", "recall_rows"),
-    "tokens": ("Split", "TokenSet", "prepare"),
-}
+_MODULES = {"recall": ("mqar_rows", "recall_rows"), "tokens": ("Split", "TokenSet", "prepare")}
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 
 

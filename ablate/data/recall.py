@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 FIRST_ID = 3
 MAX_IDS = 8192
 POWER = 0.01
-IGNORE = -100
+IGNORE = -100  # a target that is not scored
 
 
 def check_recall(pairs: int, length: int, queries: int | None, vocab_size: int) -> int:
@@ -143,13 +143,7 @@ def packed_recall(
     per_row = -(-data.seq_len // length)
     documents = (rows[:, None] * per_row + np.arange(per_row)).ravel()
     both = recall_tokens(
-        seed,
-        documents,
-        data.mqar.pairs,
-        length,
-        vocab_size,
-        data.mqar.queries,
-        held_out=False,
+        seed, documents, data.mqar.pairs, length, vocab_size, data.mqar.queries, held_out=False
     )
     tokens, targets = (
         part.reshape(len(rows), per_row * length)[:, : data.seq_len] for part in both

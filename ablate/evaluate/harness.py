@@ -162,14 +162,10 @@ def _load(
         raise Skipped(f"{shown}: skipped, {error}") from None
     except Exception as error:  # datasets raises many kinds for what it cannot reach or use
         reason = f"({type(error).__name__}: {' '.join(str(error).split())[:160]})"
-        if data is not None:
-            raise Skipped(
-                f"{shown}: skipped, lm-eval cannot use its data in {data} {reason}"
-            ) from None
-        raise Skipped(
-            f"{shown}: skipped, its data cannot be had from the hub {reason}; give "
-            "evaluate.local_data=FOLDER"
-        ) from None
+        why = f"lm-eval cannot use its data in {data} {reason}"
+        if data is None:
+            why = f"its data cannot be had from the hub {reason}; give evaluate.local_data=FOLDER"
+        raise Skipped(f"{shown}: skipped, {why}") from None
 
 
 def _evaluate(lm: Any, loaded: Any, limit: int | None) -> dict[str, Any]:

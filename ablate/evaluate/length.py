@@ -64,11 +64,7 @@ def loss_by_length(
         )
     kept = [d[:need] for d in documents if len(d) >= need][:MOST_DOCUMENTS]
     if not kept:
-        longest = max(map(len, documents), default=0)
-        raise UserError(
-            f"evaluate.length: {multiples[-1]} times {length} tokens need documents of {need} "
-            f"tokens, but the longest has {longest}; give evaluate.long_documents or less"
-        )
+        check_longest(max(map(len, documents), default=0), length, multiples[-1])
     scored = max(1, length // 2)
     by_multiple: dict[str, list[float]] = {str(m): [] for m in multiples}
     position = []
@@ -97,6 +93,16 @@ def loss_by_length(
         },
         "items": {**by_multiple, "position": nats_DB.round(5).tolist()},
     }
+
+
+def check_longest(longest: int, length: int, multiple: int) -> None:
+    """UserError when no document holds so many training lengths; longest: tokens of the longest."""
+    need = multiple * length + 1
+    if longest < need:
+        raise UserError(
+            f"evaluate.length: {multiple} times {length} tokens need documents of {need} "
+            f"tokens, but the longest has {longest}; give evaluate.long_documents or less"
+        )
 
 
 @torch.no_grad()

@@ -19,39 +19,40 @@ from typing import Any
 from ablate.data import corpus
 from ablate.errors import UserError
 
-# (hub path, configuration or None for any) -> (folder, {split: file stem where they differ}, field
-# that names the configuration)
-_PLACES: dict[tuple[str, str | None], tuple[str, dict[str, str], str | None]] = {
-    ("Rowan/hellaswag", None): ("hellaswag", {}, None),
-    ("baber/piqa", None): ("piqa", {}, None),
-    ("allenai/winogrande", None): ("winogrande", {}, None),
-    ("aps/super_glue", "boolq"): ("boolq", {}, None),
-    ("aps/super_glue", "copa"): ("copa", {}, None),
-    ("aps/super_glue", "cb"): ("cb", {}, None),
-    ("lighteval/siqa", None): ("social_iqa", {}, None),
-    ("tau/commonsense_qa", None): ("commonsense_qa", {}, None),
-    ("allenai/ai2_arc", "ARC-Easy"): ("arc_easy", {}, None),
-    ("allenai/ai2_arc", "ARC-Challenge"): ("arc_challenge", {}, None),
-    ("allenai/openbookqa", None): ("openbookqa", {}, None),
-    ("EleutherAI/race", "high"): ("race", {}, None),
-    ("EleutherAI/lambada_openai", "default"): ("lambada_openai", {}, None),
-    ("cimec/lambada", None): ("lambada_standard", {}, None),
-    ("nyu-mll/blimp", None): ("blimp", {}, "UID"),
-    ("cais/mmlu", None): ("mmlu", {}, "subject"),
-    ("openai/gsm8k", None): ("gsm8k", {}, None),
-    ("google-research-datasets/nq_open", None): ("nq_open", {}, None),
-    ("truthfulqa/truthful_qa", "multiple_choice"): (
-        "truthfulqa",
-        {"validation": "validation_multiple_choice"},
-        None,
-    ),
-    ("EleutherAI/wikitext_document_level", None): ("wikitext", {"test": "test_raw"}, None),
-    ("nyu-mll/glue", "mrpc"): ("glue_mrpc", {}, None),
-    ("nyu-mll/glue", "rte"): ("glue_rte", {}, None),
-    ("nyu-mll/glue", "sst2"): ("glue_sst2", {}, None),
-    ("bigbio/pubmed_qa", None): ("pubmedqa", {}, None),
-    ("squad_v2", None): ("squadv2", {}, None),
+# (hub path, configuration or None for any) -> folder
+_PLACES: dict[tuple[str, str | None], str] = {
+    ("Rowan/hellaswag", None): "hellaswag",
+    ("baber/piqa", None): "piqa",
+    ("allenai/winogrande", None): "winogrande",
+    ("aps/super_glue", "boolq"): "boolq",
+    ("aps/super_glue", "copa"): "copa",
+    ("aps/super_glue", "cb"): "cb",
+    ("lighteval/siqa", None): "social_iqa",
+    ("tau/commonsense_qa", None): "commonsense_qa",
+    ("allenai/ai2_arc", "ARC-Easy"): "arc_easy",
+    ("allenai/ai2_arc", "ARC-Challenge"): "arc_challenge",
+    ("allenai/openbookqa", None): "openbookqa",
+    ("EleutherAI/race", "high"): "race",
+    ("EleutherAI/lambada_openai", "default"): "lambada_openai",
+    ("cimec/lambada", None): "lambada_standard",
+    ("nyu-mll/blimp", None): "blimp",
+    ("cais/mmlu", None): "mmlu",
+    ("openai/gsm8k", None): "gsm8k",
+    ("google-research-datasets/nq_open", None): "nq_open",
+    ("truthfulqa/truthful_qa", "multiple_choice"): "truthfulqa",
+    ("EleutherAI/wikitext_document_level", None): "wikitext",
+    ("nyu-mll/glue", "mrpc"): "glue_mrpc",
+    ("nyu-mll/glue", "rte"): "glue_rte",
+    ("nyu-mll/glue", "sst2"): "glue_sst2",
+    ("bigbio/pubmed_qa", None): "pubmedqa",
+    ("squad_v2", None): "squadv2",
 }
+# folder -> split -> stem of its file, where they differ
+_STEMS = {
+    "truthfulqa": {"validation": "validation_multiple_choice"},
+    "wikitext": {"test": "test_raw"},
+}
+_FIELDS = {"blimp": "UID", "mmlu": "subject"}  # that name the configuration
 _SPLITS = ("train", "validation", "dev", "test")
 
 
@@ -90,10 +91,10 @@ def local_data(root: Path) -> Iterator[list[str]]:
 def _load(root: Path, path: str, name: str | None, notes: list[str]) -> Any:
     import datasets
 
-    place = _PLACES.get((path, name)) or _PLACES.get((path, None))
-    if place is None:
+    folder = _PLACES.get((path, name)) or _PLACES.get((path, None))
+    if folder is None:
         raise NoLocalData(f"evaluate.local_data has no place for '{path}'")
-    folder, stems, field = place
+    stems, field = _STEMS.get(folder, {}), _FIELDS.get(folder)
     files = {s: f for s in _SPLITS if (f := _file(root / folder, stems.get(s, s))) is not None}
     if not files:
         raise NoLocalData(f"no {root / folder}/<split>.jsonl in evaluate.local_data")

@@ -18,6 +18,7 @@ al. 2022 (arXiv 2209.11895). Copying: Jelassi et al. 2024, section 3.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -74,6 +75,17 @@ def make(task: str, *, seed: int = 0, tokenizer: str | None = None, **sizes: Any
     for document, n in zip(documents, tokens, strict=True):
         document["tokens"] = n if tokenizer is not None else -1
     return documents
+
+
+def check(task: str, tokenizer: str | None, sizes: Mapping[str, Any]) -> None:
+    """UserError for sizes that cannot be, found by making one document a cell; see `make`."""
+    if task == "needle_multivalue":  # as tasks/utils.py has it
+        task, sizes = "needle", {"values": 3, **sizes}
+    for name in DEFAULTS[task].keys() & sizes.keys():
+        _check_size(task, name, sizes[name])
+    one: dict[str, Any] = {n: 1 for n in ("items", "depths") if n in DEFAULTS[task]}
+    given = {**sizes, **one}
+    make(task, tokenizer=tokenizer, **given)
 
 
 def _check_size(task: str, name: str, value: Any) -> None:
@@ -175,6 +187,7 @@ def filler(draw: Draw) -> str:
 
 
 def _haystack(
+    task: str,
     needles: Sequence[str],
     places: Sequence[float],
     tail: str,
@@ -183,8 +196,14 @@ def _haystack(
     draw: Draw,
 ) -> str:
     """Filler with needles at relative places (0: first, 1: last), then the tail; with it about
-    `length` tokens, never more unless the needles alone are longer."""
+    `length` tokens, never more. UserError where the needles alone are longer."""
     room = length - sum(count([" ".join(needles), tail])) - len(needles)
+    if room < 0:
+        numbers = "a number" if len(needles) == 1 else f"{len(needles)} numbers"
+        raise UserError(
+            f"{task}: length {length} has no room for {numbers} and the question, which need "
+            f"about {length - room} tokens"
+        )
     sentences: list[str] = []
     while room > 0:
         some = [filler(draw) for _ in range(max(1, min(4096, room // 64)))]
@@ -204,7 +223,7 @@ def _haystack(
 
 def _up_to(room: int, make: Callable[[], str], count: Count) -> Iterator[str]:
     """New texts that together have at most `room` tokens."""
-    while True:
+    while room >= 0:
         some = [make() for _ in range(1 + room // 8)]
         for text, n in zip(some, count(some), strict=True):
             room -= n
@@ -226,7 +245,7 @@ def _passkey(task: str, seed: int, count: Count, o: Mapping[str, Any]) -> Iterat
                 needle = f"The pass key is {key}. Remember it. {key} is the pass key."
                 tail = "\n\nWhat is the pass key? The pass key is"
                 yield _document(
-                    _haystack([needle], [depth], tail, length, count, draw),
+                    _haystack(task, [needle], [depth], tail, length, count, draw),
                     key,
                     x=length,
                     cell=f"length={length}",
@@ -258,7 +277,7 @@ def _needle(task: str, seed: int, count: Count, o: Mapping[str, Any]) -> Iterato
                 else:
                     tail = f"\n\nWhat are the numbers of {asked}? The numbers of {asked} are"
                 yield _document(
-                    _haystack(needles, places, tail, length, count, draw),
+                    _haystack(task, needles, places, tail, length, count, draw),
                     ", ".join(of[asked]),
                     x=length,
                     cell=f"length={length}",
@@ -411,11 +430,7 @@ def first_answer(response: str, target: str) -> str:
     """The first line of a response, cut to its digits or words where the target is such."""
     line = response.strip().split("\n")[0].strip()
     if target.isdigit():
-        digits = ""
-        for letter in line:
-            if not letter.isdigit():
-                break
-            digits += letter
+        digits = "".join(itertools.takewhile(str.isdigit, line))
         return digits[: len(target) + 1]  # a number that goes on is another number
     if ", " in target:
         return line.rstrip(".")

@@ -260,11 +260,7 @@ def _sampling(options: dict[str, Any]) -> Sampling:
 
 
 def load(
-    target: str,
-    *,
-    device: str = "auto",
-    max_length: int | None = None,
-    remote_code: bool = False,
+    target: str, *, device: str = "auto", max_length: int | None = None, remote_code: bool = False
 ) -> Subject:
     """A run folder's trained model, or a transformers model from a folder or the hub.
 

@@ -26,8 +26,7 @@ MMLU_TEXT = "mmlu_text"  # lm-eval has no such task: made of `mmlu` by `as_choic
 @dataclass(frozen=True)
 class Entry:
     """A task of a suite. task: lm-eval's name; metric: with its filter; shots; folder: where it
-    stands in lm-eval's tasks; data: its folder in local data, for the line that says it is not
-    there."""
+    stands in lm-eval's tasks."""
 
     task: str
     metric: str
@@ -92,10 +91,7 @@ PUBLISHED: dict[str, dict[str, dict[str, float]]] = {
         "Mistral-7B": _row(_MAMBA7B, "81.0 82.1 74.0 80.9 53.8 62.4"),
     },
     # the rest of the table is not known here digit by digit; after 3.5T tokens
-    "empirical12": {
-        "Mamba-2-Hybrid 8B": {"mmlu": 53.60},
-        "Transformer 8B": {"mmlu": 50.07},
-    },
+    "empirical12": {"Mamba-2-Hybrid 8B": {"mmlu": 53.60}, "Transformer 8B": {"mmlu": 50.07}},
     "oute": {
         "Lite-Oute-2 250M": {
             **_row(tuple(f"{n}-0shot" for n in _OUTE), "26.88 53.54 38.00 24.87 30.20 66.27 52.01"),

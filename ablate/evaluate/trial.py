@@ -17,7 +17,7 @@ from ablate import config
 from ablate.config import Config, EvaluateConfig, RecallTask
 from ablate.data import TokenSet, prepare
 from ablate.errors import UserError, did_you_mean
-from ablate.evaluate import harness, length, local_data, suites
+from ablate.evaluate import harness, length, local_data, recall, suites
 from ablate.evaluate.fuzzy import fuzzy
 from ablate.evaluate.recall import DEFAULTS, first_answer
 from ablate.evaluate.subjects import OwnModel, Subject, load
@@ -35,11 +35,16 @@ TASKS = get_args(RecallTask)
 Write = Callable[[str, Mapping[str, Any]], None]
 
 
-def check(options: EvaluateConfig) -> None:
-    """UserError, before any compute, for what cannot be evaluated."""
+def check(options: EvaluateConfig, tokenizer: str | None = None) -> None:
+    """UserError, before any compute, for what cannot be evaluated.
+
+    tokenizer: as `recall.make` takes it; None: a token is taken to be four characters.
+    """
     for name in options.suites:
         suites.entries_of(name)
     _check_sizes(options.sizes)
+    for task in options.recall:
+        recall.check(task, tokenizer, _sizes_of(options, task))
     if options.local_data is not None:
         local_data.check(options.local_data)
     length.check_long_documents(options.long_documents)
@@ -59,11 +64,17 @@ def _check_sizes(sizes: Mapping[str, Any]) -> None:
                 raise UserError(f"evaluate.sizes: unknown size '{size}'{near}")
 
 
+def _sizes_of(options: EvaluateConfig, task: str) -> dict[str, Any]:
+    """What is given for all tasks, and over it what is given for this one."""
+    shared = {n: v for n, v in options.sizes.items() if n not in TASKS}
+    return shared | options.sizes.get(task, {})
+
+
 def train_and_evaluate(
     cfg: Config, folder: RunFolder | None = None, **hooks: Any
 ) -> dict[str, Any]:
     """`ablate.train`, with the tasks of cfg.evaluate run before the result is written."""
-    check(cfg.evaluate)
+    check(cfg.evaluate, "byte" if cfg.data.tokenizer.kind == "byte" else None)
     return train(cfg, folder, evaluate=_of_trial, **hooks)
 
 
@@ -124,8 +135,7 @@ def evaluate(
     for task in options.recall:
         between()
         lm = adapter(whole=True)
-        sizes = {n: v for n, v in options.sizes.items() if n not in TASKS}
-        sizes |= options.sizes.get(task, {})
+        sizes = _sizes_of(options, task)
         content = harness.run_recall(subject, task, sizes=sizes, limit=None, lm=lm)
         _judge_recall(content)
         keep(task, content, verdict=content["verdict"])
@@ -188,7 +198,8 @@ def command(words: Sequence[str], console: Console | None = None) -> int:
     options = _options({**before, **given})
     if not (options.suites or options.recall or options.length):
         options = options.model_copy(update={"recall": list(DEFAULTS)})
-    check(options)
+    byte = own is not None and own.data.tokenizer.kind == "byte"
+    check(options, "byte" if byte else None)
     contents: dict[str, Mapping[str, Any]] = {}
     place = folder if out is None else RunFolder(Path(str(out)).expanduser())
     if out is not None:
@@ -260,12 +271,12 @@ def tables(contents: Mapping[str, Mapping[str, Any]]) -> list[Table]:
     from rich.table import Table
 
     found = []
-    recall = {n: c for n, c in contents.items() if "cells" in c}
-    if recall:
+    by_cell = {n: c for n, c in contents.items() if "cells" in c}
+    if by_cell:
         table = Table(title="Recall", title_justify="left")
         for column in ("task", "cell", "items", "tokens", "exact match", "digits", ""):
             table.add_column(column, justify="left" if column in ("task", "cell") else "right")
-        for name, content in recall.items():
+        for name, content in by_cell.items():
             for label, cell in content["cells"].items():
                 digits = cell.get("digit_accuracy")
                 told = {
@@ -286,7 +297,7 @@ def tables(contents: Mapping[str, Mapping[str, Any]]) -> list[Table]:
     if "length" in contents:
         content = contents["length"]
         table = Table(
-            title=f"Loss on the same {content['scored_tokens']} tokens of "
+            title=f"Loss on the same {content['scored_tokens']} tokens of each of "
             f"{content['documents']} documents",
             title_justify="left",
         )

@@ -13,11 +13,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from ablate.kernels.dispatch import compute_dtype, use_triton
 
 
-def _check(x_BLD: torch.Tensor, weight_DK: torch.Tensor, activation: str | None) -> None:
+def _check(x_BLD: Tensor, weight_DK: Tensor, activation: str | None) -> None:
     if activation not in (None, "silu"):
         raise ValueError(f"activation={activation!r} is unknown; use 'silu' or None")
     if weight_DK.shape[0] != x_BLD.shape[-1]:
@@ -27,14 +28,14 @@ def _check(x_BLD: torch.Tensor, weight_DK: torch.Tensor, activation: str | None)
         )
 
 
-def _padded(x_BLD: torch.Tensor, state: torch.Tensor | None, taps: int) -> torch.Tensor:
+def _padded(x_BLD: Tensor, state: Tensor | None, taps: int) -> Tensor:
     """x with the K-1 inputs before it in front: (B, K-1+L, D)."""
     if state is None:
         return F.pad(x_BLD, (0, 0, taps - 1, 0))
     return torch.cat([state.to(x_BLD.dtype), x_BLD], dim=1)
 
 
-def _visible(doc_start_BL: torch.Tensor, back: int) -> torch.Tensor:
+def _visible(doc_start_BL: Tensor, back: int) -> Tensor:
     """(B, L, 1) bool: the input `back` steps ago belongs to the token's own document.
 
     A document that continues (doc_start < 0) sees all of the initial state, whose foreign inputs
@@ -45,11 +46,11 @@ def _visible(doc_start_BL: torch.Tensor, back: int) -> torch.Tensor:
 
 
 def final_state(
-    x_BLD: torch.Tensor,
+    x_BLD: Tensor,
     taps: int,
-    initial_state_BDK: torch.Tensor | None = None,
-    doc_start_BL: torch.Tensor | None = None,
-) -> torch.Tensor:
+    initial_state_BDK: Tensor | None = None,
+    doc_start_BL: Tensor | None = None,
+) -> Tensor:
     """The last K-1 inputs (B, K-1, D), inputs of earlier documents set to zero."""
     length = x_BLD.shape[1]
     tail = _padded(x_BLD[:, max(0, length - taps + 1) :], initial_state_BDK, taps)
@@ -67,13 +68,9 @@ class _Conv(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        padded: torch.Tensor,
-        weight_DK: torch.Tensor,
-        bias_D: torch.Tensor | None,
-        silu: bool,
-        doc_start_BL: torch.Tensor | None,
-    ) -> torch.Tensor:
+        ctx: Any, padded: Tensor, weight_DK: Tensor, bias_D: Tensor | None, silu: bool,
+        doc_start_BL: Tensor | None,
+    ) -> Tensor:  # fmt: skip
         ctx.save_for_backward(padded, weight_DK, bias_D, doc_start_BL)
         ctx.silu = silu
         pre = _Conv.pre_activation(padded, weight_DK, bias_D, doc_start_BL)
@@ -81,11 +78,8 @@ class _Conv(torch.autograd.Function):
 
     @staticmethod
     def pre_activation(
-        padded: torch.Tensor,
-        weight_DK: torch.Tensor,
-        bias_D: torch.Tensor | None,
-        doc_start_BL: torch.Tensor | None,
-    ) -> torch.Tensor:
+        padded: Tensor, weight_DK: Tensor, bias_D: Tensor | None, doc_start_BL: Tensor | None
+    ) -> Tensor:
         taps = weight_DK.shape[1]
         length = padded.shape[1] - taps + 1
         pre = padded[:, taps - 1 :] * weight_DK[:, taps - 1]
@@ -100,7 +94,7 @@ class _Conv(torch.autograd.Function):
         return pre
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+    def backward(ctx: Any, *grads: Tensor) -> Any:
         (grad,) = grads
         padded, weight_DK, bias_D, doc_start_BL = ctx.saved_tensors
         taps = weight_DK.shape[1]
@@ -122,15 +116,10 @@ class _Conv(torch.autograd.Function):
 
 
 def causal_conv1d_reference(
-    x_BLD: torch.Tensor,
-    weight_DK: torch.Tensor,
-    bias_D: torch.Tensor | None = None,
-    *,
-    activation: str | None = "silu",
-    initial_state_BDK: torch.Tensor | None = None,
-    return_final_state: bool = False,
-    doc_start_BL: torch.Tensor | None = None,
-) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    x_BLD: Tensor, weight_DK: Tensor, bias_D: Tensor | None = None, *,
+    activation: str | None = "silu", initial_state_BDK: Tensor | None = None,
+    return_final_state: bool = False, doc_start_BL: Tensor | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """The definition, token by token; see `causal_conv1d`. Slow, for tests."""
     _check(x_BLD, weight_DK, activation)
     taps = weight_DK.shape[1]
@@ -153,16 +142,16 @@ def causal_conv1d_reference(
 
 
 def causal_conv1d(
-    x_BLD: torch.Tensor,
-    weight_DK: torch.Tensor,
-    bias_D: torch.Tensor | None = None,
+    x_BLD: Tensor,
+    weight_DK: Tensor,
+    bias_D: Tensor | None = None,
     *,
     activation: str | None = "silu",
-    initial_state_BDK: torch.Tensor | None = None,
+    initial_state_BDK: Tensor | None = None,
     return_final_state: bool = False,
-    doc_start_BL: torch.Tensor | None = None,
+    doc_start_BL: Tensor | None = None,
     backend: str | None = None,
-) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+) -> Tensor | tuple[Tensor, Tensor]:
     """Causal depthwise convolution, bias and SiLU in one pass.
 
     x_BLD: (B, L, D), any strides; weight_DK: (D, K); bias_D: (D,) or None.
@@ -193,14 +182,14 @@ def causal_conv1d(
 
 
 def causal_conv1d_step(
-    x_BD: torch.Tensor,
-    weight_DK: torch.Tensor,
-    bias_D: torch.Tensor | None = None,
+    x_BD: Tensor,
+    weight_DK: Tensor,
+    bias_D: Tensor | None = None,
     *,
     activation: str | None = "silu",
-    state_BKD: torch.Tensor,
+    state_BKD: Tensor,
     backend: str | None = None,
-) -> torch.Tensor:
+) -> Tensor:
     """One token: y_BD; the state, the last K-1 inputs (B, K-1, D), is updated in place."""
     _check(x_BD, weight_DK, activation)
     supported = 2 <= weight_DK.shape[1] <= 8 and x_BD.dtype != torch.float64 and x_BD.numel() > 0

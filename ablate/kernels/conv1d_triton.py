@@ -18,9 +18,11 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from ablate.kernels.dispatch import define_op
 from ablate.kernels.sum_rows_triton import sum_rows
+from ablate.kernels.tiles_triton import contiguous, dense_last, starts
 
 
 @dataclass(frozen=True)
@@ -309,11 +311,7 @@ def backward_kernel(
     tl.store(out + 4 * width, gb, mask=inside)
 
 
-def rows_last(t: torch.Tensor) -> torch.Tensor:
-    return t if t.stride(-1) == 1 else t.contiguous()
-
-
-def _strides(t: torch.Tensor) -> tuple[int, int, int]:
+def _strides(t: Tensor) -> tuple[int, int, int]:
     """Batch and row stride divided by the power of two that both share, and that power."""
     batch, row = t.stride(0), t.stride(1)
     align = math.gcd(batch, row, 16)
@@ -321,15 +319,10 @@ def _strides(t: torch.Tensor) -> tuple[int, int, int]:
 
 
 def forward(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    silu: bool,
-    state: torch.Tensor | None,
-    doc: torch.Tensor | None,
-    config: Config | None = None,
-) -> torch.Tensor:
-    config = config or FORWARD
+    x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, state: Tensor | None,
+    doc: Tensor | None,
+) -> Tensor:  # fmt: skip
+    config = FORWARD
     batch, length, width = x.shape
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     x_batch, x_row, align = _strides(x)
@@ -346,22 +339,15 @@ def forward(
 
 
 def gradients(
-    dy: torch.Tensor,
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    silu: bool,
-    state: torch.Tensor | None,
-    doc: torch.Tensor | None,
-    dx: torch.Tensor,
-    config: Config | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, state: Tensor | None,
+    doc: Tensor | None, dx: Tensor,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Writes dx (B, L, D), which may have wider rows; returns the sums (5, D) float32 of the four
     taps and the bias, and the state's gradient (empty without a state)."""
-    config = config or BACKWARD
+    config = BACKWARD
     batch, length, width = x.shape
     taps = weight.shape[1]
-    dy = rows_last(dy)
+    dy = dense_last(dy)
     d_state = x.new_empty((batch, taps - 1, width) if state is not None else (0,))
     blocks = batch * triton.cdiv(length, config.segment)
     partial = torch.empty(blocks, 5 * width, dtype=torch.float32, device=x.device)
@@ -380,41 +366,17 @@ def gradients(
 
 
 def _backward(
-    dy: torch.Tensor,
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    silu: bool,
-    state: torch.Tensor | None,
-    doc: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, state: Tensor | None,
+    doc: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """dx, and what `gradients` returns."""
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     return dx, *gradients(dy, x, weight, bias, silu, state, doc, dx)
 
 
-def _fake_forward(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    silu: bool,
-    state: torch.Tensor | None,
-    doc: torch.Tensor | None,
-) -> torch.Tensor:
-    return x.new_empty(x.shape)
-
-
-def _fake_backward(
-    dy: torch.Tensor,
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    silu: bool,
-    state: torch.Tensor | None,
-    doc: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    batch, _, width = x.shape
-    d_state = x.new_empty((batch, weight.shape[1] - 1, width) if state is not None else (0,))
+def _fake_backward(dy, x, weight, bias, silu, state, doc):
+    width = x.shape[2]
+    d_state = x.new_empty((len(x), weight.shape[1] - 1, width) if state is not None else (0,))
     return x.new_empty(x.shape), x.new_empty((5, width), dtype=torch.float32), d_state
 
 
@@ -422,7 +384,7 @@ _forward_op = define_op(
     "conv1d_forward(Tensor x, Tensor weight, Tensor? bias, bool silu, Tensor? state, Tensor? doc)"
     " -> Tensor",
     forward,
-    _fake_forward,
+    lambda x, *_: x.new_empty(x.shape),
 )
 _backward_op = define_op(
     "conv1d_backward(Tensor dy, Tensor x, Tensor weight, Tensor? bias, bool silu, Tensor? state,"
@@ -435,21 +397,16 @@ _backward_op = define_op(
 class _CausalConv1d(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        x: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-        silu: bool,
-        state: torch.Tensor | None,
-        doc: torch.Tensor | None,
-    ) -> torch.Tensor:
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, state: Tensor | None,
+        doc: Tensor | None,
+    ) -> Tensor:  # fmt: skip
         ctx.save_for_backward(x, weight, bias, state, doc)
         ctx.silu = silu
-        y: torch.Tensor = _forward_op(x, weight, bias, silu, state, doc)
+        y: Tensor = _forward_op(x, weight, bias, silu, state, doc)
         return y
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+    def backward(ctx: Any, *grads: Tensor) -> Any:
         x, weight, bias, state, doc = ctx.saved_tensors
         dx, sums, d_state = _backward_op(grads[0], x, weight, bias, ctx.silu, state, doc)
         d_weight = sums[4 - weight.shape[1] : 4].t().to(weight.dtype)
@@ -458,20 +415,14 @@ class _CausalConv1d(torch.autograd.Function):
 
 
 def causal_conv1d_triton(
-    x_BLD: torch.Tensor,
-    weight_DK: torch.Tensor,
-    bias_D: torch.Tensor | None,
-    silu: bool,
-    initial_state_BDK: torch.Tensor | None,
-    doc_start_BL: torch.Tensor | None,
-) -> torch.Tensor:
+    x_BLD: Tensor, weight_DK: Tensor, bias_D: Tensor | None, silu: bool,
+    initial_state_BDK: Tensor | None, doc_start_BL: Tensor | None,
+) -> Tensor:  # fmt: skip
     """See `ablate.kernels.causal_conv1d`; two to four taps, float32, bfloat16 or float16."""
     if initial_state_BDK is not None:
         initial_state_BDK = initial_state_BDK.to(x_BLD.dtype).contiguous()
-    bias_D = None if bias_D is None else bias_D.contiguous()
-    if doc_start_BL is not None:
-        doc_start_BL = doc_start_BL.to(torch.int32).contiguous()
-    y: torch.Tensor = _CausalConv1d.apply(
-        rows_last(x_BLD), weight_DK.contiguous(), bias_D, silu, initial_state_BDK, doc_start_BL
-    )
+    y: Tensor = _CausalConv1d.apply(
+        dense_last(x_BLD), weight_DK.contiguous(), contiguous(bias_D), silu, initial_state_BDK,
+        starts(doc_start_BL),
+    )  # fmt: skip
     return y

@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ablate.kernels.dispatch import compute_dtype, use_triton
 
@@ -17,14 +18,9 @@ CHUNK_ELEMENTS = 1 << 21  # logits of one chunk on the CPU: 8 MB of float32
 
 
 def linear_cross_entropy_reference(
-    x_MD: torch.Tensor,
-    weight_VD: torch.Tensor,
-    target_M: torch.Tensor,
-    *,
-    z_loss: float = 0.0,
-    ignore_index: int = -100,
-    reduction: str = "mean",
-) -> torch.Tensor:
+    x_MD: Tensor, weight_VD: Tensor, target_M: Tensor, *, z_loss: float = 0.0,
+    ignore_index: int = -100, reduction: str = "mean",
+) -> Tensor:  # fmt: skip
     """The definition with all logits in memory, differentiated by autograd."""
     dtype = compute_dtype(x_MD)
     logits_MV = x_MD.to(dtype) @ weight_VD.to(dtype).t()
@@ -41,14 +37,9 @@ def linear_cross_entropy_reference(
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        x_MD: torch.Tensor,
-        weight_VD: torch.Tensor,
-        target_M: torch.Tensor,
-        z_loss: float,
-        ignore_index: int,
-        mean: bool,
-    ) -> torch.Tensor:
+        ctx: Any, x_MD: Tensor, weight_VD: Tensor, target_M: Tensor, z_loss: float,
+        ignore_index: int, mean: bool,
+    ) -> Tensor:  # fmt: skip
         dtype = compute_dtype(x_MD)
         need_x, need_weight = ctx.needs_input_grad[:2]
         weight = weight_VD.to(dtype)
@@ -84,7 +75,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+    def backward(ctx: Any, *grads: Tensor) -> Any:
         (grad,) = grads
         d_x, d_weight = ctx.saved_tensors
         d_x = None if d_x is None else d_x * grad.to(d_x.dtype)
@@ -98,9 +89,7 @@ def _chunks(rows: int, vocabulary: int) -> list[slice]:
 
 
 @torch.no_grad()
-def _token_losses(
-    x_MD: torch.Tensor, weight_VD: torch.Tensor, target_M: torch.Tensor, ignore_index: int
-) -> torch.Tensor:
+def _token_losses(x_MD: Tensor, weight_VD: Tensor, target_M: Tensor, ignore_index: int) -> Tensor:
     dtype = compute_dtype(x_MD)
     weight = weight_VD.to(dtype)
     keep_M = target_M != ignore_index
@@ -114,15 +103,15 @@ def _token_losses(
 
 
 def linear_cross_entropy(
-    x_MD: torch.Tensor,
-    weight_VD: torch.Tensor,
-    target_M: torch.Tensor,
+    x_MD: Tensor,
+    weight_VD: Tensor,
+    target_M: Tensor,
     *,
     z_loss: float = 0.0,
     ignore_index: int = -100,
     reduction: str = "mean",
     backend: str | None = None,
-) -> torch.Tensor:
+) -> Tensor:
     """Cross-entropy of softmax(x weight^T) against targets, in nats.
 
     x_MD: (M, D); weight_VD: (V, D); target_M: (M,) integers, `ignore_index` for none.
@@ -152,7 +141,7 @@ def linear_cross_entropy(
     with torch.autocast(device, enabled=False):
         if reduction == "none":
             return _token_losses(x_MD, weight_VD, target_M, ignore_index)
-        total: torch.Tensor = _LinearCrossEntropy.apply(
+        total: Tensor = _LinearCrossEntropy.apply(
             x_MD, weight_VD, target_M, z_loss, ignore_index, reduction == "mean"
         )
         return total

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from ablate.kernels.dispatch import define_op
 
@@ -89,31 +90,24 @@ def chunk_rows(rows: int, vocabulary: int, item_bytes: int, limit: int) -> int:
     return max(1, min(rows, triton.cdiv(triton.cdiv(rows, chunks), 128) * 128))
 
 
-def _logits_buffer(rows: int, vocabulary: int, like: torch.Tensor, dtype: torch.dtype) -> Any:
+def _logits_buffer(rows: int, vocabulary: int, like: Tensor, dtype: torch.dtype) -> Any:
     """(rows, V) whose rows begin on 16-byte borders also for odd vocabularies."""
     padded = triton.cdiv(vocabulary, 8) * 8
     return torch.empty(rows, padded, dtype=dtype, device=like.device)[:, :vocabulary]
 
 
 def _launch(
-    logits: torch.Tensor,
-    target: torch.Tensor,
-    loss: torch.Tensor,
-    z_loss: float,
-    ignore_index: int,
-    gradient: bool,
-    config: Config | None = None,
-) -> None:
-    config = config or CONFIG
+    logits: Tensor, target: Tensor, loss: Tensor, z_loss: float, ignore_index: int, gradient: bool,
+) -> None:  # fmt: skip
     rows, vocabulary = logits.shape
-    block = min(config.block, max(64, triton.next_power_of_2(vocabulary)))
+    block = min(CONFIG.block, max(64, triton.next_power_of_2(vocabulary)))
     logits_kernel[(rows,)](
         logits, target, loss, vocabulary, logits.stride(0) // 8, z_loss, ignore_index,
-        GRADIENT=gradient, BLOCK=block, num_warps=config.warps if block >= 2048 else 4,
+        GRADIENT=gradient, BLOCK=block, num_warps=CONFIG.warps if block >= 2048 else 4,
     )  # fmt: skip
 
 
-def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor, first: bool) -> None:
+def _add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
     """total (float32) = [total +] a @ b."""
     if a.is_cuda and a.dtype != torch.float32:
         if first:
@@ -127,33 +121,21 @@ def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor, first: b
 
 
 def _forward(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    target: torch.Tensor,
-    z_loss: float,
-    ignore_index: int,
-    need_x: bool,
+    x: Tensor, weight: Tensor, target: Tensor, z_loss: float, ignore_index: int, need_x: bool,
     need_weight: bool,
-    limit: int | None = None,
-    config: Config | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Losses (M,) float32, and the gradients of their sum: d_x (M, D), d_weight (V, D) float32."""
-    rows, width = x.shape
-    vocabulary = weight.shape[0]
+    rows, vocabulary = x.shape[0], weight.shape[0]
     weight = weight.to(x.dtype)
     gradient = need_x or need_weight
-    loss = torch.empty(rows, dtype=torch.float32, device=x.device)
-    d_x = torch.empty((rows, width) if need_x else 0, dtype=x.dtype, device=x.device)
-    d_weight = torch.empty(
-        (vocabulary, width) if need_weight else 0, dtype=torch.float32, device=x.device
-    )
-    step = chunk_rows(rows, vocabulary, x.element_size(), limit or CHUNK_BYTES)
+    loss, d_x, d_weight = _results(x, weight, need_x, need_weight)
+    step = chunk_rows(rows, vocabulary, x.element_size(), CHUNK_BYTES)
     buffer = _logits_buffer(step, vocabulary, x, x.dtype)
     for start in range(0, rows, step):
         end = min(rows, start + step)
         logits = buffer[: end - start]
         torch.mm(x[start:end], weight.t(), out=logits)
-        _launch(logits, target[start:end], loss[start:end], z_loss, ignore_index, gradient, config)
+        _launch(logits, target[start:end], loss[start:end], z_loss, ignore_index, gradient)
         if need_x:
             torch.mm(logits, weight, out=d_x[start:end])
         if need_weight:
@@ -161,15 +143,9 @@ def _forward(
     return loss, d_x, d_weight
 
 
-def _fake_forward(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    target: torch.Tensor,
-    z_loss: float,
-    ignore_index: int,
-    need_x: bool,
-    need_weight: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _results(
+    x: Tensor, weight: Tensor, need_x: bool, need_weight: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     return (
         x.new_empty(x.shape[0], dtype=torch.float32),
         x.new_empty(x.shape if need_x else (0,)),
@@ -177,9 +153,7 @@ def _fake_forward(
     )
 
 
-def _token_losses(
-    x: torch.Tensor, weight: torch.Tensor, target: torch.Tensor, ignore_index: int
-) -> torch.Tensor:
+def _token_losses(x: Tensor, weight: Tensor, target: Tensor, ignore_index: int) -> Tensor:
     """Losses (M,) from float32 logits, in chunks; for evaluation."""
     rows, vocabulary = x.shape[0], weight.shape[0]
     weight = weight.to(x.dtype)
@@ -194,58 +168,41 @@ def _token_losses(
     return loss
 
 
-def _fake_token_losses(
-    x: torch.Tensor, weight: torch.Tensor, target: torch.Tensor, ignore_index: int
-) -> torch.Tensor:
-    return x.new_empty(x.shape[0], dtype=torch.float32)
-
-
-def _scaled(t: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def _scaled(t: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """t * scale in another dtype, in one pass; one dimension keeps the scale in float32."""
     return torch.mul(t, scale.reshape(1), out=torch.empty(t.shape, dtype=dtype, device=t.device))
-
-
-def _fake_scaled(t: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    return t.new_empty(t.shape, dtype=dtype)
 
 
 _forward_op = define_op(
     "linear_cross_entropy(Tensor x, Tensor weight, Tensor target, float z_loss, int ignore_index,"
     " bool need_x, bool need_weight) -> (Tensor, Tensor, Tensor)",
     _forward,
-    _fake_forward,
+    lambda x, weight, target, z_loss, ignore_index, *need: _results(x, weight, *need),
 )
 _token_losses_op = define_op(
     "linear_cross_entropy_tokens(Tensor x, Tensor weight, Tensor target, int ignore_index)"
     " -> Tensor",
     _token_losses,
-    _fake_token_losses,
+    lambda x, *_: x.new_empty(x.shape[0], dtype=torch.float32),
 )
-
-
 _scaled_op = define_op(
     "linear_cross_entropy_scaled(Tensor t, Tensor scale, ScalarType dtype) -> Tensor",
     _scaled,
-    _fake_scaled,
+    lambda t, scale, dtype: t.new_empty(t.shape, dtype=dtype),
 )
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        x: torch.Tensor,
-        weight: torch.Tensor,
-        target: torch.Tensor,
-        z_loss: float,
-        ignore_index: int,
+        ctx: Any, x: Tensor, weight: Tensor, target: Tensor, z_loss: float, ignore_index: int,
         mean: bool,
-    ) -> torch.Tensor:
+    ) -> Tensor:  # fmt: skip
         need_x, need_weight = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
         loss, d_x, d_weight = _forward_op(
             x, weight, target, z_loss, ignore_index, need_x, need_weight
         )
-        total: torch.Tensor = loss.sum()
+        total: Tensor = loss.sum()
         share = None
         if mean:
             share = (target != ignore_index).sum().clamp(min=1).to(torch.float32).reciprocal()
@@ -256,7 +213,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+    def backward(ctx: Any, *grads: Tensor) -> Any:
         d_x, d_weight, share = ctx.saved_tensors
         scale = grads[0] if share is None else grads[0] * share
         need_x, need_weight = ctx.need
@@ -266,26 +223,21 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def linear_cross_entropy_triton(
-    x_MD: torch.Tensor,
-    weight_VD: torch.Tensor,
-    target_M: torch.Tensor,
-    z_loss: float,
-    ignore_index: int,
-    mean: bool,
-) -> torch.Tensor:
+    x_MD: Tensor, weight_VD: Tensor, target_M: Tensor, z_loss: float, ignore_index: int, mean: bool
+) -> Tensor:
     """See `ablate.kernels.linear_cross_entropy`."""
-    total: torch.Tensor = _LinearCrossEntropy.apply(
+    total: Tensor = _LinearCrossEntropy.apply(
         x_MD, weight_VD, target_M.contiguous(), z_loss, ignore_index, mean
     )
     return total
 
 
 def token_losses_triton(
-    x_MD: torch.Tensor, weight_VD: torch.Tensor, target_M: torch.Tensor, ignore_index: int
-) -> torch.Tensor:
+    x_MD: Tensor, weight_VD: Tensor, target_M: Tensor, ignore_index: int
+) -> Tensor:
     """Cross-entropy of each token, without gradients."""
     with torch.no_grad():
-        losses: torch.Tensor = _token_losses_op(
+        losses: Tensor = _token_losses_op(
             x_MD.detach(), weight_VD.detach(), target_M.contiguous(), ignore_index
         )
     return losses

@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ablate.kernels.dispatch import compute_dtype, use_triton
-from ablate.kernels.ssd import _running_sum
+from ablate.kernels.ssd import running_sum
 
 CHUNK = 64  # tile of the chunked forms; the Triton kernels use the same
 NORM_EPS = 1e-6  # added to the squared norm of a query or key
@@ -70,19 +70,11 @@ def _prepare(
 
 
 def gated_delta_rule_recurrent(
-    q_BLHK: Tensor,
-    k_BLHK: Tensor,
-    v_BLHV: Tensor,
-    log_decay_BLH: Tensor,
-    beta_BLH: Tensor,
-    *,
-    scale: float | None = None,
-    normalize_qk: bool = False,
-    initial_state_BHKV: Tensor | None = None,
-    return_final_state: bool = False,
+    q_BLHK: Tensor, k_BLHK: Tensor, v_BLHV: Tensor, log_decay_BLH: Tensor, beta_BLH: Tensor, *,
+    scale: float | None = None, normalize_qk: bool = False,
+    initial_state_BHKV: Tensor | None = None, return_final_state: bool = False,
     doc_start_BL: Tensor | None = None,
-    backend: str | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """The definition, one token at a time: the oracle of the other forms. Arguments as in
     `gated_delta_rule`."""
     _check(q_BLHK, k_BLHK, v_BLHV, log_decay_BLH, beta_BLH)
@@ -109,19 +101,11 @@ def gated_delta_rule_recurrent(
 
 
 def gated_delta_rule_chunked(
-    q_BLHK: Tensor,
-    k_BLHK: Tensor,
-    v_BLHV: Tensor,
-    log_decay_BLH: Tensor,
-    beta_BLH: Tensor,
-    *,
-    scale: float | None = None,
-    normalize_qk: bool = False,
-    initial_state_BHKV: Tensor | None = None,
-    return_final_state: bool = False,
+    q_BLHK: Tensor, k_BLHK: Tensor, v_BLHV: Tensor, log_decay_BLH: Tensor, beta_BLH: Tensor, *,
+    scale: float | None = None, normalize_qk: bool = False,
+    initial_state_BHKV: Tensor | None = None, return_final_state: bool = False,
     doc_start_BL: Tensor | None = None,
-    backend: str | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """Triangular systems within chunks, the recurrence between them (module docstring), in plain
     PyTorch that autograd differentiates. Arguments as in `gated_delta_rule`.
 
@@ -142,7 +126,7 @@ def gated_delta_rule_chunked(
 
     q, k = (chunks(x) for x in _prepare(q_BLHK, k_BLHK, scale, normalize_qk, dtype))
     v, beta = chunks(v_BLHV.to(dtype)), chunks(beta_BLH.to(dtype))[..., None]
-    cum = _running_sum(chunks(log_decay_BLH.to(dtype).clamp(min=STRONGEST)))  # (B, H, c, Q)
+    cum = running_sum(chunks(log_decay_BLH.to(dtype).clamp(min=STRONGEST)))  # (B, H, c, Q)
 
     index = torch.arange(chunk, device=q.device)
     allowed = index[:, None] >= index
@@ -246,17 +230,10 @@ def gated_delta_rule(
 
         form = gated_delta_rule_triton
     return form(
-        q_BLHK,
-        k_BLHK,
-        v_BLHV,
-        log_decay_BLH,
-        beta_BLH,
-        scale=scale,
-        normalize_qk=normalize_qk,
-        initial_state_BHKV=initial_state_BHKV,
-        return_final_state=return_final_state,
+        q_BLHK, k_BLHK, v_BLHV, log_decay_BLH, beta_BLH, scale=scale, normalize_qk=normalize_qk,
+        initial_state_BHKV=initial_state_BHKV, return_final_state=return_final_state,
         doc_start_BL=doc_start_BL,
-    )
+    )  # fmt: skip
 
 
 def gated_delta_rule_step(
@@ -277,15 +254,10 @@ def gated_delta_rule_step(
     if use_triton(backend, q_BHK, supported=supported and q_BHK.numel() > 0):
         from ablate.kernels.step_triton import gated_delta_rule_step_triton
 
+        scale = q_BHK.shape[2] ** -0.5 if scale is None else scale
+        eps = NORM_EPS if normalize_qk else 0.0
         return gated_delta_rule_step_triton(
-            q_BHK,
-            k_BHK,
-            v_BHV,
-            log_decay_BH,
-            beta_BH,
-            q_BHK.shape[2] ** -0.5 if scale is None else scale,
-            NORM_EPS if normalize_qk else 0.0,
-            state_BHKV,
+            q_BHK, k_BHK, v_BHV, log_decay_BH, beta_BH, scale, eps, state_BHKV
         )
     dtype = compute_dtype(q_BHK)
     q, k = _prepare(q_BHK, k_BHK, scale, normalize_qk, dtype)

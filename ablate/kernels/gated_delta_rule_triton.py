@@ -39,7 +39,15 @@ from torch import Tensor
 
 from ablate.kernels.dispatch import define_op
 from ablate.kernels.gated_delta_rule import NORM_EPS, STRONGEST
-from ablate.kernels.tiles_triton import batch_unit, dense_rows, load_tile, store_tile
+from ablate.kernels.tiles_triton import (
+    batch_unit,
+    contiguous,
+    dense_last,
+    dense_rows,
+    load_tile,
+    starts,
+    store_tile,
+)
 
 # Of a chunk's tokens, a row of 64 numbers each: the sums of log decays within the chunk in units of
 # log2; beta; what makes the query and the key as long as they are to be; the factors of the query
@@ -696,15 +704,12 @@ def _forward(
     doc: Tensor | None, scale: float, normalize: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     q, k, v = dense_rows(q), dense_rows(k), dense_rows(v)
-    log_decay, beta = (x if x.stride(2) == 1 else x.contiguous() for x in (log_decay, beta))
+    log_decay, beta = dense_last(log_decay), dense_last(beta)
     factors, pairs = prepare(q, k, log_decay, beta, doc, scale, normalize)
     return (*scan(q, k, v, factors, pairs, first, True), factors, pairs)
 
 
-def _forward_fake(
-    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor, first: Tensor | None,
-    doc: Tensor | None, scale: float, normalize: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+def _forward_fake(q, k, v, *_):
     b, length, n_heads, width = q.shape
     Q = chunk(q)
     n_chunks = (length + Q - 1) // Q
@@ -722,7 +727,7 @@ def _backward(
     normalize: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     q, k, v, do = dense_rows(q), dense_rows(k), dense_rows(v), do.contiguous()
-    dlast = None if dlast is None else dlast.contiguous()
+    dlast = contiguous(dlast)
     e, states = scan(q, k, v, factors, pairs, first, False)
     dv, dstates, dfirst = reverse(do, q, k, factors, pairs, dlast)
     dq, dk, ddecay, dbeta = gradients(
@@ -731,11 +736,7 @@ def _backward(
     return dq, dk, dv, ddecay, dbeta, dfirst
 
 
-def _backward_fake(
-    do: Tensor, dlast: Tensor | None, q: Tensor, k: Tensor, v: Tensor, first: Tensor | None,
-    doc: Tensor | None, factors: Tensor, pairs: Tensor, scale: float,
-    normalize: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+def _backward_fake(do, dlast, q, k, v, first, doc, factors, *_):
     b, length, n_heads, width = q.shape
     return (
         q.new_empty(q.shape),
@@ -786,47 +787,23 @@ class _GatedDeltaRule(torch.autograd.Function):
         dq, dk, dv, ddecay, dbeta, dfirst = _backward_op(
             do, grads[1], q, k, v, first, doc, factors, pairs, ctx.scale, ctx.normalize
         )
-        return (
-            dq,
-            dk,
-            dv,
-            ddecay.to(ctx.dtypes[0]),
-            dbeta.to(ctx.dtypes[1]),
-            None if ctx.first_dtype is None else dfirst.to(ctx.first_dtype),
-            None,
-            None,
-            None,
-        )
+        ddecay, dbeta = ddecay.to(ctx.dtypes[0]), dbeta.to(ctx.dtypes[1])
+        dfirst = None if ctx.first_dtype is None else dfirst.to(ctx.first_dtype)
+        return dq, dk, dv, ddecay, dbeta, dfirst, None, None, None
 
 
 def gated_delta_rule_triton(
-    q_BLHK: Tensor,
-    k_BLHK: Tensor,
-    v_BLHV: Tensor,
-    log_decay_BLH: Tensor,
-    beta_BLH: Tensor,
-    *,
-    scale: float | None = None,
-    normalize_qk: bool = False,
-    initial_state_BHKV: Tensor | None = None,
-    return_final_state: bool = False,
+    q_BLHK: Tensor, k_BLHK: Tensor, v_BLHV: Tensor, log_decay_BLH: Tensor, beta_BLH: Tensor, *,
+    scale: float | None = None, normalize_qk: bool = False,
+    initial_state_BHKV: Tensor | None = None, return_final_state: bool = False,
     doc_start_BL: Tensor | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """`ablate.kernels.gated_delta_rule` on a GPU; q, k and v share one type, rows are read in
     place, and states between chunks have that type."""
-    if initial_state_BHKV is not None:
-        initial_state_BHKV = initial_state_BHKV.contiguous()
-    if doc_start_BL is not None:
-        doc_start_BL = doc_start_BL.to(torch.int32).contiguous()
+    k, v = k_BLHK.to(q_BLHK.dtype), v_BLHV.to(q_BLHK.dtype)
+    scale = q_BLHK.shape[3] ** -0.5 if scale is None else scale
+    first, doc = contiguous(initial_state_BHKV), starts(doc_start_BL)
     o, last = _GatedDeltaRule.apply(
-        q_BLHK,
-        k_BLHK.to(q_BLHK.dtype),
-        v_BLHV.to(q_BLHK.dtype),
-        log_decay_BLH,
-        beta_BLH,
-        initial_state_BHKV,
-        doc_start_BL,
-        q_BLHK.shape[3] ** -0.5 if scale is None else scale,
-        normalize_qk,
+        q_BLHK, k, v, log_decay_BLH, beta_BLH, first, doc, scale, normalize_qk
     )
     return (o, last) if return_final_state else o

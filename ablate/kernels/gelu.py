@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from ablate.kernels.dispatch import use_triton
 
 
-def gelu(x: torch.Tensor, *, backend: str | None = None) -> torch.Tensor:
+def gelu(x: Tensor, *, backend: str | None = None) -> Tensor:
     """x Phi(x), any shape, in x's dtype; arithmetic in float32 (float64 for float64).
 
     backend: None chooses; "triton" or "reference" (torch's) insist.

@@ -56,16 +56,10 @@ def _check(q: Tensor, k: Tensor, v: Tensor, g: Tensor, state: Tensor | None) -> 
 
 
 def gla_recurrent(
-    q_BLHK: Tensor,
-    k_BLHK: Tensor,
-    v_BLHV: Tensor,
-    log_decay_BLHK: Tensor,
-    *,
-    scale: float | None = None,
-    initial_state_BHKV: Tensor | None = None,
-    return_final_state: bool = False,
-    doc_start_BL: Tensor | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:
+    q_BLHK: Tensor, k_BLHK: Tensor, v_BLHV: Tensor, log_decay_BLHK: Tensor, *,
+    scale: float | None = None, initial_state_BHKV: Tensor | None = None,
+    return_final_state: bool = False, doc_start_BL: Tensor | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """The definition, one token after the other: the oracle. Arguments as in `gla`."""
     _check(q_BLHK, k_BLHK, v_BLHV, log_decay_BLHK, initial_state_BHKV)
     dtype = compute_dtype(q_BLHK)
@@ -108,16 +102,10 @@ def _spans(chunk: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def gla_chunked(
-    q_BLHK: Tensor,
-    k_BLHK: Tensor,
-    v_BLHV: Tensor,
-    log_decay_BLHK: Tensor,
-    *,
-    scale: float | None = None,
-    initial_state_BHKV: Tensor | None = None,
-    return_final_state: bool = False,
-    doc_start_BL: Tensor | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:
+    q_BLHK: Tensor, k_BLHK: Tensor, v_BLHV: Tensor, log_decay_BLHK: Tensor, *,
+    scale: float | None = None, initial_state_BHKV: Tensor | None = None,
+    return_final_state: bool = False, doc_start_BL: Tensor | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """Pairs inside chunks, the recurrence between them, in plain PyTorch that autograd
     differentiates. Arguments as in `gla`."""
     _check(q_BLHK, k_BLHK, v_BLHV, log_decay_BLHK, initial_state_BHKV)
@@ -217,15 +205,9 @@ def gla(
         _check(q_BLHK, k_BLHK, v_BLHV, log_decay_BLHK, initial_state_BHKV)
         form = gla_triton
     return form(
-        q_BLHK,
-        k_BLHK,
-        v_BLHV,
-        log_decay_BLHK,
-        scale=scale,
-        initial_state_BHKV=initial_state_BHKV,
-        return_final_state=return_final_state,
-        doc_start_BL=doc_start_BL,
-    )
+        q_BLHK, k_BLHK, v_BLHV, log_decay_BLHK, scale=scale, initial_state_BHKV=initial_state_BHKV,
+        return_final_state=return_final_state, doc_start_BL=doc_start_BL,
+    )  # fmt: skip
 
 
 def gla_step(

@@ -37,7 +37,14 @@ from torch import Tensor
 
 from ablate.kernels.dispatch import define_op
 from ablate.kernels.gla import CHUNK, FORGET
-from ablate.kernels.tiles_triton import batch_unit, dense_rows, load_tile, store_tile
+from ablate.kernels.tiles_triton import (
+    batch_unit,
+    contiguous,
+    dense_rows,
+    load_tile,
+    starts,
+    store_tile,
+)
 
 
 @dataclass(frozen=True)
@@ -609,10 +616,7 @@ def _forward(
     return _mix(seen, states, scores, v), last
 
 
-def _forward_fake(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor, first: Tensor | None, doc: Tensor | None,
-    scale: float,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+def _forward_fake(q, k, v, *_):
     b, _, heads, width = q.shape
     last = q.new_empty((b, heads, width, v.shape[3]), dtype=torch.float32)
     return q.new_empty(v.shape), last
@@ -623,8 +627,7 @@ def _backward(
     first: Tensor | None, doc: Tensor | None, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     q, k, v, g = dense_rows(q), dense_rows(k), dense_rows(v), dense_rows(g)
-    dy = dy.contiguous()
-    dlast = None if dlast is None else dlast.contiguous()
+    dy, dlast = dy.contiguous(), contiguous(dlast)
     spans = _spans(q)
     scores, seen, leaving, keep = _pairs(q, k, g, spans, doc, scale)
     dstates, dfirst = _states(seen, dy, keep, dlast, reverse=True)
@@ -636,10 +639,7 @@ def _backward(
     return dq, dk, dv, dg, dfirst
 
 
-def _backward_fake(
-    dy: Tensor, dlast: Tensor | None, q: Tensor, k: Tensor, v: Tensor, g: Tensor,
-    first: Tensor | None, doc: Tensor | None, scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+def _backward_fake(dy, dlast, q, k, v, g, *_):
     b, _, heads, width = q.shape
     dfirst = q.new_empty((b, heads, width, v.shape[3]), dtype=torch.float32)
     dq, dk, dv, dg = (t.new_empty(t.shape) for t in (q, k, v, g))
@@ -682,29 +682,14 @@ class _GLA(torch.autograd.Function):
 
 
 def gla_triton(
-    q_BLHK: Tensor,
-    k_BLHK: Tensor,
-    v_BLHV: Tensor,
-    log_decay_BLHK: Tensor,
-    *,
-    scale: float | None = None,
-    initial_state_BHKV: Tensor | None = None,
-    return_final_state: bool = False,
-    doc_start_BL: Tensor | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:
+    q_BLHK: Tensor, k_BLHK: Tensor, v_BLHV: Tensor, log_decay_BLHK: Tensor, *,
+    scale: float | None = None, initial_state_BHKV: Tensor | None = None,
+    return_final_state: bool = False, doc_start_BL: Tensor | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """`ablate.kernels.gla` on a GPU. Queries, keys and values share one type, and states between
     chunks keep it; log decays keep theirs."""
-    if initial_state_BHKV is not None:
-        initial_state_BHKV = initial_state_BHKV.contiguous()
-    if doc_start_BL is not None:
-        doc_start_BL = doc_start_BL.to(torch.int32).contiguous()
-    y, last = _GLA.apply(
-        q_BLHK,
-        k_BLHK.to(q_BLHK.dtype),
-        v_BLHV.to(q_BLHK.dtype),
-        log_decay_BLHK,
-        initial_state_BHKV,
-        doc_start_BL,
-        q_BLHK.shape[3] ** -0.5 if scale is None else scale,
-    )
+    k, v = k_BLHK.to(q_BLHK.dtype), v_BLHV.to(q_BLHK.dtype)
+    scale = q_BLHK.shape[3] ** -0.5 if scale is None else scale
+    first, doc = contiguous(initial_state_BHKV), starts(doc_start_BL)
+    y, last = _GLA.apply(q_BLHK, k, v, log_decay_BLHK, first, doc, scale)
     return (y, last) if return_final_state else y

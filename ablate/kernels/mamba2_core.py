@@ -31,22 +31,11 @@ def inner_width(width_E: int, head_dim: int, n_groups: int, d_state: int) -> int
 
 
 def mamba2_core_reference(
-    zxbcdt_BLE: Tensor,
-    conv_weight_CK: Tensor,
-    conv_bias_C: Tensor | None,
-    dt_bias_H: Tensor,
-    A_log_H: Tensor,
-    D_H: Tensor,
-    norm_weight_I: Tensor | None,
-    *,
-    head_dim: int,
-    n_groups: int,
-    d_state: int,
-    eps: float = 1e-5,
-    norm_group_size: int | None = None,
-    doc_start_BL: Tensor | None = None,
-    backend: str | None = "reference",
-) -> Tensor:
+    zxbcdt_BLE: Tensor, conv_weight_CK: Tensor, conv_bias_C: Tensor | None, dt_bias_H: Tensor,
+    A_log_H: Tensor, D_H: Tensor, norm_weight_I: Tensor | None, *, head_dim: int, n_groups: int,
+    d_state: int, eps: float = 1e-5, norm_group_size: int | None = None,
+    doc_start_BL: Tensor | None = None, backend: str | None = "reference",
+) -> Tensor:  # fmt: skip
     """The operation as a composition of its parts, by default in their plain PyTorch forms.
     Arguments as in `mamba2_core`."""
     from ablate.kernels.conv1d import causal_conv1d
@@ -121,36 +110,14 @@ def mamba2_core(
         and 2 <= conv_weight_CK.shape[1] <= 4
         and group <= 16384
     )
+    tensors = (
+        zxbcdt_BLE, conv_weight_CK, conv_bias_C, dt_bias_H, A_log_H, D_H, norm_weight_I,
+    )  # fmt: skip
     if use_triton(backend, zxbcdt_BLE, supported=supported):
         from ablate.kernels.mamba2_core_triton import mamba2_core_triton
 
-        return mamba2_core_triton(
-            zxbcdt_BLE,
-            conv_weight_CK,
-            conv_bias_C,
-            dt_bias_H,
-            A_log_H,
-            D_H,
-            norm_weight_I,
-            head_dim,
-            n_groups,
-            eps,
-            group,
-            doc_start_BL,
-        )
+        return mamba2_core_triton(*tensors, head_dim, n_groups, eps, group, doc_start_BL)
     return mamba2_core_reference(
-        zxbcdt_BLE,
-        conv_weight_CK,
-        conv_bias_C,
-        dt_bias_H,
-        A_log_H,
-        D_H,
-        norm_weight_I,
-        head_dim=head_dim,
-        n_groups=n_groups,
-        d_state=d_state,
-        eps=eps,
-        norm_group_size=norm_group_size,
-        doc_start_BL=doc_start_BL,
-        backend=backend,
-    )
+        *tensors, head_dim=head_dim, n_groups=n_groups, d_state=d_state, eps=eps,
+        norm_group_size=norm_group_size, doc_start_BL=doc_start_BL, backend=backend,
+    )  # fmt: skip

@@ -6,6 +6,8 @@ for the backward pass are the convolution's output, the scan's output and the st
 what SiLU, softplus and the norm need is computed again.
 """
 
+# mypy: disallow-untyped-defs=False
+
 from __future__ import annotations
 
 from typing import Any
@@ -17,6 +19,7 @@ from ablate.kernels import conv1d_triton as conv1d
 from ablate.kernels import norm_triton as norm
 from ablate.kernels import ssd_triton as ssd
 from ablate.kernels.dispatch import define_op
+from ablate.kernels.tiles_triton import contiguous, starts
 
 
 def _split(t: Tensor, inner: int, n_heads: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -57,10 +60,8 @@ def _forward(
 
 
 def _forward_fake(
-    zxbcdt: Tensor, conv_weight: Tensor, conv_bias: Tensor | None, dt_bias: Tensor, A_log: Tensor,
-    D: Tensor, norm_weight: Tensor | None, doc: Tensor | None, head_dim: int, groups: int,
-    eps: float, norm_group: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    zxbcdt, conv_weight, conv_bias, dt_bias, A_log, D, norm_weight, doc, head_dim, groups, *_
+):
     b, length, _ = zxbcdt.shape
     n_heads, channels = A_log.shape[0], conv_weight.shape[0]
     inner = _inner(zxbcdt, channels, n_heads)
@@ -103,10 +104,8 @@ def _backward(
 
 
 def _backward_fake(
-    dout: Tensor, zxbcdt: Tensor, conv: Tensor, y: Tensor, states: Tensor, dts: Tensor,
-    conv_weight: Tensor, conv_bias: Tensor | None, A_log: Tensor, D: Tensor,
-    norm_weight: Tensor | None, doc: Tensor | None, groups: int, eps: float, norm_group: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    dout, zxbcdt, conv, y, states, dts, conv_weight, conv_bias, A_log, D, norm_weight, *_
+):
     return (
         zxbcdt.new_empty(zxbcdt.shape),
         dts.new_empty((5, conv.shape[2])),
@@ -169,30 +168,15 @@ class _Mamba2Core(torch.autograd.Function):
 
 
 def mamba2_core_triton(
-    zxbcdt_BLE: Tensor,
-    conv_weight_CK: Tensor,
-    conv_bias_C: Tensor | None,
-    dt_bias_H: Tensor,
-    A_log_H: Tensor,
-    D_H: Tensor,
-    norm_weight_I: Tensor | None,
-    head_dim: int,
-    n_groups: int,
-    eps: float,
-    norm_group: int,
-    doc_start_BL: Tensor | None,
-) -> Tensor:
+    zxbcdt_BLE: Tensor, conv_weight_CK: Tensor, conv_bias_C: Tensor | None, dt_bias_H: Tensor,
+    A_log_H: Tensor, D_H: Tensor, norm_weight_I: Tensor | None, head_dim: int, n_groups: int,
+    eps: float, norm_group: int, doc_start_BL: Tensor | None,
+) -> Tensor:  # fmt: skip
     """See `ablate.kernels.mamba2_core`."""
-    if doc_start_BL is not None:
-        doc_start_BL = doc_start_BL.to(torch.int32).contiguous()
     inputs = (
-        zxbcdt_BLE.contiguous(),
-        conv_weight_CK.contiguous(),
-        None if conv_bias_C is None else conv_bias_C.contiguous(),
-        dt_bias_H.contiguous(),
-        A_log_H.contiguous(),
-        D_H.contiguous(),
-        None if norm_weight_I is None else norm_weight_I.contiguous(),
+        zxbcdt_BLE, conv_weight_CK, conv_bias_C, dt_bias_H, A_log_H, D_H, norm_weight_I,
+    )  # fmt: skip
+    out: Tensor = _Mamba2Core.apply(
+        *map(contiguous, inputs), starts(doc_start_BL), head_dim, n_groups, eps, norm_group
     )
-    out: Tensor = _Mamba2Core.apply(*inputs, doc_start_BL, head_dim, n_groups, eps, norm_group)
     return out

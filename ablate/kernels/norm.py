@@ -8,17 +8,14 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from ablate.kernels.dispatch import compute_dtype, use_triton
 
 
 def rms_norm_reference(
-    x: torch.Tensor,
-    weight_D: torch.Tensor | None,
-    *,
-    eps: float = 1e-5,
-    residual: torch.Tensor | None = None,
-) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    x: Tensor, weight_D: Tensor | None, *, eps: float = 1e-5, residual: Tensor | None = None
+) -> Tensor | tuple[Tensor, Tensor]:
     """The definition, differentiated by autograd; see `rms_norm`."""
     total = x if residual is None else x + residual
     wide = total.to(compute_dtype(total))
@@ -30,13 +27,13 @@ def rms_norm_reference(
 
 
 def rms_norm(
-    x: torch.Tensor,
-    weight_D: torch.Tensor | None,
+    x: Tensor,
+    weight_D: Tensor | None,
     *,
     eps: float = 1e-5,
-    residual: torch.Tensor | None = None,
+    residual: Tensor | None = None,
     backend: str | None = None,
-) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+) -> Tensor | tuple[Tensor, Tensor]:
     """x / rms(x) * weight over the last dimension.
 
     x: (..., D); weight_D: (D,) or None for no weight; residual: like x, of any float dtype.
@@ -52,14 +49,9 @@ def rms_norm(
 
 
 def gated_rms_norm_reference(
-    x_BLD: torch.Tensor,
-    z_BLD: torch.Tensor,
-    weight_D: torch.Tensor | None,
-    *,
-    eps: float = 1e-5,
-    group_size: int | None = None,
-    norm_before_gate: bool = False,
-) -> torch.Tensor:
+    x_BLD: Tensor, z_BLD: Tensor, weight_D: Tensor | None, *, eps: float = 1e-5,
+    group_size: int | None = None, norm_before_gate: bool = False,
+) -> Tensor:  # fmt: skip
     """The definition, differentiated by autograd; see `gated_rms_norm`."""
     group = group_size or x_BLD.shape[-1]
     x = x_BLD.to(compute_dtype(x_BLD))
@@ -73,15 +65,15 @@ def gated_rms_norm_reference(
 
 
 def gated_rms_norm(
-    x_BLD: torch.Tensor,
-    z_BLD: torch.Tensor,
-    weight_D: torch.Tensor | None,
+    x_BLD: Tensor,
+    z_BLD: Tensor,
+    weight_D: Tensor | None,
     *,
     eps: float = 1e-5,
     group_size: int | None = None,
     norm_before_gate: bool = False,
     backend: str | None = None,
-) -> torch.Tensor:
+) -> Tensor:
     """Mamba-2's output norm: norm(x * silu(z)) * weight, or norm(x) * weight * silu(z).
 
     x_BLD, z_BLD: (..., D), any leading dimensions, last one contiguous; weight_D: (D,) or None.

@@ -17,9 +17,11 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from ablate.kernels.dispatch import INTERPRET, define_op
 from ablate.kernels.sum_rows_triton import sum_rows
+from ablate.kernels.tiles_triton import contiguous, dense_last
 
 
 @dataclass(frozen=True)
@@ -307,13 +309,12 @@ def backward_kernel(
         tl.store(partial_ptr + tl.program_id(0) * width + column, dw, mask=inside)
 
 
-def _rows(t: torch.Tensor) -> torch.Tensor:
+def _rows(t: Tensor) -> Tensor:
     """(rows, width) with unit stride along the width; a view wherever one exists."""
-    t = t.reshape(-1, t.shape[-1])
-    return t if t.stride(-1) == 1 else t.contiguous()
+    return dense_last(t.reshape(-1, t.shape[-1]))
 
 
-def _stride(t: torch.Tensor) -> tuple[int, int]:
+def _stride(t: Tensor) -> tuple[int, int]:
     """Row stride divided by its alignment, and the alignment (a power of two up to 16)."""
     align = math.gcd(t.stride(0), 16)
     return t.stride(0) // align, align
@@ -332,18 +333,12 @@ def head_and_tail(width: int) -> tuple[int, int]:
 
 
 def gated_forward(
-    x: torch.Tensor,
-    z: torch.Tensor,
-    weight: torch.Tensor | None,
-    eps: float,
-    group: int,
-    gate_after: bool,
+    x: Tensor, z: Tensor, weight: Tensor | None, eps: float, group: int, gate_after: bool,
     normed: bool = True,
-    config: Config | None = None,
-) -> torch.Tensor:
+) -> Tensor:  # fmt: skip
     rows, width = x.shape
     block = triton.next_power_of_2(group)
-    config = config or forward_config(block)
+    config = forward_config(block)
     y = torch.empty(rows, width, dtype=x.dtype, device=x.device)
     (x_row, x_align), (z_row, z_align) = _stride(x), _stride(z)
     gated_forward_kernel[(triton.cdiv(rows, config.rows), width // group)](
@@ -355,22 +350,14 @@ def gated_forward(
 
 
 def gated_gradients(
-    dy: torch.Tensor,
-    x: torch.Tensor,
-    z: torch.Tensor,
-    weight: torch.Tensor | None,
-    dz: torch.Tensor,
-    eps: float,
-    group: int,
-    gate_after: bool,
-    normed: bool = True,
-    config: Config | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    dy: Tensor, x: Tensor, z: Tensor, weight: Tensor | None, dz: Tensor, eps: float, group: int,
+    gate_after: bool, normed: bool = True,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Writes dz, which may have wider rows; returns dx and the weight's gradient (empty without a
     weight)."""
     rows, width = x.shape
     block, tail = head_and_tail(group)
-    config = config or gated_backward_config(block)
+    config = gated_backward_config(block)
     dx = torch.empty(rows, width, dtype=x.dtype, device=x.device)
     programs = _programs(rows, config, x.device)
     partial = torch.empty(
@@ -388,14 +375,9 @@ def gated_gradients(
 
 
 def _gated_backward(
-    dy: torch.Tensor,
-    x: torch.Tensor,
-    z: torch.Tensor,
-    weight: torch.Tensor | None,
-    eps: float,
-    group: int,
+    dy: Tensor, x: Tensor, z: Tensor, weight: Tensor | None, eps: float, group: int,
     gate_after: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """dx, dz and the weight's gradient (empty without a weight)."""
     dz = torch.empty(z.shape, dtype=z.dtype, device=z.device)
     dx, d_weight = gated_gradients(dy, x, z, weight, dz, eps, group, gate_after)
@@ -403,16 +385,12 @@ def _gated_backward(
 
 
 def _norm_forward(
-    x: torch.Tensor,
-    residual: torch.Tensor | None,
-    weight: torch.Tensor | None,
-    eps: float,
-    config: Config | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    x: Tensor, residual: Tensor | None, weight: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
     """y and x + residual (empty without a residual)."""
     rows, width = x.shape
     block = triton.next_power_of_2(width)
-    config = config or forward_config(block)
+    config = forward_config(block)
     y = torch.empty(rows, width, dtype=x.dtype, device=x.device)
     total = _empty_total(x, residual)
     (x_row, x_align), (r_row, r_align) = _stride(x), _stride(x if residual is None else residual)
@@ -425,27 +403,21 @@ def _norm_forward(
     return y, total
 
 
-def _empty_total(x: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
+def _empty_total(x: Tensor, residual: Tensor | None) -> Tensor:
     if residual is None:
         return x.new_empty(0)
     return x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, residual.dtype))
 
 
 def _norm_backward(
-    dy: torch.Tensor,
-    d_total: torch.Tensor | None,
-    total: torch.Tensor,
-    weight: torch.Tensor | None,
-    eps: float,
-    dtype: torch.dtype,
-    residual_dtype: torch.dtype | None,
-    config: Config | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    dy: Tensor, d_total: Tensor | None, total: Tensor, weight: Tensor | None, eps: float,
+    dtype: torch.dtype, residual_dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradient in x's dtype, in the residual's dtype (empty when that is the same or there is no
     residual), and the weight's gradient (empty without a weight)."""
     rows, width = total.shape
     block = triton.next_power_of_2(width)
-    config = config or backward_config(block)
+    config = backward_config(block)
     two = residual_dtype is not None and residual_dtype != dtype
     dx = torch.empty(rows, width, dtype=dtype, device=total.device)
     d_residual = torch.empty(
@@ -467,45 +439,12 @@ def _norm_backward(
     return dx, d_residual, d_weight
 
 
-def _fake_gated_forward(
-    x: torch.Tensor,
-    z: torch.Tensor,
-    weight: torch.Tensor | None,
-    eps: float,
-    group: int,
-    gate_after: bool,
-) -> torch.Tensor:
-    return x.new_empty(x.shape)
-
-
-def _fake_gated_backward(
-    dy: torch.Tensor,
-    x: torch.Tensor,
-    z: torch.Tensor,
-    weight: torch.Tensor | None,
-    eps: float,
-    group: int,
-    gate_after: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _fake_gated_backward(dy, x, z, weight, *_):
     d_weight = x.new_empty(0) if weight is None else weight.new_empty(weight.shape)
     return x.new_empty(x.shape), z.new_empty(z.shape), d_weight
 
 
-def _fake_norm_forward(
-    x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor | None, eps: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    return x.new_empty(x.shape), _empty_total(x, residual)
-
-
-def _fake_norm_backward(
-    dy: torch.Tensor,
-    d_total: torch.Tensor | None,
-    total: torch.Tensor,
-    weight: torch.Tensor | None,
-    eps: float,
-    dtype: torch.dtype,
-    residual_dtype: torch.dtype | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _fake_norm_backward(dy, d_total, total, weight, eps, dtype, residual_dtype):
     two = residual_dtype is not None and residual_dtype != dtype
     d_residual = total.new_empty(total.shape if two else (0,), dtype=residual_dtype or dtype)
     d_weight = total.new_empty(0) if weight is None else weight.new_empty(weight.shape)
@@ -516,7 +455,7 @@ _gated_forward_op = define_op(
     "gated_rms_norm_forward(Tensor x, Tensor z, Tensor? weight, float eps, int group,"
     " bool gate_after) -> Tensor",
     gated_forward,
-    _fake_gated_forward,
+    lambda x, *_: x.new_empty(x.shape),
 )
 _gated_backward_op = define_op(
     "gated_rms_norm_backward(Tensor dy, Tensor x, Tensor z, Tensor? weight, float eps, int group,"
@@ -527,7 +466,7 @@ _gated_backward_op = define_op(
 _norm_forward_op = define_op(
     "rms_norm_forward(Tensor x, Tensor? residual, Tensor? weight, float eps) -> (Tensor, Tensor)",
     _norm_forward,
-    _fake_norm_forward,
+    lambda x, residual, *_: (x.new_empty(x.shape), _empty_total(x, residual)),
 )
 _norm_backward_op = define_op(
     "rms_norm_backward(Tensor dy, Tensor? d_total, Tensor total, Tensor? weight, float eps,"
@@ -540,21 +479,16 @@ _norm_backward_op = define_op(
 class _GatedRmsNorm(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        x: torch.Tensor,
-        z: torch.Tensor,
-        weight: torch.Tensor | None,
-        eps: float,
-        group: int,
+        ctx: Any, x: Tensor, z: Tensor, weight: Tensor | None, eps: float, group: int,
         gate_after: bool,
-    ) -> torch.Tensor:
+    ) -> Tensor:  # fmt: skip
         ctx.save_for_backward(x, z, weight)
         ctx.options = (eps, group, gate_after)
-        y: torch.Tensor = _gated_forward_op(x, z, weight, eps, group, gate_after)
+        y: Tensor = _gated_forward_op(x, z, weight, eps, group, gate_after)
         return y
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+    def backward(ctx: Any, *grads: Tensor) -> Any:
         x, z, weight = ctx.saved_tensors
         dx, dz, d_weight = _gated_backward_op(_rows(grads[0]), x, z, weight, *ctx.options)
         return dx, dz, None if weight is None else d_weight, None, None, None
@@ -562,14 +496,14 @@ class _GatedRmsNorm(torch.autograd.Function):
 
 class _RmsNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor | None, eps: float) -> torch.Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.eps = eps
-        y: torch.Tensor = _norm_forward_op(x, None, weight, eps)[0]
+        y: Tensor = _norm_forward_op(x, None, weight, eps)[0]
         return y
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+    def backward(ctx: Any, *grads: Tensor) -> Any:
         x, weight = ctx.saved_tensors
         dx, _, d_weight = _norm_backward_op(
             _rows(grads[0]), None, x, weight, ctx.eps, x.dtype, None
@@ -580,19 +514,15 @@ class _RmsNorm(torch.autograd.Function):
 class _AddRmsNorm(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        x: torch.Tensor,
-        residual: torch.Tensor,
-        weight: torch.Tensor | None,
-        eps: float,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        ctx: Any, x: Tensor, residual: Tensor, weight: Tensor | None, eps: float
+    ) -> tuple[Tensor, Tensor]:
         y, total = _norm_forward_op(x, residual, weight, eps)
         ctx.save_for_backward(total, weight)
         ctx.options = (eps, x.dtype, residual.dtype)
         return y, total
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+    def backward(ctx: Any, *grads: Tensor) -> Any:
         total, weight = ctx.saved_tensors
         dy, d_total = grads
         dx, d_residual, d_weight = _norm_backward_op(
@@ -604,26 +534,20 @@ class _AddRmsNorm(torch.autograd.Function):
 
 
 def gated_rms_norm_triton(
-    x: torch.Tensor,
-    z: torch.Tensor,
-    weight: torch.Tensor | None,
-    eps: float,
-    group: int,
-    gate_after: bool,
-) -> torch.Tensor:
+    x: Tensor, z: Tensor, weight: Tensor | None, eps: float, group: int, gate_after: bool
+) -> Tensor:
     """See `ablate.kernels.gated_rms_norm`."""
-    weight = None if weight is None else weight.contiguous()
-    y: torch.Tensor = _GatedRmsNorm.apply(_rows(x), _rows(z), weight, eps, group, gate_after)
+    y: Tensor = _GatedRmsNorm.apply(_rows(x), _rows(z), contiguous(weight), eps, group, gate_after)
     return y.view(x.shape)
 
 
 def rms_norm_triton(
-    x: torch.Tensor, weight: torch.Tensor | None, eps: float, residual: torch.Tensor | None
-) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    x: Tensor, weight: Tensor | None, eps: float, residual: Tensor | None
+) -> Tensor | tuple[Tensor, Tensor]:
     """See `ablate.kernels.rms_norm`."""
-    weight = None if weight is None else weight.contiguous()
+    weight = contiguous(weight)
     if residual is None:
-        y: torch.Tensor = _RmsNorm.apply(_rows(x), weight, eps)
+        y: Tensor = _RmsNorm.apply(_rows(x), weight, eps)
         return y.view(x.shape)
     y, total = _AddRmsNorm.apply(_rows(x), _rows(residual), weight, eps)
     return y.view(x.shape), total.view(x.shape)

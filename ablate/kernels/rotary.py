@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from ablate.kernels.dispatch import compute_dtype, use_triton
 
-Table = tuple[torch.Tensor, torch.Tensor]
+Table = tuple[Tensor, Tensor]
 
 
-def rotary_table(positions_BL: torch.Tensor, base: float, dim: int, dtype: torch.dtype) -> Table:
+def rotary_table(positions_BL: Tensor, base: float, dim: int, dtype: torch.dtype) -> Table:
     """Cosines and sines of position * base^(-2i/dim), each (B, L, 1, dim/2) in `dtype`.
 
     Layers of one stack share them: made in each layer they cost more than the rotation.
@@ -21,13 +22,13 @@ def rotary_table(positions_BL: torch.Tensor, base: float, dim: int, dtype: torch
 
 
 def rotary(
-    x_BLHP: torch.Tensor,
-    positions_BL: torch.Tensor,
+    x_BLHP: Tensor,
+    positions_BL: Tensor,
     *,
     base: float = 10000.0,
     dim: int | None = None,
     table: Table | None = None,
-) -> torch.Tensor:
+) -> Tensor:
     """Rotates the first `dim` channels of each head by angles position * base^(-2i/dim).
 
     x_BLHP: (B, L, H, P); positions_BL: (B, L) or (1, L) integers; dim: even, at most P (None: P).
@@ -48,8 +49,8 @@ def rotary(
 
 
 def rotary_qkv(
-    qkv_BLE: torch.Tensor,
-    positions_BL: torch.Tensor,
+    qkv_BLE: Tensor,
+    positions_BL: Tensor,
     *,
     n_heads: int,
     n_kv_heads: int,
@@ -58,7 +59,7 @@ def rotary_qkv(
     dim: int | None = None,
     table: Table | None = None,
     backend: str | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Queries (B, L, H, P), keys and values (B, L, K, P) of a fused projection, the first two
     rotated: `rotary` of each, with one gradient of the projection.
 

@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ablate.kernels.dispatch import define_op
+from ablate.kernels.tiles_triton import dense_last
 
 ROWS = 64  # tokens of one program, of one head
 
@@ -106,7 +107,7 @@ def _forward_fake(
 
 
 def _backward(dq: Tensor, dk: Tensor, dv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    grads = [t if t.stride(-1) == 1 else t.contiguous() for t in (dq, dk, dv)]
+    grads = [dense_last(t) for t in (dq, dk, dv)]
     dqkv = _backward_fake(dq, dk, dv, cos, sin)
     _move(grads, _split(dqkv, dq.shape[2], dk.shape[2], dq.shape[3]), cos, sin, -1)
     return dqkv
@@ -149,8 +150,7 @@ def rotary_qkv_triton(
     qkv_BLE: Tensor, cos: Tensor, sin: Tensor, n_heads: int, n_kv_heads: int, head_dim: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `ablate.kernels.rotary_qkv`; cos and sin (B or 1, L, 1, P / 2) in float32."""
-    qkv = qkv_BLE if qkv_BLE.stride(-1) == 1 else qkv_BLE.contiguous()
     out: tuple[Tensor, Tensor, Tensor] = _RotaryQKV.apply(
-        qkv, cos.contiguous(), sin.contiguous(), n_heads, n_kv_heads, head_dim
+        dense_last(qkv_BLE), cos.contiguous(), sin.contiguous(), n_heads, n_kv_heads, head_dim
     )
     return out

@@ -12,30 +12,15 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from ablate.kernels.dispatch import compute_dtype, use_triton
+from ablate.kernels.ssd import step_sizes
 
 CHUNK_ELEMENTS = 1 << 20  # states of one chunk: 4 MB of float32
 
 
-def _prepare(
-    delta_BLD: torch.Tensor,
-    delta_bias_D: torch.Tensor | None,
-    softplus: bool,
-    dtype: torch.dtype,
-) -> torch.Tensor:
-    delta = delta_BLD.to(dtype)
-    if delta_bias_D is not None:
-        delta = delta + delta_bias_D.to(dtype)
-    return F.softplus(delta) if softplus else delta
-
-
-def _finish(
-    y_BLD: torch.Tensor,
-    u_BLD: torch.Tensor,
-    D_D: torch.Tensor | None,
-    z_BLD: torch.Tensor | None,
-) -> torch.Tensor:
+def _finish(y_BLD: Tensor, u_BLD: Tensor, D_D: Tensor | None, z_BLD: Tensor | None) -> Tensor:
     if D_D is not None:
         y_BLD = y_BLD + u_BLD.to(y_BLD.dtype) * D_D.to(y_BLD.dtype)
     if z_BLD is not None:
@@ -44,24 +29,15 @@ def _finish(
 
 
 def selective_scan_recurrent(
-    u_BLD: torch.Tensor,
-    delta_BLD: torch.Tensor,
-    A_DN: torch.Tensor,
-    B_BLN: torch.Tensor,
-    C_BLN: torch.Tensor,
-    D_D: torch.Tensor | None = None,
-    *,
-    z_BLD: torch.Tensor | None = None,
-    delta_bias_D: torch.Tensor | None = None,
-    delta_softplus: bool = False,
-    initial_state_BDN: torch.Tensor | None = None,
-    return_final_state: bool = False,
-    doc_start_BL: torch.Tensor | None = None,
-) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    u_BLD: Tensor, delta_BLD: Tensor, A_DN: Tensor, B_BLN: Tensor, C_BLN: Tensor,
+    D_D: Tensor | None = None, *, z_BLD: Tensor | None = None, delta_bias_D: Tensor | None = None,
+    delta_softplus: bool = False, initial_state_BDN: Tensor | None = None,
+    return_final_state: bool = False, doc_start_BL: Tensor | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """The definition, one token after the other; see `selective_scan`. The oracle."""
     dtype = compute_dtype(u_BLD)
     batch, length, width = u_BLD.shape
-    delta = _prepare(delta_BLD, delta_bias_D, delta_softplus, dtype)
+    delta = step_sizes(delta_BLD, delta_bias_D, delta_softplus, dtype)
     A, B, C, u = A_DN.to(dtype), B_BLN.to(dtype), C_BLN.to(dtype), u_BLD.to(dtype)
     h = u.new_zeros(batch, width, A.shape[1])
     if initial_state_BDN is not None:
@@ -83,14 +59,14 @@ class _Scan(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        u: torch.Tensor,  # (L, B, D)
-        delta: torch.Tensor,  # (L, B, D)
-        A: torch.Tensor,  # (D, N)
-        B: torch.Tensor,  # (L, B, N)
-        C: torch.Tensor,  # (L, B, N)
-        state: torch.Tensor,  # (B, D, N)
-        keep: torch.Tensor | None,  # (L, B), 0 where a document begins
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        u: Tensor,  # (L, B, D)
+        delta: Tensor,  # (L, B, D)
+        A: Tensor,  # (D, N)
+        B: Tensor,  # (L, B, N)
+        C: Tensor,  # (L, B, N)
+        state: Tensor,  # (B, D, N)
+        keep: Tensor | None,  # (L, B), 0 where a document begins
+    ) -> tuple[Tensor, Tensor]:
         length = u.shape[0]
         chunk = max(1, min(length, CHUNK_ELEMENTS // max(1, state.numel())))
         y = torch.empty_like(u)
@@ -108,13 +84,8 @@ class _Scan(torch.autograd.Function):
 
     @staticmethod
     def states(
-        u: torch.Tensor,
-        delta: torch.Tensor,
-        A: torch.Tensor,
-        B: torch.Tensor,
-        h: torch.Tensor,
-        keep: torch.Tensor | None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        u: Tensor, delta: Tensor, A: Tensor, B: Tensor, h: Tensor, keep: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         """All states (T, B, D, N) of one chunk, and the decays that made them."""
         decay = (delta.unsqueeze(-1) * A).exp_()
         if keep is not None:
@@ -126,7 +97,7 @@ class _Scan(torch.autograd.Function):
         return states, decay
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+    def backward(ctx: Any, *grads: Tensor) -> Any:
         d_y, d_last = grads
         u, delta, A, B, C, keep, *borders = ctx.saved_tensors
         d_u, d_delta = torch.empty_like(u), torch.empty_like(u)
@@ -157,31 +128,31 @@ class _Scan(torch.autograd.Function):
         return d_u, d_delta, d_A, d_B, d_C, carry, None
 
 
-def _rows(t: torch.Tensor | None, rows: slice) -> torch.Tensor | None:
+def _rows(t: Tensor | None, rows: slice) -> Tensor | None:
     return None if t is None else t[rows]
 
 
-def triton_supports(u_BLD: torch.Tensor, A_DN: torch.Tensor) -> bool:
+def triton_supports(u_BLD: Tensor, A_DN: Tensor) -> bool:
     """Whether the Triton kernels run this case: up to 128 numbers of state, not float64."""
     return A_DN.shape[1] <= 128 and u_BLD.numel() > 0 and u_BLD.dtype != torch.float64
 
 
 def selective_scan(
-    u_BLD: torch.Tensor,
-    delta_BLD: torch.Tensor,
-    A_DN: torch.Tensor,
-    B_BLN: torch.Tensor,
-    C_BLN: torch.Tensor,
-    D_D: torch.Tensor | None = None,
+    u_BLD: Tensor,
+    delta_BLD: Tensor,
+    A_DN: Tensor,
+    B_BLN: Tensor,
+    C_BLN: Tensor,
+    D_D: Tensor | None = None,
     *,
-    z_BLD: torch.Tensor | None = None,
-    delta_bias_D: torch.Tensor | None = None,
+    z_BLD: Tensor | None = None,
+    delta_bias_D: Tensor | None = None,
     delta_softplus: bool = False,
-    initial_state_BDN: torch.Tensor | None = None,
+    initial_state_BDN: Tensor | None = None,
     return_final_state: bool = False,
-    doc_start_BL: torch.Tensor | None = None,
+    doc_start_BL: Tensor | None = None,
     backend: str | None = None,
-) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+) -> Tensor | tuple[Tensor, Tensor]:
     """Mamba-1's scan with optional skip D, gate silu(z), state and document resets.
 
     u_BLD, delta_BLD, z_BLD: (B, L, D); A_DN: (D, N), negative; B_BLN, C_BLN: (B, L, N); D_D: (D,).
@@ -195,22 +166,13 @@ def selective_scan(
         from ablate.kernels.selective_scan_triton import selective_scan_triton
 
         return selective_scan_triton(
-            u_BLD,
-            delta_BLD,
-            A_DN,
-            B_BLN,
-            C_BLN,
-            D_D,
-            z_BLD=z_BLD,
-            delta_bias_D=delta_bias_D,
-            delta_softplus=delta_softplus,
-            initial_state_BDN=initial_state_BDN,
-            return_final_state=return_final_state,
-            doc_start_BL=doc_start_BL,
-        )
+            u_BLD, delta_BLD, A_DN, B_BLN, C_BLN, D_D, z_BLD=z_BLD, delta_bias_D=delta_bias_D,
+            delta_softplus=delta_softplus, initial_state_BDN=initial_state_BDN,
+            return_final_state=return_final_state, doc_start_BL=doc_start_BL,
+        )  # fmt: skip
     dtype = compute_dtype(u_BLD)
     batch, length, width = u_BLD.shape
-    delta = _prepare(delta_BLD, delta_bias_D, delta_softplus, dtype)
+    delta = step_sizes(delta_BLD, delta_bias_D, delta_softplus, dtype)
     if initial_state_BDN is None:
         initial_state_BDN = torch.zeros(
             batch, width, A_DN.shape[1], dtype=dtype, device=u_BLD.device
@@ -228,19 +190,19 @@ def selective_scan(
 
 
 def selective_scan_step(
-    u_BD: torch.Tensor,
-    delta_BD: torch.Tensor,
-    A_DN: torch.Tensor,
-    B_BN: torch.Tensor,
-    C_BN: torch.Tensor,
-    D_D: torch.Tensor | None = None,
+    u_BD: Tensor,
+    delta_BD: Tensor,
+    A_DN: Tensor,
+    B_BN: Tensor,
+    C_BN: Tensor,
+    D_D: Tensor | None = None,
     *,
-    z_BD: torch.Tensor | None = None,
-    delta_bias_D: torch.Tensor | None = None,
+    z_BD: Tensor | None = None,
+    delta_bias_D: Tensor | None = None,
     delta_softplus: bool = False,
-    state_BDN: torch.Tensor,
+    state_BDN: Tensor,
     backend: str | None = None,
-) -> torch.Tensor:
+) -> Tensor:
     """One token: y_BD; the state (B, D, N) is updated in place."""
     supported = state_BDN.dtype == torch.float32 and state_BDN.is_contiguous()
     supported = supported and triton_supports(u_BD, A_DN)
@@ -251,7 +213,7 @@ def selective_scan_step(
             u_BD, delta_BD, A_DN, B_BN, C_BN, D_D, z_BD, delta_bias_D, delta_softplus, state_BDN
         )
     dtype = compute_dtype(u_BD)
-    delta = _prepare(delta_BD, delta_bias_D, delta_softplus, dtype).unsqueeze(-1)
+    delta = step_sizes(delta_BD, delta_bias_D, delta_softplus, dtype).unsqueeze(-1)
     inflow = delta * u_BD.to(dtype).unsqueeze(-1) * B_BN.to(dtype).unsqueeze(1)
     state = torch.exp(delta * A_DN.to(dtype)) * state_BDN.to(dtype) + inflow
     y = (state * C_BN.to(dtype).unsqueeze(1)).sum(-1)

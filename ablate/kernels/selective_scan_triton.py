@@ -34,16 +34,15 @@ from torch import Tensor
 
 from ablate.kernels.dispatch import define_op
 from ablate.kernels.sum_rows_triton import sum_rows
+from ablate.kernels.tiles_triton import contiguous, dense_last, starts
 
 
 @dataclass(frozen=True)
 class Config:
-    """Warps of a program, tokens of a tile (4 or 8), channels of one thread, and a limit on its
-    registers."""
+    """Warps of a program, tokens of a tile (4 or 8), and a limit on a thread's registers."""
 
     warps: int
     tokens: int
-    channels: int = 1
     registers: int | None = None
 
 
@@ -496,11 +495,6 @@ def _sum_kernel(parts_ptr, dB_ptr, dC_ptr, n_parts, plane, BLOCK: tl.constexpr):
         tl.store(dC_ptr + at, total.to(dC_ptr.dtype.element_ty), mask=inside)
 
 
-def _rows(v: Tensor) -> Tensor:
-    """v (B, L, width) with dense rows; a copy only where they are not."""
-    return v if v.stride(2) == 1 else v.contiguous()
-
-
 def _unit(*tensors: Tensor | None) -> int:
     """The power of two up to 16 that divides every batch stride, which wide loads need to know."""
     return math.gcd(16, *(v.stride(0) for v in tensors if v is not None))
@@ -512,11 +506,6 @@ def _strides(unit: int, *tensors: Tensor | None) -> list[int]:
 
 def _row(v: Tensor | None) -> int:
     return 0 if v is None else v.stride(1)
-
-
-def _saved_dtype(u: Tensor) -> torch.dtype:
-    """float16 has not the range of a state."""
-    return torch.bfloat16 if u.dtype == torch.bfloat16 else torch.float32
 
 
 def backward_config(n_state: int) -> Config:
@@ -531,7 +520,7 @@ def _segments(length: int, warps: int) -> int:
 def _plan(batch: int, length: int, width: int, n_state: int, config: Config) -> Any:
     """Channels of a block, padded states, blocks, tokens of a segment, segments."""
     states = max(4, triton.next_power_of_2(n_state))
-    channels = max(1, 128 * config.warps * config.channels // states)
+    channels = max(1, 128 * config.warps // states)
     blocks = triton.cdiv(width, channels)
     segments = _segments(length, batch * blocks * config.warps)
     per_segment = triton.cdiv(triton.cdiv(length, segments), SPAN) * SPAN
@@ -541,17 +530,13 @@ def _plan(batch: int, length: int, width: int, n_state: int, config: Config) -> 
 def _forward(
     u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
     bias: Tensor | None, first: Tensor | None, doc: Tensor | None, softplus: bool, save: bool,
-    config: Config | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """y (B, L, D), the last state (B, D, N) and, with `save`, the states before each span."""
-    config = config or FORWARD
+    config = FORWARD
     batch, length, width = u.shape
     n_state = A.shape[1]
     block, states, blocks, per_segment, segments = _plan(batch, length, width, n_state, config)
-    y = u.new_empty(u.shape)
-    last = u.new_empty((batch, width, n_state), dtype=torch.float32)
-    spans = triton.cdiv(length, SPAN) if save else 0
-    saved = u.new_empty((batch, spans, width, n_state), dtype=_saved_dtype(u))
+    y, last, saved = _results(u, n_state, save)
     ends = sums = None
     if segments > 1:
         ends = last.new_empty((batch, segments, width, n_state))
@@ -571,32 +556,30 @@ def _forward(
     return y, last, saved
 
 
-def _forward_fake(
-    u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
-    bias: Tensor | None, first: Tensor | None, doc: Tensor | None, softplus: bool, save: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+def _results(u: Tensor, n_state: int, save: bool) -> tuple[Tensor, Tensor, Tensor]:
     batch, length, width = u.shape
     spans = (length + SPAN - 1) // SPAN if save else 0
+    # float16 has not the range of a state
+    dtype = torch.bfloat16 if u.dtype == torch.bfloat16 else torch.float32
     return (
         u.new_empty(u.shape),
-        u.new_empty((batch, width, A.shape[1]), dtype=torch.float32),
-        u.new_empty((batch, spans, width, A.shape[1]), dtype=_saved_dtype(u)),
+        u.new_empty((batch, width, n_state), dtype=torch.float32),
+        u.new_empty((batch, spans, width, n_state), dtype=dtype),
     )
 
 
 def _backward(
     dy: Tensor, dlast: Tensor | None, u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor,
     D: Tensor | None, z: Tensor | None, bias: Tensor | None, doc: Tensor | None, saved: Tensor,
-    softplus: bool, config: Config | None = None,
+    softplus: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of u, dt, z, B and C in their types, of A, of D and bias (2, D), and of the first
     state, the last three in float32."""
-    config = config or backward_config(A.shape[1])
+    config = backward_config(A.shape[1])
     batch, length, width = u.shape
     n_state = A.shape[1]
     block, states, blocks, per_segment, segments = _plan(batch, length, width, n_state, config)
-    dy = _rows(dy)
-    dlast = None if dlast is None else dlast.contiguous()
+    dy, dlast = dense_last(dy), contiguous(dlast)
     du, ddt = u.new_empty(u.shape), dt.new_empty(dt.shape)
     dz = u.new_empty(0) if z is None else z.new_empty(z.shape)
     dB, dC = B.new_empty(B.shape), C.new_empty(C.shape)
@@ -629,11 +612,7 @@ def _backward(
     return du, ddt, dz, dB, dC, sum_A, sum_D, dfirst
 
 
-def _backward_fake(
-    dy: Tensor, dlast: Tensor | None, u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor,
-    D: Tensor | None, z: Tensor | None, bias: Tensor | None, doc: Tensor | None, saved: Tensor,
-    softplus: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+def _backward_fake(dy, dlast, u, dt, A, B, C, D, z, *_):
     batch, _, width = u.shape
     n_state = A.shape[1]
     return (
@@ -653,7 +632,7 @@ _forward_op = define_op(
     "Tensor? z, Tensor? bias, Tensor? first, Tensor? doc, bool softplus, bool save) "
     "-> (Tensor, Tensor, Tensor)",
     _forward,
-    _forward_fake,
+    lambda u, dt, A, *rest: _results(u, A.shape[1], rest[-1]),
 )
 _backward_op = define_op(
     "selective_scan_backward(Tensor dy, Tensor? dlast, Tensor u, Tensor dt, Tensor A, Tensor B, "
@@ -685,62 +664,28 @@ class _SelectiveScan(torch.autograd.Function):
         du, ddt, dz, dB, dC, dA, dD, dfirst = _backward_op(
             dy, grads[1], u, dt, A, B, C, D, z, bias, doc, saved, ctx.softplus
         )
-        return (
-            du,
-            ddt,
-            dA.to(A.dtype),
-            dB,
-            dC,
-            None if D is None else dD[0].to(D.dtype),
-            None if z is None else dz,
-            None if bias is None else dD[1].to(bias.dtype),
-            None if ctx.first_dtype is None else dfirst.to(ctx.first_dtype),
-            None,
-            None,
-            None,
-        )
+        dskip = None if D is None else dD[0].to(D.dtype)
+        dz = None if z is None else dz
+        dbias = None if bias is None else dD[1].to(bias.dtype)
+        dfirst = None if ctx.first_dtype is None else dfirst.to(ctx.first_dtype)
+        return du, ddt, dA.to(A.dtype), dB, dC, dskip, dz, dbias, dfirst, None, None, None
 
 
 def selective_scan_triton(
-    u_BLD: Tensor,
-    delta_BLD: Tensor,
-    A_DN: Tensor,
-    B_BLN: Tensor,
-    C_BLN: Tensor,
-    D_D: Tensor | None = None,
-    *,
-    z_BLD: Tensor | None = None,
-    delta_bias_D: Tensor | None = None,
-    delta_softplus: bool = False,
-    initial_state_BDN: Tensor | None = None,
-    return_final_state: bool = False,
-    doc_start_BL: Tensor | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:
+    u_BLD: Tensor, delta_BLD: Tensor, A_DN: Tensor, B_BLN: Tensor, C_BLN: Tensor,
+    D_D: Tensor | None = None, *, z_BLD: Tensor | None = None, delta_bias_D: Tensor | None = None,
+    delta_softplus: bool = False, initial_state_BDN: Tensor | None = None,
+    return_final_state: bool = False, doc_start_BL: Tensor | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """`ablate.kernels.selective_scan` on a GPU; rows of u, delta, z, B and C are read in place."""
-
-    def dense(v: Tensor | None) -> Tensor | None:
-        return None if v is None else v.contiguous()
-
     # B and C are small, and every program reads them: in float32, once for all
     B, C = (v.to(torch.float32).contiguous() for v in (B_BLN, C_BLN))
-    u, delta = _rows(u_BLD), _rows(delta_BLD)
-    z = None if z_BLD is None else _rows(z_BLD)
-    if doc_start_BL is not None:
-        doc_start_BL = doc_start_BL.to(torch.int32).contiguous()
+    u, delta = dense_last(u_BLD), dense_last(delta_BLD)
+    z = None if z_BLD is None else dense_last(z_BLD)
     leaves = (u, delta, B, C, A_DN, D_D, z, delta_bias_D, initial_state_BDN)
     save = torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in leaves)
     y, last = _SelectiveScan.apply(
-        u,
-        delta,
-        A_DN.contiguous(),
-        B,
-        C,
-        dense(D_D),
-        z,
-        dense(delta_bias_D),
-        dense(initial_state_BDN),
-        doc_start_BL,
-        delta_softplus,
-        save,
-    )
+        u, delta, A_DN.contiguous(), B, C, contiguous(D_D), z, contiguous(delta_bias_D),
+        contiguous(initial_state_BDN), starts(doc_start_BL), delta_softplus, save,
+    )  # fmt: skip
     return (y, last) if return_final_state else y

@@ -30,13 +30,12 @@ from ablate.kernels.dispatch import compute_dtype, use_triton
 CHUNK = 64  # tile of the chunked forms; the Triton kernels use the same
 
 
-def _prepare_dt(
-    dt: Tensor, dt_bias_H: Tensor | None, dt_softplus: bool, dtype: torch.dtype
-) -> Tensor:
+def step_sizes(dt: Tensor, bias: Tensor | None, softplus: bool, dtype: torch.dtype) -> Tensor:
+    """Of a scan, after bias and softplus, in the dtype of its arithmetic."""
     dt = dt.to(dtype)
-    if dt_bias_H is not None:
-        dt = dt + dt_bias_H.to(dtype)
-    return F.softplus(dt) if dt_softplus else dt
+    if bias is not None:
+        dt = dt + bias.to(dtype)
+    return F.softplus(dt) if softplus else dt
 
 
 def _check(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None) -> None:
@@ -69,27 +68,18 @@ def _skip(y: Tensor, x: Tensor, D: Tensor | None) -> Tensor:
 
 
 def ssd_recurrent(
-    x_BLHP: Tensor,
-    dt_BLH: Tensor,
-    A_H: Tensor,
-    B_BLGN: Tensor,
-    C_BLGN: Tensor,
-    D_H: Tensor | None = None,
-    *,
-    dt_bias_H: Tensor | None = None,
-    dt_softplus: bool = False,
-    initial_state_BHPN: Tensor | None = None,
-    return_final_state: bool = False,
+    x_BLHP: Tensor, dt_BLH: Tensor, A_H: Tensor, B_BLGN: Tensor, C_BLGN: Tensor,
+    D_H: Tensor | None = None, *, dt_bias_H: Tensor | None = None, dt_softplus: bool = False,
+    initial_state_BHPN: Tensor | None = None, return_final_state: bool = False,
     doc_start_BL: Tensor | None = None,
-    backend: str | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """The definition, one token at a time: the oracle of the other forms. Arguments as in `ssd`."""
     _check(x_BLHP, dt_BLH, A_H, B_BLGN, C_BLGN, D_H)
     b, length, n_heads, head_dim = x_BLHP.shape
     dtype = compute_dtype(x_BLHP)
     repeat = n_heads // B_BLGN.shape[2]
     x = x_BLHP.to(dtype)
-    dt = _prepare_dt(dt_BLH, dt_bias_H, dt_softplus, dtype)
+    dt = step_sizes(dt_BLH, dt_bias_H, dt_softplus, dtype)
     decay = torch.exp(dt * A_H.to(dtype))
     if doc_start_BL is not None:
         here = torch.arange(length, device=x.device)
@@ -109,7 +99,7 @@ def ssd_recurrent(
     return (y, state) if return_final_state else y
 
 
-def _running_sum(x: Tensor) -> Tensor:
+def running_sum(x: Tensor) -> Tensor:
     """Over the last axis; torch.cumsum has no form on CUDA that it promises to be deterministic."""
     if not x.is_cuda:
         return torch.cumsum(x, dim=-1)
@@ -155,20 +145,11 @@ class _WithinChunk(torch.autograd.Function):
 
 
 def ssd_chunked(
-    x_BLHP: Tensor,
-    dt_BLH: Tensor,
-    A_H: Tensor,
-    B_BLGN: Tensor,
-    C_BLGN: Tensor,
-    D_H: Tensor | None = None,
-    *,
-    dt_bias_H: Tensor | None = None,
-    dt_softplus: bool = False,
-    initial_state_BHPN: Tensor | None = None,
-    return_final_state: bool = False,
+    x_BLHP: Tensor, dt_BLH: Tensor, A_H: Tensor, B_BLGN: Tensor, C_BLGN: Tensor,
+    D_H: Tensor | None = None, *, dt_bias_H: Tensor | None = None, dt_softplus: bool = False,
+    initial_state_BHPN: Tensor | None = None, return_final_state: bool = False,
     doc_start_BL: Tensor | None = None,
-    backend: str | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """The quadratic form inside chunks, the recurrence between them (paper, section 6), in plain
     PyTorch that autograd differentiates. Arguments as in `ssd`.
 
@@ -186,7 +167,7 @@ def ssd_chunked(
     pad = n_chunks * chunk - length
 
     x = x_BLHP.to(dtype)
-    dt = _prepare_dt(dt_BLH, dt_bias_H, dt_softplus, dtype)
+    dt = step_sizes(dt_BLH, dt_bias_H, dt_softplus, dtype)
     B, C = B_BLGN.to(dtype), C_BLGN.to(dtype)
     skip_x = x
     doc_start = doc_start_BL
@@ -202,7 +183,7 @@ def ssd_chunked(
     dt = dt.view(b, n_chunks, chunk, groups, per_group).permute(0, 1, 3, 4, 2)
     B = B.view(b, n_chunks, chunk, groups, n_state).transpose(2, 3)  # (B, c, G, Q, N)
     C = C.view(b, n_chunks, chunk, groups, n_state).transpose(2, 3)
-    cum = _running_sum(dt * A_H.to(dtype).view(groups, per_group, 1))  # (B, c, G, H/G, Q)
+    cum = running_sum(dt * A_H.to(dtype).view(groups, per_group, 1))  # (B, c, G, H/G, Q)
     xdt = x * dt[..., None, :]
 
     index = torch.arange(chunk, device=x.device)
@@ -306,18 +287,10 @@ def ssd(
 
         form = ssd_triton
     return form(
-        x_BLHP,
-        dt_BLH,
-        A_H,
-        B_BLGN,
-        C_BLGN,
-        D_H,
-        dt_bias_H=dt_bias_H,
-        dt_softplus=dt_softplus,
-        initial_state_BHPN=initial_state_BHPN,
-        return_final_state=return_final_state,
+        x_BLHP, dt_BLH, A_H, B_BLGN, C_BLGN, D_H, dt_bias_H=dt_bias_H, dt_softplus=dt_softplus,
+        initial_state_BHPN=initial_state_BHPN, return_final_state=return_final_state,
         doc_start_BL=doc_start_BL,
-    )
+    )  # fmt: skip
 
 
 def ssd_step(
@@ -346,7 +319,7 @@ def ssd_step(
     repeat = n_heads // B_BGN.shape[1]
     dtype = compute_dtype(x_BHP)
     x = x_BHP.to(dtype)
-    dt = _prepare_dt(dt_BH, dt_bias_H, dt_softplus, dtype)
+    dt = step_sizes(dt_BH, dt_bias_H, dt_softplus, dtype)
     B = B_BGN.to(dtype).repeat_interleave(repeat, dim=1)
     C = C_BGN.to(dtype).repeat_interleave(repeat, dim=1)
     decay = torch.exp(dt * A_H.to(dtype))

@@ -22,6 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ablate.kernels.dispatch import INTERPRET, define_op
+from ablate.kernels.tiles_triton import contiguous, dense_last
 
 LOG2E = 1.4426950408889634
 MOST_SPLITS = 64
@@ -82,7 +83,7 @@ def causal_conv1d_step_triton(
     x_BD: Tensor, weight_DK: Tensor, bias_D: Tensor | None, silu: bool, state_BKD: Tensor
 ) -> Tensor:
     """See `ablate.kernels.causal_conv1d_step`; the state must be contiguous."""
-    return _conv_op(_dense(x_BD), weight_DK.contiguous(), bias_D, silu, state_BKD)
+    return _conv_op(dense_last(x_BD), weight_DK.contiguous(), bias_D, silu, state_BKD)
 
 
 # --- Mamba-2 --------------------------------------------------------------------------------------
@@ -153,10 +154,9 @@ def ssd_step_triton(
     dt_bias_H: Tensor | None, dt_softplus: bool, state_BHPN: Tensor,
 ) -> Tensor:  # fmt: skip
     """See `ablate.kernels.ssd_step`; the state must be contiguous."""
-    return _ssd_op(
-        _dense(x_BHP), _dense(dt_BH), A_H.contiguous(), _dense(B_BGN), _dense(C_BGN),
-        None if D is None else D.contiguous(), dt_bias_H, dt_softplus, state_BHPN,
-    )  # fmt: skip
+    x, dt, B, C = map(dense_last, (x_BHP, dt_BH, B_BGN, C_BGN))
+    A, D = A_H.contiguous(), contiguous(D)
+    return _ssd_op(x, dt, A, B, C, D, dt_bias_H, dt_softplus, state_BHPN)
 
 
 # --- Mamba-1 --------------------------------------------------------------------------------------
@@ -227,10 +227,9 @@ def selective_scan_step_triton(
     z_BD: Tensor | None, delta_bias_D: Tensor | None, delta_softplus: bool, state_BDN: Tensor,
 ) -> Tensor:  # fmt: skip
     """See `ablate.kernels.selective_scan_step`; the state must be contiguous."""
-    return _scan_op(
-        _dense(u_BD), _dense(delta_BD), _dense(A_DN), _dense(B_BN), _dense(C_BN), D_D,
-        None if z_BD is None else _dense(z_BD), delta_bias_D, delta_softplus, state_BDN,
-    )  # fmt: skip
+    u, dt, A, B, C = map(dense_last, (u_BD, delta_BD, A_DN, B_BN, C_BN))
+    z = None if z_BD is None else dense_last(z_BD)
+    return _scan_op(u, dt, A, B, C, D_D, z, delta_bias_D, delta_softplus, state_BDN)
 
 
 # --- gated DeltaNet -------------------------------------------------------------------------------
@@ -302,10 +301,8 @@ def gated_delta_rule_step_triton(
 ) -> Tensor:  # fmt: skip
     """See `ablate.kernels.gated_delta_rule_step`; the state must be contiguous. eps: of the length
     that keys and queries are divided by; 0: they are not."""
-    return _delta_op(
-        _dense(q_BHK), _dense(k_BHK), _dense(v_BHV), _dense(log_decay_BH), _dense(beta_BH), scale,
-        eps, state_BHKV,
-    )  # fmt: skip
+    dense = map(dense_last, (q_BHK, k_BHK, v_BHV, log_decay_BH, beta_BH))
+    return _delta_op(*dense, scale, eps, state_BHKV)
 
 
 # --- gated linear attention -----------------------------------------------------------------------
@@ -361,9 +358,8 @@ def gla_step_triton(
     state_BHKV: Tensor,
 ) -> Tensor:  # fmt: skip
     """See `ablate.kernels.gla_step`; the state must be contiguous."""
-    return _gla_op(
-        _dense(q_BHK), _dense(k_BHK), _dense(v_BHV), _dense(log_decay_BHK), scale, state_BHKV
-    )
+    dense = map(dense_last, (q_BHK, k_BHK, v_BHV, log_decay_BHK))
+    return _gla_op(*dense, scale, state_BHKV)
 
 
 # --- attention ------------------------------------------------------------------------------------
@@ -546,8 +542,6 @@ def attention_step_triton(
     """See `ablate.kernels.attention_step`; both caches must be contiguous. table: cosines and
     sines (B or 1, ..., dim / 2) in float32, None for no rotation."""
     cos, sin = (None, None) if table is None else (t.contiguous() for t in table)
-    return _attention_op(_dense(qkv_BE), cos, sin, positions_B.contiguous(), scale, k_BTKP, v_BTKP)
-
-
-def _dense(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
+    return _attention_op(
+        dense_last(qkv_BE), cos, sin, positions_B.contiguous(), scale, k_BTKP, v_BTKP
+    )

@@ -7,6 +7,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 ROWS, COLUMNS = 256, 16
 
@@ -24,7 +25,7 @@ def sum_rows_kernel(x_ptr, out_ptr, rows, columns, ROWS: tl.constexpr, COLUMNS: 
     tl.store(out_ptr + column, tl.sum(total, 0), mask=inside)
 
 
-def sum_rows(x_RC: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def sum_rows(x_RC: Tensor, dtype: torch.dtype) -> Tensor:
     """Sum over the rows of a contiguous float32 matrix, deterministic; returns (C,) in dtype."""
     rows, columns = x_RC.shape
     out = torch.empty(columns, dtype=dtype, device=x_RC.device)

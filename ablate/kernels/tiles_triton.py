@@ -1,9 +1,10 @@
-"""Tiles of row-major matrices, and the strides of the tensors (B, L, H, width) they lie in."""
+"""Tiles of row-major matrices, and how the tensors they lie in must lie in memory."""
 
 # mypy: disallow-untyped-defs=False
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -35,6 +36,20 @@ def store_tile(
         tl.store(ptrs, value)
     else:
         tl.store(ptrs, value, mask=(rows[:, None] < n_rows) & (cols[None, :] < n_cols))
+
+
+def contiguous(v: Tensor | None) -> Tensor | None:
+    return None if v is None else v.contiguous()
+
+
+def starts(doc_start_BL: Tensor | None) -> Tensor | None:
+    """First tokens of documents as the kernels read them: int32, contiguous."""
+    return None if doc_start_BL is None else doc_start_BL.to(torch.int32).contiguous()
+
+
+def dense_last(v: Tensor) -> Tensor:
+    """v with its last axis dense; a copy only where it is not."""
+    return v if v.stride(-1) == 1 else v.contiguous()
 
 
 def dense_rows(v: Tensor) -> Tensor:

@@ -18,15 +18,9 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from ablate.kernels import (
-    attention,
-    attention_step,
-    causal_conv1d,
-    causal_conv1d_step,
-    rotary_qkv,
-)
-from ablate.layers.context import Context, ResidualLayer, State, last_inputs
-from ablate.layers.options import DERIVED, STRICT, DerivedInt, PositiveFloat, PositiveInt
+from ablate.kernels import attention, attention_step, causal_conv1d_step, rotary_qkv
+from ablate.layers.context import Context, ResidualLayer, State, short_conv
+from ablate.layers.options import DERIVED, STRICT, DerivedInt, PositiveFloat, PositiveInt, heads_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,12 +47,7 @@ class AttentionOptions:
 
     def __post_init__(self) -> None:
         if self.n_heads is None:
-            if self.d_model % self.head_dim:
-                raise ValueError(
-                    f"head_dim {self.head_dim} does not divide d_model {self.d_model}, so n_heads "
-                    "must be given"
-                )
-            object.__setattr__(self, "n_heads", self.d_model // self.head_dim)
+            object.__setattr__(self, "n_heads", heads_of(self.d_model, self.head_dim))
         if self.n_kv_heads is None:
             object.__setattr__(self, "n_kv_heads", self.n_heads)
         if self.n_heads % self.n_kv_heads:
@@ -174,17 +163,8 @@ class Attention(ResidualLayer):
         o = self.options
         qkv = F.linear(u_BLD, self.qkv_proj, self.qkv_bias)
         if self.conv_weight is not None:
-            if state is not None and ctx.lengths_B is not None:
-                state["conv"].copy_(last_inputs(qkv, ctx.lengths_B, o.d_conv - 1))
-            qkv, conv = causal_conv1d(
-                qkv,
-                self.conv_weight,
-                self.conv_bias,
-                activation=None,
-                return_final_state=True,
-                doc_start_BL=ctx.doc_start_BL,
-            )
-            if state is not None and ctx.lengths_B is None:
+            qkv, conv = short_conv(qkv, self.conv_weight, self.conv_bias, ctx, activation=None)
+            if state is not None:
                 state["conv"].copy_(conv)
         q, k, v = self._heads(qkv, ctx)
         if state is not None:

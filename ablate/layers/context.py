@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ablate.kernels import rms_norm
+from ablate.kernels import causal_conv1d, gated_rms_norm, rms_norm
 
 State = dict[str, Tensor]  # the decoding cache of one layer
 
@@ -92,11 +92,53 @@ def last_inputs(x_BLD: Tensor, lengths_B: Tensor, n: int) -> Tensor:
     return padded.gather(1, index_Bn[..., None].expand(-1, -1, x_BLD.shape[-1]))
 
 
-def stop_at_end(dt_BLx: Tensor, lengths_B: Tensor) -> Tensor:
+def short_conv(
+    x_BLD: Tensor,
+    weight_DK: Tensor,
+    bias_D: Tensor | None,
+    ctx: Context,
+    activation: str | None = "silu",
+) -> tuple[Tensor, Tensor]:
+    """The causal convolution, and what it must remember: the last inputs of each row."""
+    y, state = causal_conv1d(
+        x_BLD,
+        weight_DK,
+        bias_D,
+        activation=activation,
+        return_final_state=True,
+        doc_start_BL=ctx.doc_start_BL,
+    )
+    if ctx.lengths_B is not None:
+        state = last_inputs(x_BLD, ctx.lengths_B, weight_DK.shape[1] - 1)
+    return y, state
+
+
+def beyond(x_BLx: Tensor, lengths_B: Tensor) -> Tensor:
+    """(B, L) bool: from each row's end on."""
+    return torch.arange(x_BLx.shape[1], device=x_BLx.device) >= lengths_B[:, None]
+
+
+def stop_at_end(dt_BLx: Tensor, lengths_B: Tensor | None) -> Tensor:
     """Step sizes before softplus that leave a scan's state alone from each row's end on: softplus
     of -1e4 is exactly 0, so the state decays by exp(0) and takes up nothing."""
-    index_L = torch.arange(dt_BLx.shape[1], device=dt_BLx.device)
-    return dt_BLx.masked_fill((index_L >= lengths_B[:, None])[..., None], -1e4)
+    if lengths_B is None:
+        return dt_BLx
+    return dt_BLx.masked_fill(beyond(dt_BLx, lengths_B)[..., None], -1e4)
+
+
+def gated_output(
+    y_xHV: Tensor, z_xE: Tensor, norm_V: Tensor, eps: float, out_proj_DE: Tensor
+) -> Tensor:
+    """norm(y) * silu(z) of each head, with one weight for all, projected to the stream."""
+    y = gated_rms_norm(
+        y_xHV.flatten(-2),
+        z_xE,
+        norm_V.repeat(z_xE.shape[-1] // len(norm_V)),
+        eps=eps,
+        group_size=len(norm_V),
+        norm_before_gate=True,
+    )
+    return F.linear(y, out_proj_DE)
 
 
 ALIGN = 8  # numbers of 16 bits in 16 bytes, below which matrix products on a GPU crawl

@@ -9,23 +9,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ablate.kernels import (
-    causal_conv1d,
-    causal_conv1d_step,
-    gated_delta_rule,
-    gated_delta_rule_step,
-    gated_rms_norm,
-)
+from ablate.kernels import causal_conv1d_step, gated_delta_rule, gated_delta_rule_step
 from ablate.kernels.gated_delta_rule import CHUNK
 from ablate.layers.context import (
     Context,
     ResidualLayer,
     State,
     aligned_linear,
-    last_inputs,
+    gated_output,
+    short_conv,
     stop_at_end,
 )
-from ablate.layers.options import DERIVED, STRICT, DerivedInt, PositiveFloat, PositiveInt
+from ablate.layers.options import DERIVED, STRICT, DerivedInt, PositiveFloat, PositiveInt, tile_work
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,23 +97,18 @@ class GatedDeltaNetOptions:
         projections = self.d_model * (self.in_width + self.value_width)
         return self.d_model + projections + conv + 2 * self.n_heads + self.head_v_dim
 
-    def _squares(self, T: int) -> int:
-        """Token pairs of the scan's tiles, full squares."""
-        full, rest = divmod(T, CHUNK)
-        return full * CHUNK * CHUNK + rest * rest
-
     def flops(self, T: int) -> int:
         # A pair of a tile: a query with a key, two keys, and both times its value, once as the
-        # triangular system is solved by substitution. The first tile reads no state, with queries
-        # or with keys, and the last one need not leave any.
+        # triangular system is solved by substitution. A state is read with queries and with keys.
+        squares, reads, writes = tile_work(T, CHUNK)
         pair = 4 * (self.key_width + self.value_width)
-        through_state = 2 * (T - min(T, CHUNK)) + (-(-T // CHUNK) - 1) * CHUNK
         projections = 2 * T * self.d_model * (self.in_width + self.value_width)
-        return projections + self._squares(T) * pair + through_state * 2 * self.state_numbers
+        return projections + squares * pair + (2 * reads + writes) * 2 * self.state_numbers
 
     def elementwise_flops(self, T: int) -> int:
         """Convolution taps, and the decay of each pair in a tile: one exponential, two products."""
-        return 2 * T * self.d_conv * self.conv_width + 3 * self._squares(T) * self.n_heads
+        squares, _, _ = tile_work(T, CHUNK)
+        return 2 * T * self.d_conv * self.conv_width + 3 * squares * self.n_heads
 
     def state_bytes(self, T: int, dtype_bytes: int = 2) -> int:
         """The scan's state is float32 whatever the cache's type."""
@@ -174,30 +164,11 @@ class GatedDeltaNet(ResidualLayer):
         beta = torch.sigmoid(b.float())
         return log_decay, 2 * beta if self.options.allow_neg_eigval else beta
 
-    def _out(self, y: Tensor, z: Tensor) -> Tensor:
-        o = self.options
-        y = gated_rms_norm(
-            y.flatten(-2),
-            z,
-            self.gate_norm.repeat(o.n_heads),
-            eps=self.eps,
-            group_size=o.head_v_dim,
-            norm_before_gate=True,
-        )
-        return F.linear(y, self.out_proj)
-
     def branch(self, u_BLD: Tensor, ctx: Context, state: State | None = None) -> Tensor:
-        z, inputs, b, a = self._split(aligned_linear(u_BLD, self.in_proj))
-        qkv, conv = causal_conv1d(
-            inputs,
-            self.conv_weight,
-            self.conv_bias,
-            return_final_state=True,
-            doc_start_BL=ctx.doc_start_BL,
-        )
-        if ctx.lengths_B is not None:  # past a row's end: no decay, and nothing is written
-            conv = last_inputs(inputs, ctx.lengths_B, self.options.d_conv - 1)
-            a, b = stop_at_end(a, ctx.lengths_B), stop_at_end(b, ctx.lengths_B)
+        z, qkv, b, a = self._split(aligned_linear(u_BLD, self.in_proj))
+        qkv, conv = short_conv(qkv, self.conv_weight, self.conv_bias, ctx)
+        # past a row's end: no decay, and nothing is written
+        a, b = stop_at_end(a, ctx.lengths_B), stop_at_end(b, ctx.lengths_B)
         y = gated_delta_rule(
             *self._heads(qkv),
             *self._rates(b, a),
@@ -210,7 +181,7 @@ class GatedDeltaNet(ResidualLayer):
             state["conv"].copy_(conv)
             state["scan"].copy_(scan)
         assert isinstance(y, Tensor)
-        return self._out(y, z)
+        return gated_output(y, z, self.gate_norm, self.eps, self.out_proj)
 
     def init_state(
         self, batch: int, max_len: int, device: torch.device | None, dtype: torch.dtype
@@ -230,4 +201,4 @@ class GatedDeltaNet(ResidualLayer):
         y = gated_delta_rule_step(
             *self._heads(qkv), *self._rates(b, a), normalize_qk=True, state_BHKV=state["scan"]
         )
-        return self._out(y, z)
+        return gated_output(y, z, self.gate_norm, self.eps, self.out_proj)

@@ -9,10 +9,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ablate.kernels import gated_rms_norm, gla, gla_step
+from ablate.kernels import gla, gla_step
 from ablate.kernels.gla import CHUNK
-from ablate.layers.context import Context, ResidualLayer, State, aligned_linear
-from ablate.layers.options import DERIVED, STRICT, DerivedInt, PositiveFloat, PositiveInt
+from ablate.layers.context import (
+    Context,
+    ResidualLayer,
+    State,
+    aligned_linear,
+    beyond,
+    gated_output,
+)
+from ablate.layers.options import DERIVED, STRICT, DerivedInt, PositiveFloat, PositiveInt, tile_work
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,13 +74,9 @@ class GLAOptions:
         return self.d_model + self._projections + self.d_key + self.d_value // self.n_heads
 
     def flops(self, T: int) -> int:
-        # A tile is a full square of token pairs. The first one reads no state and the last one
-        # need not leave any.
-        full, rest = divmod(T, CHUNK)
-        squares = full * CHUNK * CHUNK + rest * rest
-        through_state = (T - min(T, CHUNK)) + (-(-T // CHUNK) - 1) * CHUNK
+        squares, reads, writes = tile_work(T, CHUNK)
         pairs = squares * 2 * (self.d_key + self.d_value)
-        return 2 * T * self._projections + pairs + through_state * 2 * self._state
+        return 2 * T * self._projections + pairs + (reads + writes) * 2 * self._state
 
     def elementwise_flops(self, T: int) -> int:
         """Decays of queries and keys: an exponential and a product for every halving of a tile and
@@ -121,31 +124,18 @@ class GLA(ResidualLayer):
         g = (F.logsigmoid(decay) / o.gate_normalizer).to(q.dtype)
         return [t.unflatten(-1, (o.n_heads, -1)) for t in (q, k, v, g)], z
 
-    def _output(self, y: Tensor, z: Tensor) -> Tensor:
-        o = self.options
-        y = gated_rms_norm(
-            y.flatten(-2),
-            z,
-            self.head_norm.repeat(o.n_heads),
-            eps=self.eps,
-            group_size=o.d_value // o.n_heads,
-            norm_before_gate=True,
-        )
-        return F.linear(y, self.out_proj)
-
     def branch(self, u_BLD: Tensor, ctx: Context, state: State | None = None) -> Tensor:
         (q, k, v, g), z = self._inputs(u_BLD)
         if state is None:
             y = gla(q, k, v, g, doc_start_BL=ctx.doc_start_BL)
             assert isinstance(y, Tensor)
-            return self._output(y, z)
+            return gated_output(y, z, self.head_norm, self.eps, self.out_proj)
         if ctx.lengths_B is not None:  # from a row's end on, the state neither decays nor grows
-            index_L = torch.arange(u_BLD.shape[1], device=u_BLD.device)
-            beyond = (index_L >= ctx.lengths_B[:, None])[..., None, None]
-            k, g = k.masked_fill(beyond, 0.0), g.masked_fill(beyond, 0.0)
+            padding = beyond(u_BLD, ctx.lengths_B)[..., None, None]
+            k, g = k.masked_fill(padding, 0.0), g.masked_fill(padding, 0.0)
         y, last = gla(q, k, v, g, return_final_state=True, doc_start_BL=ctx.doc_start_BL)
         state["gla"].copy_(last)
-        return self._output(y, z)
+        return gated_output(y, z, self.head_norm, self.eps, self.out_proj)
 
     def init_state(
         self, batch: int, max_len: int, device: torch.device | None, dtype: torch.dtype
@@ -158,4 +148,4 @@ class GLA(ResidualLayer):
     def branch_step(self, u_BD: Tensor, ctx: Context, state: State) -> Tensor:
         (q, k, v, g), z = self._inputs(u_BD)
         y = gla_step(q, k, v, g, state_BHKV=state["gla"])
-        return self._output(y, z)
+        return gated_output(y, z, self.head_norm, self.eps, self.out_proj)

@@ -9,18 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ablate.kernels import (
-    causal_conv1d,
-    causal_conv1d_step,
-    selective_scan,
-    selective_scan_step,
-)
+from ablate.kernels import causal_conv1d_step, selective_scan, selective_scan_step
 from ablate.layers.context import (
     Context,
     ResidualLayer,
     State,
     aligned_linear,
-    last_inputs,
+    short_conv,
     stop_at_end,
 )
 from ablate.layers.options import DERIVED, STRICT, DerivedInt, PositiveFloat, PositiveInt
@@ -124,21 +119,11 @@ class Mamba1(ResidualLayer):
 
     def branch(self, u_BLD: Tensor, ctx: Context, state: State | None = None) -> Tensor:
         u, z = F.linear(u_BLD, self.in_proj).chunk(2, dim=-1)
-        inputs = u
-        u, conv = causal_conv1d(
-            u,
-            self.conv_weight,
-            self.conv_bias,
-            return_final_state=True,
-            doc_start_BL=ctx.doc_start_BL,
-        )
+        u, conv = short_conv(u, self.conv_weight, self.conv_bias, ctx)
         dt, B, C = self._maps(u)
-        if ctx.lengths_B is not None:
-            conv = last_inputs(inputs, ctx.lengths_B, self.options.d_conv - 1)
-            dt = stop_at_end(dt, ctx.lengths_B)
         y, ssm = selective_scan(
             u,
-            dt,
+            stop_at_end(dt, ctx.lengths_B),
             -self.A_log.float().exp(),
             B,
             C,

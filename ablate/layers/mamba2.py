@@ -9,24 +9,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ablate.kernels import (
-    causal_conv1d,
-    causal_conv1d_step,
-    gated_rms_norm,
-    mamba2_core,
-    ssd,
-    ssd_step,
-)
+from ablate.kernels import causal_conv1d_step, gated_rms_norm, mamba2_core, ssd, ssd_step
 from ablate.kernels.ssd import CHUNK
 from ablate.layers.context import (
     Context,
     ResidualLayer,
     State,
     aligned_linear,
-    last_inputs,
+    short_conv,
     stop_at_end,
 )
-from ablate.layers.options import DERIVED, STRICT, DerivedInt, PositiveFloat, PositiveInt
+from ablate.layers.options import DERIVED, STRICT, DerivedInt, PositiveFloat, PositiveInt, tile_work
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,19 +90,14 @@ class Mamba2Options:
         return self.d_model + projections + conv + 3 * self.n_heads + self.d_inner
 
     def flops(self, T: int) -> int:
-        # A tile of the scan is a full square of token pairs. The first tile reads no state and the
-        # last one need not leave any.
-        full, rest = divmod(T, CHUNK)
-        squares = full * CHUNK * CHUNK + rest * rest
+        squares, reads, writes = tile_work(T, CHUNK)
         pair = 2 * (self.n_groups * self.d_state + self.d_inner)
-        through_state = (T - min(T, CHUNK)) + (-(-T // CHUNK) - 1) * CHUNK
         projections = 2 * T * self.d_model * (self.in_width + self.d_inner)
-        return projections + squares * pair + through_state * 2 * self.d_inner * self.d_state
+        return projections + squares * pair + (reads + writes) * 2 * self.d_inner * self.d_state
 
     def elementwise_flops(self, T: int) -> int:
         """Convolution taps, and the decay of each pair in a tile: one exponential, one product."""
-        full, rest = divmod(T, CHUNK)
-        squares = full * CHUNK * CHUNK + rest * rest
+        squares, _, _ = tile_work(T, CHUNK)
         return 2 * T * self.d_conv * self.conv_width + 2 * squares * self.n_heads
 
     def state_bytes(self, T: int, dtype_bytes: int = 2) -> int:
@@ -176,21 +164,11 @@ class Mamba2(ResidualLayer):
     def _prefill(self, zxbcdt: Tensor, ctx: Context, state: State) -> Tensor:
         o = self.options
         z, xbc, dt = zxbcdt.split((o.d_inner, o.conv_width, o.n_heads), dim=-1)
-        inputs = xbc
-        xbc, conv = causal_conv1d(
-            xbc,
-            self.conv_weight,
-            self.conv_bias,
-            return_final_state=True,
-            doc_start_BL=ctx.doc_start_BL,
-        )
-        if ctx.lengths_B is not None:
-            conv = last_inputs(inputs, ctx.lengths_B, o.d_conv - 1)
-            dt = stop_at_end(dt, ctx.lengths_B)
+        xbc, conv = short_conv(xbc, self.conv_weight, self.conv_bias, ctx)
         x, B, C = self._heads(xbc)
         y, ssm = ssd(
             x,
-            dt,
+            stop_at_end(dt, ctx.lengths_B),
             -self.A_log.float().exp(),
             B,
             C,
@@ -202,6 +180,9 @@ class Mamba2(ResidualLayer):
         )
         state["conv"].copy_(conv)
         state["ssm"].copy_(ssm)
+        return self._normed(y, z)
+
+    def _normed(self, y: Tensor, z: Tensor) -> Tensor:
         return gated_rms_norm(
             y.flatten(-2), z, self.gate_norm, eps=self.eps, group_size=self.norm_group
         )
@@ -240,7 +221,4 @@ class Mamba2(ResidualLayer):
             dt_softplus=True,
             state_BHPN=state["ssm"],
         )
-        y = gated_rms_norm(
-            y.flatten(-2), z, self.gate_norm, eps=self.eps, group_size=self.norm_group
-        )
-        return F.linear(y, self.out_proj)
+        return F.linear(self._normed(y, z), self.out_proj)

@@ -27,6 +27,23 @@ STRICT = ConfigDict(extra="forbid", strict=True)  # `__pydantic_config__` of an 
 T = TypeVar("T")
 
 
+def tile_work(T: int, chunk: int) -> tuple[int, int, int]:
+    """Of a scan of T tokens in tiles: token pairs, a full square a tile; tokens that read a state,
+    which those of the first tile do not; tokens that add to one, which those of the last need not.
+    """
+    full, rest = divmod(T, chunk)
+    return full * chunk**2 + rest**2, T - min(T, chunk), (-(-T // chunk) - 1) * chunk
+
+
+def heads_of(d_model: int, head_dim: int) -> int:
+    """Heads as wide as the stream together, where none are given."""
+    if d_model % head_dim:
+        raise ValueError(
+            f"head_dim {head_dim} does not divide d_model {d_model}, so n_heads must be given"
+        )
+    return d_model // head_dim
+
+
 @functools.cache
 def _adapter(options: Any) -> TypeAdapter[Any]:
     return TypeAdapter(options)

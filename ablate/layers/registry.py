@@ -68,10 +68,7 @@ KINDS: dict[str, Kind] = {
     )
 }
 
-RESERVED = {
-    "E": "mixture of experts",
-    "Z": "shared attention block",
-}
+RESERVED = {"E": "mixture of experts", "Z": "shared attention block"}
 
 _loaded: set[str] = set()
 

@@ -9,10 +9,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ablate.kernels import gated_rms_norm, rotary, ssd, ssd_step
+from ablate.kernels import rotary, ssd, ssd_step
 from ablate.kernels.ssd import CHUNK
-from ablate.layers.context import Context, ResidualLayer, State
-from ablate.layers.options import DERIVED, STRICT, DerivedInt, PositiveFloat, PositiveInt
+from ablate.layers.context import Context, ResidualLayer, State, beyond, gated_output
+from ablate.layers.options import (
+    DERIVED,
+    STRICT,
+    DerivedInt,
+    PositiveFloat,
+    PositiveInt,
+    heads_of,
+    tile_work,
+)
 
 # The scan's kernels take heads and states of up to this width. A wider value is several heads of
 # one group, and what wider keys give is the sum over their pieces.
@@ -35,12 +43,7 @@ class RetNetOptions:
 
     def __post_init__(self) -> None:
         if self.n_heads is None:
-            if self.d_model % self.head_dim:
-                raise ValueError(
-                    f"head_dim {self.head_dim} does not divide d_model {self.d_model}, so n_heads "
-                    "must be given"
-                )
-            object.__setattr__(self, "n_heads", self.d_model // self.head_dim)
+            object.__setattr__(self, "n_heads", heads_of(self.d_model, self.head_dim))
         if self.rope_base is not None and self.head_dim % 2:
             raise ValueError(f"head_dim is {self.head_dim}, but rotary positions need an even one")
         if self.value_dim < 1:
@@ -77,19 +80,14 @@ class RetNetOptions:
         return self.d_model + self._projections + self.value_dim
 
     def flops(self, T: int) -> int:
-        # A tile of the scan is a full square of token pairs. The first tile reads no state and the
-        # last one need not leave any.
-        full, rest = divmod(T, CHUNK)
-        squares = full * CHUNK * CHUNK + rest * rest
-        through_state = (T - min(T, CHUNK)) + (-(-T // CHUNK) - 1) * CHUNK
+        squares, reads, writes = tile_work(T, CHUNK)
         pairs = squares * 2 * (self.d_key + self.d_value)
-        state = through_state * 2 * self.d_key * self.value_dim
+        state = (reads + writes) * 2 * self.d_key * self.value_dim
         return 2 * T * self._projections + pairs + state
 
     def elementwise_flops(self, T: int) -> int:
         """The decay of each pair in a tile: one exponential, one product."""
-        full, rest = divmod(T, CHUNK)
-        return 2 * (full * CHUNK * CHUNK + rest * rest) * self.n_heads
+        return 2 * tile_work(T, CHUNK)[0] * self.n_heads
 
     def state_bytes(self, T: int, dtype_bytes: int = 2) -> int:
         """The state is float32 whatever the cache's type."""
@@ -141,18 +139,6 @@ class RetNet(ResidualLayer):
         h = torch.arange(self.options.n_heads, device=like.device, dtype=dtype)
         return torch.log1p(-torch.exp2(-5 - h)).repeat_interleave(repeat)
 
-    def _output(self, y: Tensor, z: Tensor) -> Tensor:
-        o = self.options
-        y = gated_rms_norm(
-            y.flatten(-2),
-            z,
-            self.head_norm.repeat(o.n_heads),
-            eps=self.eps,
-            group_size=o.value_dim,
-            norm_before_gate=True,
-        )
-        return F.linear(y, self.out_proj)
-
     def branch(self, u_BLD: Tensor, ctx: Context, state: State | None = None) -> Tensor:
         o = self.options
         q, k, v, z = self._inputs(u_BLD, ctx)
@@ -160,8 +146,7 @@ class RetNet(ResidualLayer):
         x = v.unflatten(-1, (split, -1)).flatten(2, 3)  # (B, L, H split, V / split)
         step = torch.ones(x.shape[:3], device=x.device, dtype=torch.float32)
         if ctx.lengths_B is not None:  # from a row's end on, the state neither decays nor grows
-            index_L = torch.arange(x.shape[1], device=x.device)
-            step = step * (index_L < ctx.lengths_B[:, None])[..., None]
+            step = step * ~beyond(x, ctx.lengths_B)[..., None]
         total: Tensor | None = None
         lasts = []
         for begin in range(0, o.head_dim, KEYS):
@@ -182,7 +167,7 @@ class RetNet(ResidualLayer):
         assert total is not None
         if state is not None:
             state["retention"].copy_(torch.cat(lasts, dim=-1))
-        return self._output(total, z)
+        return gated_output(total, z, self.head_norm, self.eps, self.out_proj)
 
     def init_state(
         self, batch: int, max_len: int, device: torch.device | None, dtype: torch.dtype
@@ -196,4 +181,4 @@ class RetNet(ResidualLayer):
         q, k, v, z = (t.squeeze(1) for t in self._inputs(u_BD.unsqueeze(1), ctx))
         step = torch.ones(v.shape[:2], device=v.device, dtype=torch.float32)
         y = ssd_step(v, step, self._log_decays(1, v), k, q, state_BHPN=state["retention"])
-        return self._output(y, z)
+        return gated_output(y, z, self.head_norm, self.eps, self.out_proj)

@@ -63,8 +63,9 @@ class Evaluations:
         for task, arms in self.tasks.items():
             scores = {arm: _scores(contents) for arm, contents in arms.items()}
             reference = next(iter(arms))
-            for cell in _cells(arms[reference][0]):
-                base = scores[reference][cell]
+            runs = [content for contents in arms.values() for content in contents]
+            for cell in dict.fromkeys(cell for content in runs for cell in _cells(content)):
+                base = scores[reference].get(cell, _NONE)
                 for arm, contents in arms.items():
                     own = scores[arm].get(cell, _NONE)  # asked of other arms only
                     rows.append(_row(task, cell, arm, contents, own, base, arm == reference))
@@ -181,8 +182,10 @@ class Evaluations:
                 losses = np.mean([c["by_position"]["loss"] for c in contents], axis=0)
                 label = self.analysis.short(arm)
                 by_position.plot(places, losses, color=shades[arm], marker="o", markersize=2.5)
-                multiples = [int(m) for m in contents[0]["by_multiple"]]
-                means = np.mean([list(c["by_multiple"].values()) for c in contents], axis=0)
+                shared = [m for m in contents[0]["by_multiple"]
+                          if all(m in c["by_multiple"] for c in contents)]  # fmt: skip
+                multiples = [int(m) for m in shared]
+                means = [np.mean([c["by_multiple"][m] for c in contents]) for m in shared]
                 by_multiple.plot(
                     multiples, means, color=shades[arm], marker="o", markersize=3.5, label=label
                 )
@@ -230,6 +233,8 @@ class _Scores:
     def mean(self) -> Estimate:
         """With an interval over documents. Where all are right, or all wrong, resampling them gives
         none: then the exact one of as many trials as there are clusters (Clopper and Pearson)."""
+        if self.score.empty:
+            return Estimate(NAN)
         found = bootstrap_ratio(self.score, np.ones(len(self.score)), self.clusters)
         if found.value in (0.0, 1.0) and self.score.isin([found.value]).all():
             reach = 0.025 ** (1 / self.clusters.nunique())

@@ -32,12 +32,8 @@ import yaml
 from ablate.errors import UserError
 from ablate.run import atomic_write, dump_yaml, find_runs, load_yaml, read_json, write_json
 
-TRIALS, CURVES, CONFIGS, ENVIRONMENTS = (
-    "trials.csv",
-    "curves.csv",
-    "configs.yaml",
-    "environments.yaml",
-)
+TRIALS, CURVES = "trials.csv", "curves.csv"
+CONFIGS, ENVIRONMENTS = "configs.yaml", "environments.yaml"
 _LEFT_OUT = {"response", "target", "others", "position", "loglikelihoods"}  # no figure needs them
 _PRIVATE = {"host", "platform", "entity", "project", "storage", "pid"}
 _PATH = re.compile(r"(?<![\w.$/:~-])(?:~|/|[A-Za-z]:\\)(?:[\w.@+ -]*[\\/])*([\w.@+*-]*)")

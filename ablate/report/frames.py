@@ -9,6 +9,7 @@ A folder that was exported (`ablate/report/export.py`) is read the same way, fro
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
@@ -21,14 +22,9 @@ import pandas as pd
 from ablate import config as config_tree
 from ablate.errors import UserError
 from ablate.report import export
-from ablate.run import RunFolder, find_runs, read_json
+from ablate.run import PHASES, RunFolder, atomic_write, find_runs, read_json
 
 INDEX = "index.parquet"
-
-PHASES = (
-    *("start_up", "data", "build", "first_step"),
-    *("train", "validation", "evaluation", "checkpoint"),
-)
 # column of the frame <- place in result.json
 FIGURES = {
     **{
@@ -286,12 +282,8 @@ def _read_index(path: Path) -> dict[str, dict[str, Any]]:
 
 def _write_index(path: Path, index: pd.DataFrame) -> None:
     """Keep the index; a folder that cannot be written, or no pyarrow, costs only time."""
-    temporary = path.with_name(f".{path.name}")
-    try:
-        index.to_parquet(temporary, index=False)
-        temporary.replace(path)
-    except (OSError, ImportError):
-        temporary.unlink(missing_ok=True)
+    with contextlib.suppress(OSError, ImportError):
+        atomic_write(path, index.to_parquet(index=False))
 
 
 def _read_run(run: RunFolder) -> dict[str, Any]:

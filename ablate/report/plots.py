@@ -261,13 +261,7 @@ def plot_curves(analysis: Analysis, metrics: pd.DataFrame, folder: Path) -> Plot
         handles, labels = axes[0].get_legend_handles_labels()
         if len(arms) > 1:
             title = analysis.axis.label if analysis.axis.label != "arm" else None
-            figure.legend(
-                handles,
-                labels,
-                title=title,
-                loc="outside lower center",
-                ncols=columns,
-            )
+            figure.legend(handles, labels, title=title, loc="outside lower center", ncols=columns)
         names = " and ".join(label for _, label in panels)
         alt = f"Learning curves of {len(arms)} arms: {names} over training tokens."
         caption = "Mean over seeds of each arm; faint lines are single runs."

@@ -14,6 +14,7 @@ invents one.
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import functools
 import math
@@ -25,6 +26,8 @@ import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 from scipy import optimize, special, stats
+
+from ablate.study.tune import stretch
 
 Array = NDArray[np.float64]
 NAN = float("nan")
@@ -234,16 +237,19 @@ def fit_arms(arm: Sequence[Any], seed: Sequence[Any], value: ArrayLike) -> ArmFi
     counts = X.sum(axis=0)
     paired = len(arms) > 1 and _connected(a, s, len(arms), len(seeds))
 
+    fitted = functools.partial(
+        ArmFit,
+        arms=arms,
+        counts=tuple(int(c) for c in counts),
+        n_seeds=len(seeds),
+        paired=paired,
+    )
     plain = X.T @ y / counts
     rss_arm = float(((y - X @ plain) ** 2).sum())
     if not paired:
         df = float(len(y) - len(arms))
         between = float((counts * (plain - y.mean()) ** 2).sum())
-        return ArmFit(
-            arms=arms,
-            counts=tuple(int(c) for c in counts),
-            n_seeds=len(seeds),
-            paired=False,
+        return fitted(
             means=plain,
             unscaled=np.diag(1 / counts),
             sigma=math.sqrt(rss_arm / df) if df > 0 else NAN,
@@ -265,11 +271,7 @@ def fit_arms(arm: Sequence[Any], seed: Sequence[Any], value: ArrayLike) -> ArmFi
     rss_seed = float(((y - Z @ (Z.T @ y / z_counts)) ** 2).sum())
     n = len(seeds)
     residual_Z = Z - X @ (X.T @ Z / counts[:, None])
-    return ArmFit(
-        arms=arms,
-        counts=tuple(int(c) for c in counts),
-        n_seeds=n,
-        paired=True,
+    return fitted(
         means=coefficients[: len(arms)],
         unscaled=gram_inverse[: len(arms), : len(arms)],
         sigma=math.sqrt(max(0.0, rss / df)) if df > 0 else NAN,
@@ -429,12 +431,7 @@ def detectable(se: float, df: float, comparisons: int = 1) -> float:
 
 
 def minimum_detectable_effect(
-    sigma: float,
-    *,
-    n_arms: int,
-    n_seeds: int,
-    correlation: float = 0.0,
-    comparisons: int = 1,
+    sigma: float, *, n_arms: int, n_seeds: int, correlation: float = 0.0, comparisons: int = 1
 ) -> float:
     """Smallest difference of two arms that a planned study finds: `n_seeds` paired seeds in each of
     `n_arms` arms, `sigma` the standard deviation of single runs over seeds, `correlation` the share
@@ -448,13 +445,7 @@ def _planned(sigma: float, n_arms: int, n_seeds: int, correlation: float) -> tup
     return sigma * math.sqrt(2 * (1 - correlation) / n_seeds), (n_arms - 1) * (n_seeds - 1)
 
 
-def seeds_needed(
-    effect: float,
-    sigma: float,
-    *,
-    n_arms: int,
-    correlation: float = 0.0,
-) -> int:
+def seeds_needed(effect: float, sigma: float, *, n_arms: int, correlation: float = 0.0) -> int:
     """Fewest paired seeds whose `minimum_detectable_effect` is at most `effect`."""
 
     def enough(n_seeds: int) -> bool:
@@ -465,11 +456,7 @@ def seeds_needed(
 
 
 def seeds_for_equivalence(
-    margin: float,
-    sigma: float,
-    *,
-    n_arms: int,
-    correlation: float = 0.0,
+    margin: float, sigma: float, *, n_arms: int, correlation: float = 0.0
 ) -> int:
     """Fewest paired seeds with which two one-sided tests call two equal arms equivalent within
     `margin` with probability `POWER`."""
@@ -482,27 +469,31 @@ def seeds_for_equivalence(
     return _fewest(enough)
 
 
-def _fewest(enough: Callable[[int], bool], most: int = 1 << 20) -> int:
+def _fewest(enough: Callable[[int], bool]) -> int:
     """The fewest seeds, two at least, that are enough, which more of them are too."""
-    high = 2
-    while high < most and not enough(high):
-        high *= 2
-    low = high // 2
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if enough(middle) else (middle, high)
-    return max(2, high)
+    return 2 + bisect.bisect_left(range(2, 1 << 20), True, key=enough)
 
 
 # --- documents and items -------------------------------------------------------------------------
 
 
+def _by_cluster(values: ArrayLike, clusters: ArrayLike | None) -> Array:
+    """Sums over the elements of each cluster; without clusters the values as they are."""
+    plain = np.asarray(values, dtype=np.float64)
+    if clusters is None:
+        return plain
+    _, group = np.unique(np.asarray(clusters), return_inverse=True)
+    return np.bincount(group, plain).astype(np.float64)
+
+
+def _blocks(draws: int, n: int) -> list[int]:
+    """How many draws of n elements to make at a time: about 32 MB of them."""
+    block = max(1, 4_000_000 // n)
+    return [min(block, draws - start) for start in range(0, draws, block)]
+
+
 def bootstrap_ratio(
-    total: ArrayLike,
-    weight: ArrayLike,
-    clusters: ArrayLike | None = None,
-    *,
-    draws: int = 2000,
+    total: ArrayLike, weight: ArrayLike, clusters: ArrayLike | None = None, *, draws: int = 2000
 ) -> Estimate:
     """sum(total) / sum(weight) with a percentile interval over resampled clusters.
 
@@ -511,33 +502,22 @@ def bootstrap_ratio(
     the group of each element (a document of several pieces, a book of several questions); whole
     clusters are drawn. The interval speaks of other texts, not of other seeds.
     """
-    numerator = np.asarray(total, dtype=np.float64)
-    denominator = np.asarray(weight, dtype=np.float64)
-    if clusters is not None:
-        _, group = np.unique(np.asarray(clusters), return_inverse=True)
-        numerator = np.bincount(group, numerator).astype(np.float64)
-        denominator = np.bincount(group, denominator).astype(np.float64)
+    numerator, denominator = (_by_cluster(values, clusters) for values in (total, weight))
     value = float(numerator.sum() / denominator.sum())
     n = len(numerator)
     if n < 2:
         return Estimate(value)
     rng = np.random.default_rng(0)
-    ratios = np.empty(draws)
-    block = max(1, 4_000_000 // n)  # about 32 MB of picks at a time
-    for start in range(0, draws, block):
-        pick = rng.integers(n, size=(min(block, draws - start), n))
-        sums = denominator[pick].sum(axis=1)
-        ratios[start : start + len(pick)] = numerator[pick].sum(axis=1) / sums
+    picks = (rng.integers(n, size=(size, n)) for size in _blocks(draws, n))
+    ratios = np.concatenate(
+        [numerator[pick].sum(axis=1) / denominator[pick].sum(axis=1) for pick in picks]
+    )
     low, high = np.quantile(ratios, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return Estimate(value, float(ratios.std(ddof=1)), n - 1, float(low), float(high))
 
 
 def paired_items(
-    one: ArrayLike,
-    other: ArrayLike,
-    clusters: ArrayLike | None = None,
-    *,
-    draws: int = 2000,
+    one: ArrayLike, other: ArrayLike, clusters: ArrayLike | None = None, *, draws: int = 2000
 ) -> Estimate:
     """Mean of one - other over the same items, with an interval over resampled clusters.
 
@@ -546,19 +526,13 @@ def paired_items(
     """
     difference = np.asarray(one, dtype=np.float64) - np.asarray(other, dtype=np.float64)
     found = bootstrap_ratio(difference, np.ones_like(difference), clusters, draws=draws)
-    if clusters is not None:
-        _, group = np.unique(np.asarray(clusters), return_inverse=True)
-        difference = np.bincount(group, difference).astype(np.float64)
+    difference = _by_cluster(difference, clusters)
     own = difference[difference != 0]
     if not len(own):
         return dataclasses.replace(found, p=1.0)
     rng = np.random.default_rng(0)
-    block = max(1, 4_000_000 // len(own))
     sums = np.concatenate(
-        [
-            rng.choice((-1.0, 1.0), (min(block, draws - start), len(own))) @ own
-            for start in range(0, draws, block)
-        ]
+        [rng.choice((-1.0, 1.0), (size, len(own))) @ own for size in _blocks(draws, len(own))]
     )
     p = (1 + (np.abs(sums) >= abs(own.sum()) - 1e-9).sum()) / (1 + draws)
     return dataclasses.replace(found, p=float(p))
@@ -657,11 +631,7 @@ class Curve:
 
 
 def fit_curve(
-    fit: ArmFit,
-    x: Mapping[str, float],
-    *,
-    form: str = "exponential",
-    draws: int = 1000,
+    fit: ArmFit, x: Mapping[str, float], *, form: str = "exponential", draws: int = 1000
 ) -> Curve:
     """A saturating gain plus a convex cost through the arms' means; lower is better.
 
@@ -693,12 +663,7 @@ def fit_curve(
     lines = _evaluate(form, drawn, grid)
     low, high = np.quantile(grid[lines.argmin(axis=1)], [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     excess = np.quantile(lines - lines[:, at : at + 1], 1 - LEVEL, axis=0)
-    flat = np.flatnonzero(excess <= 0)
-    first = last = at
-    while first - 1 in flat:
-        first -= 1
-    while last + 1 in flat:
-        last += 1
+    first, last = stretch(excess <= 0, at)
     free = len(shares) - 4
     fit_p = NAN
     if free > 0:

@@ -74,7 +74,9 @@ class Store:
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         storage = _open_storage(folder, cfg.study.storage)
         name = f"{cfg.study.name}.{_digest(cfg)}"
-        self.study = _create(storage, name)
+        self.study = optuna.create_study(
+            storage=storage, study_name=name, direction="minimize", load_if_exists=True
+        )
         # A sampler's random state is not stored: without the trials so far, a restarted search
         # would propose its first points again.
         so_far = len(self.study.get_trials(deepcopy=False))
@@ -301,9 +303,3 @@ def _open_storage(folder: StudyFolder, url: str | None) -> optuna.storages.BaseS
             folder.journal.rename(folder.journal.with_suffix(".damaged"))
             warnings.warn(f"the Optuna journal was damaged and is rebuilt: {error}", stacklevel=2)
     raise AssertionError
-
-
-def _create(storage: optuna.storages.BaseStorage, name: str) -> optuna.Study:
-    return optuna.create_study(
-        storage=storage, study_name=name, direction="minimize", load_if_exists=True
-    )

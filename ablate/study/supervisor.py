@@ -13,6 +13,7 @@ second join the others. Every process comes to the same rates, as they follow fr
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import math
 import os
@@ -40,6 +41,7 @@ from ablate.config import Config
 from ablate.data import TokenSet, TrainStream, check_epochs, prepare
 from ablate.data.tokens import usable_cores
 from ablate.errors import UserError
+from ablate.evaluate.length import check_longest
 from ablate.run import RunFolder, find_runs
 from ablate.study import space
 from ablate.study.child import child_environment
@@ -153,15 +155,15 @@ class _Supervisor:
             self.arms, self.cells = self.cells, space.tuning(self.cfg, self.cells)
         self.folder = StudyFolder(Path(self.cfg.study.folder).expanduser() / self.cfg.study.name)
         self.selector = selectors.DefaultSelector()
+        self.display = Display(self.console, self.cfg.study.name)
         self.started = time.monotonic()
 
     # --- the whole ------------------------------------------------------------------------------
 
     def run(self) -> StudyOutcome:
-        self.display = Display(self.console, self.cfg.study.name)
         self._load_proposals()
         for line in _remarks(self.cells):
-            self._say(line)
+            self.display.say(line)
         self._look_at_disk(self.cells)
         self._advance()
         work = bool(self._missing() or self._may_propose())
@@ -182,7 +184,7 @@ class _Supervisor:
         outcome = self._outcome()
         self.console.print(summary(outcome))
         for line in _causes(outcome):
-            self._say(line)
+            self.display.say(line)
         return outcome
 
     def _prepare(self) -> None:
@@ -242,7 +244,7 @@ class _Supervisor:
         if not fitted.problems:
             added = space.confirming(self.arms, fitted.rates())
             for fit in fitted.fits:
-                self._say(f"{fit.arm}: learning rate {fit.chosen:.3g} is confirmed")
+                self.display.say(f"{fit.arm}: learning rate {fit.chosen:.3g} is confirmed")
         self.cells += added
         self._look_at_disk(added)
         if hasattr(self, "store"):  # else it is all written in a moment
@@ -251,7 +253,9 @@ class _Supervisor:
                 with self.folder.locked():
                     self.store.reconcile(added)
             except OSError as error:
-                self._say(f"study.json was not written ({error}); the next start makes up for it")
+                self.display.say(
+                    f"study.json was not written ({error}); the next start makes up for it"
+                )
         return bool(added)
 
     def _untold(self) -> list[Cell]:
@@ -334,7 +338,7 @@ class _Supervisor:
                 process_group=0,  # a Ctrl-C at the terminal reaches this process alone
             )
         except OSError as error:
-            self._say(f"a child process cannot be started: {error}")
+            self.display.say(f"a child process cannot be started: {error}")
             return None
         assert process.stdout is not None
         os.set_blocking(process.stdout.fileno(), False)
@@ -436,7 +440,7 @@ class _Supervisor:
                     return None
                 return self._propose_alone()
         except (OSError, optuna.exceptions.OptunaError) as error:
-            self._say(f"no trial can be proposed: {error}")
+            self.display.say(f"no trial can be proposed: {error}")
             self.exhausted = True
             return None
 
@@ -446,7 +450,7 @@ class _Supervisor:
         try:
             found = space.proposed(self.tree, changes)
         except UserError as error:
-            self._say(f"a proposal cannot be run: {error}")
+            self.display.say(f"a proposal cannot be run: {error}")
             self.store.impossible(number, str(error))
             index["proposals"].append({"factors": changes, "error": str(error)})
             self.folder.write_index(index)
@@ -458,7 +462,9 @@ class _Supervisor:
             self.repeats += 1
             if self.repeats >= REPEATS:
                 self.exhausted = True
-                self._say(f"the search has nothing new to propose after {self.n_proposals} trials")
+                self.display.say(
+                    f"the search has nothing new to propose after {self.n_proposals} trials"
+                )
             return None
         self.repeats = 0
         index["proposals"].append({"factors": changes, "keys": [cell.key for cell in found]})
@@ -564,7 +570,7 @@ class _Supervisor:
             with self.folder.locked():
                 return action()
         except (OSError, optuna.exceptions.OptunaError, ValueError, KeyError) as error:
-            self._say(f"Optuna was not told ({error}); the next start makes up for it")
+            self.display.say(f"Optuna was not told ({error}); the next start makes up for it")
             return None
 
     def _reap(self) -> None:
@@ -630,7 +636,9 @@ class _Supervisor:
         self.shrunk.add(cell.key)
         self.retried[cell.key] = run.status()["generation"]
         self._tell(lambda: self.store.finish(cell, "interrupted", cause=cause))
-        self._say(f"{cell.name}, seed {cell.seed}: {cause}; again with {smaller['to']} rows a pass")
+        self.display.say(
+            f"{cell.name}, seed {cell.seed}: {cause}; again with {smaller['to']} rows a pass"
+        )
         return True
 
     def _fail(self, cell: Cell, cause: str, state: str | None) -> None:
@@ -694,7 +702,7 @@ class _Supervisor:
         if self.stop_at is None:
             self.stop_at = time.monotonic() + STOP_SECONDS
             if self.signals:
-                self._say("stopping: checkpoints are being written; once more kills at once")
+                self.display.say("stopping: checkpoints are being written; once more kills at once")
             for child in self.children:
                 child.stop_sent = True
                 if child.cell is None:
@@ -749,7 +757,9 @@ class _Supervisor:
                 }
             )
         if orphans and not hasattr(self, "store"):
-            self._say(f"{len(orphans)} runs of an earlier form of this study are kept, as orphans")
+            self.display.say(
+                f"{len(orphans)} runs of an earlier form of this study are kept, as orphans"
+            )
 
     def _command_line(self, before: Mapping[str, Any]) -> dict[str, Any]:
         if self.words is not None:
@@ -785,7 +795,7 @@ class _Supervisor:
             if (made := self.folder.run(key).environment().get("commit")) not in (None, now)
         )
         for made, count in others.items():
-            self._say(
+            self.display.say(
                 f"{count} finished trials were made by commit {made[:10]}, "
                 f"the code here is at {(now or 'no commit')[:10]}: the report will say so"
             )
@@ -800,6 +810,7 @@ class _Supervisor:
                 token_sets[name] = prepare(cfg.data)
             try:
                 _check_epochs(cell, token_sets[name])
+                _check_length(cfg, token_sets[name])
             except UserError as error:
                 raise UserError(f"cell '{cell.arm}': {error}") from None
         if not token_sets:
@@ -807,15 +818,12 @@ class _Supervisor:
 
     # --- what the user sees ---------------------------------------------------------------------
 
-    def _say(self, line: str) -> None:
-        self.console.print(line, markup=False, highlight=False, soft_wrap=True)
-
     def _say_end(self, cell: Cell, state: str, cause: str | None = None) -> None:
         run = self.folder.run(cell.key)
         text = f"{cell.name}, seed {cell.seed}: {state}"
         value = objective(run)
         if state == "done" and value is not None:
-            text += f", validation loss {value:.4f}"
+            text += f", loss {value:.4f} on validation A"
         smaller = ((run.result() or {}).get("train") or {}).get("out_of_memory")
         if smaller:
             text += (
@@ -823,7 +831,7 @@ class _Supervisor:
             )
         if cause:
             text += f" ({cause})"
-        self._say(text)
+        self.display.say(text)
 
     def _snapshot(self, slots: int) -> Snapshot:
         running = [c.running for c in self.children if c.running is not None and c.cell is not None]
@@ -937,6 +945,14 @@ def _check_epochs(cell: Cell, token_set: TokenSet) -> None:
     stream = TrainStream(token_set, cfg.data, batch_size=cfg.train.batch_size, seed=cfg.seed)
     if math.isfinite(tokens):
         check_epochs(token_set, cfg.data, stream.text_tokens(int(tokens)))
+
+
+def _check_length(cfg: Config, token_set: TokenSet) -> None:
+    """evaluate.length needs long documents, which is better known before training than after."""
+    if cfg.evaluate.length and cfg.evaluate.long_documents is None:
+        ends = token_set.splits["val_b"].doc_offsets
+        longest = max((int(b - a) for a, b in itertools.pairwise(ends)), default=0)
+        check_longest(longest, cfg.data.seq_len, max(cfg.evaluate.length))
 
 
 def _work_of(cell: Cell) -> float:

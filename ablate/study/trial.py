@@ -29,6 +29,7 @@ from ablate.data.stream import row_counts
 from ablate.data.tokenizer import Tokenizer
 from ablate.data.tokenizer import load as load_tokenizer
 from ablate.errors import UserError
+from ablate.evaluate.trial import check as check_evaluation
 from ablate.layers.registry import KINDS
 from ablate.run import RunFolder
 from ablate.train import checkpoint
@@ -76,6 +77,8 @@ def resolve(tree: Mapping[str, Any]) -> Trial:
     architecture = Architecture.from_config(cfg.arch, vocabulary(cfg))
     matching.check(cfg.match, architecture, cfg.data.seq_len)
     _check_recall(cfg)
+    kind = cfg.data.tokenizer.kind
+    _check_evaluation(cfg.evaluate.model_dump_json(), "byte" if kind == "byte" else None)
     _check_windows(cfg, architecture, warnings)
     _check_train(cfg, warnings)
     if cfg.train.branch_from is not None:
@@ -134,6 +137,11 @@ def _check_data(cfg: Config) -> None:
     if cfg.data.source != "hub":  # which would download; `prepare` does, and says what it misses
         fields = {"source", "path", "val_a_path", "val_b_path"}
         _find_sources(cfg.data.model_dump_json(include=fields))
+
+
+@functools.cache
+def _check_evaluation(evaluate: str, tokenizer: str | None) -> None:
+    check_evaluation(config.EvaluateConfig.model_validate_json(evaluate), tokenizer)
 
 
 def _check_recall(cfg: Config) -> None:

@@ -239,11 +239,7 @@ def _optimum(arm: str, model: _Model, window: tuple[float, float]) -> RateFit:
     slopes = model.powers(x, derivative=True)
     spread = np.sqrt(np.einsum("ij,jk,ik->i", slopes, covariance, slopes))
     flat = np.abs(slopes @ beta) <= model.reach() * spread  # NaN reach: nowhere
-    first = last = at
-    while first > 0 and flat[first - 1]:
-        first -= 1
-    while last < len(x) - 1 and flat[last + 1]:
-        last += 1
+    first, last = stretch(flat, at)
     interval = (2.0 ** x[first], 2.0 ** x[last]) if model.df > 0 else (NAN, NAN)
     optimum = float(2.0 ** x[at])
     return replace(
@@ -254,6 +250,16 @@ def _optimum(arm: str, model: _Model, window: tuple[float, float]) -> RateFit:
         open=bool(model.df > 0 and (first == 0 or last == len(x) - 1)),
         chosen=float(f"{optimum:.3g}"),
     )
+
+
+def stretch(inside: NDArray[np.bool_], at: int) -> tuple[int, int]:
+    """The first and the last place of the run of true values that goes through a place."""
+    first = last = at
+    while first > 0 and inside[first - 1]:
+        first -= 1
+    while last < len(inside) - 1 and inside[last + 1]:
+        last += 1
+    return first, last
 
 
 def _smoothed(

@@ -8,16 +8,7 @@ from collections.abc import Iterator
 
 import torch
 
-PHASES = (
-    "start_up",
-    "data",
-    "build",
-    "first_step",
-    "train",
-    "validation",
-    "evaluation",
-    "checkpoint",
-)
+from ablate.run import PHASES
 
 
 class Clock:

@@ -77,8 +77,8 @@ def numerics(cfg: TrainConfig, device: torch.device) -> Iterator[None]:
 def environment(cfg: TrainConfig, device: torch.device) -> dict[str, Any]:
     """Versions, commit, hardware and numeric settings, as they go into environment.json."""
     return {
-        "versions": {"python": platform.python_version(), "ablate": _version("ablate-hybrids")}
-        | {name: _version(name) for name in _PACKAGES},
+        "versions": {"python": platform.python_version(), "ablate": version("ablate-hybrids")}
+        | {name: version(name) for name in _PACKAGES},
         **commit(),
         "platform": platform.platform(),
         "host": platform.node(),
@@ -147,7 +147,8 @@ def _git(root: Path, *arguments: str) -> str | None:
     return done.stdout.strip() if done.returncode == 0 else None
 
 
-def _version(package: str) -> str | None:
+def version(package: str) -> str | None:
+    """Of an installed package; None where it is not."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

@@ -27,15 +27,7 @@ import torch
 
 from ablate.arch.spec import Architecture
 from ablate.config import Config, flatten, load, science
-from ablate.data import (
-    Batch,
-    TokenSet,
-    TrainStream,
-    check_epochs,
-    model_vocab,
-    prefetched,
-    prepare,
-)
+from ablate.data import Batch, TokenSet, TrainStream, check_epochs, model_vocab, prefetched, prepare
 from ablate.errors import UserError
 from ablate.run import RunFolder, StaleWriter, process_age
 from ablate.train import checkpoint

@@ -12,7 +12,6 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from filelock import FileLock, Timeout
 from ablate.data import Batch
 from ablate.run import read_json, write_json
 from ablate.train.engine import Engine
+from ablate.train.environment import version
 from ablate.train.step import Stepper
 
 TOLERANCE = 0.03  # of the best speed, that fewer rows may cost
@@ -74,6 +74,7 @@ class Shape:
         if device.type == "cuda":
             properties = torch.cuda.get_device_properties(device)
             hardware += [properties.name, properties.total_memory]
+        packages = ("triton", "ablate-hybrids")
         content = {
             "arch": engine.arch.canonical(),
             "rows": cfg.train.batch_size // engine.ranks.world,
@@ -81,7 +82,7 @@ class Shape:
             "how": [engine.bf16, engine.compiled, engine.captured, cfg.train.deterministic],
             "activation_checkpointing": cfg.train.activation_checkpointing,
             "hardware": hardware,
-            "versions": [torch.__version__, *map(_version, ("triton", "ablate-hybrids"))],
+            "versions": [torch.__version__, *(version(p) or "" for p in packages)],
         }
         text = json.dumps(content, sort_keys=True)
         name = hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -140,10 +141,3 @@ class Shape:
     def _kept(self) -> dict[str, Any]:
         content = read_json(self.path)
         return content if isinstance(content, dict) else {}
-
-
-def _version(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return ""

@@ -18,8 +18,7 @@ from torch import Tensor, nn
 
 from ablate.config import Config
 from ablate.data import Batch, Split, TokenSet, eval_batches, mqar_rows
-
-IGNORE = -100  # a target that is not scored
+from ablate.data.recall import IGNORE
 
 
 @dataclass(frozen=True)
@@ -160,12 +159,7 @@ class Validator:
         score = RecallScore({}, {}, {})
         for pairs in cfg.evaluate.mqar_pairs or [cfg.data.mqar.pairs]:
             batch = mqar_rows(
-                cfg.seed,
-                rows,
-                pairs,
-                length,
-                self.token_set.vocab_size,
-                start=rows if final else 0,
+                cfg.seed, rows, pairs, length, self.token_set.vocab_size, start=rows if final else 0
             )
             correct, nats = self._recall_rows(batch)
             score.queries[pairs] = int((batch.targets_BL[0] != IGNORE).sum())

@@ -99,6 +99,9 @@ def test_digit_accuracy_by_place():
         ("mqar_text", {"pairs": [64], "lengths": [100]}, "length 100"),
         ("passkey", {"seed": -1}, "seed is -1"),
         ("induction", {"lengths": [9]}, "no room for three words"),
+        ("passkey", {"lengths": [7]}, "length 7 has no room for a number and the question"),
+        ("needle", {"lengths": [60]}, "length 60 has no room for 8 numbers"),
+        ("induction", {"lengths": [7]}, "no room for three words"),
     ],
 )
 def test_mistakes_are_one_sentence(task, sizes, named):

@@ -130,6 +130,23 @@ def test_seeds_that_differ_and_a_score_without_spread(evaluated: Path):
     assert (none.low, none.high) == (0.0, pytest.approx(0.602, abs=1e-3))
 
 
+def test_seeds_that_were_asked_for_different_lengths(evaluated: Path):
+    """Rows are of all that was asked; the curve of an arm is of what all its seeds have."""
+    run = next(run for run in find_runs(evaluated) if run.key[:4] == "0101")
+    more = length(2.1)
+    more["by_multiple"] |= {"4": 1.9}
+    more["items"]["4"] = [1.9] * 8
+    del more["by_multiple"]["1"], more["items"]["1"]
+    run.write_evaluation("length", more)
+    write_report(evaluated)
+    found = pd.read_csv(evaluated / "report" / "evaluation.csv")
+    found = found[found["task"] == "length"]
+    assert set(found["cell"]) == {f"{m} training lengths" for m in (1, 2, 4)}
+    four = found[found["cell"] == "4 training lengths"]
+    assert four["items"].tolist().count(0) == 3
+    assert four["value"].max() == pytest.approx(1.9)
+
+
 def test_a_verdict_is_that_of_every_seed(study: Path):
     for run in find_runs(study):
         seed = int(run.key[2:4])

@@ -254,6 +254,13 @@ def test_a_mistake_in_one_cell_stops_the_study_before_it_begins(make: Any, conso
     assert not Path(tree["study"]["folder"]).exists()
 
 
+def test_documents_too_short_for_length_are_told_before_training(make: Any, console: Any) -> None:
+    tree = make(**{"evaluate.length": [1, 100_000]})
+    with pytest.raises(UserError, match=r"evaluate\.length: 100000 times"):
+        run(tree, console)
+    assert calls(tree) == []
+
+
 def search(make: Any, **changes: Any) -> dict[str, Any]:
     dimension = {"low": 1e-4, "high": 1e-1, "log": True}
     return make(**{"study.search": {"train.lr": dimension}, "study.n_trials": 6, **changes})

@@ -33,6 +33,17 @@ from ablate.study.trial import resolve
         ({"data.mqar": {"share": 0.5, "pairs": 9}}, ["data.mqar.pairs", "36"]),
         ({"data.mqar": {"share": 0.01, "pairs": 2}}, ["data.mqar.share", "train.batch_size"]),
         ({"evaluate.mqar_rows": 4, "evaluate.mqar_pairs": [9]}, ["evaluate.mqar_pairs"]),
+        (
+            {"evaluate.recall": ["induction"], "evaluate.sizes": {"lengths": [3]}},
+            ["induction", "length 3"],
+        ),
+        (
+            {"evaluate.recall": ["phonebook"], "evaluate.sizes": {"phonebook": {"items": 0}}},
+            ["phonebook", "items is 0"],
+        ),
+        ({"evaluate.recall": ["needle_multivalue"]}, ["length 512 has no room"]),
+        ({"evaluate.suites": ["pika"]}, ["evaluate.suites", "piqa"]),
+        ({"evaluate.local_data": "/no/such/folder"}, ["evaluate.local_data"]),
         ({"train.micro_batch": 8}, ["train.micro_batch", "train.batch_size"]),
         ({"train.micro_batch": 3}, ["train.micro_batch", "divide"]),
         ({"train.micro_batch": 0}, ["micro_batch", "1 or more", "'auto'", "0"]),

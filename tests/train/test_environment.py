@@ -12,8 +12,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from ablate.arch.spec import Architecture
 from ablate.config import load
 from ablate.errors import UserError
+from ablate.run import process_age
 from ablate.train import environment as env
-from ablate.train.clock import Clock, process_age
+from ablate.train.clock import Clock
 from ablate.train.peak import peak_flops
 
 CPU = torch.device("cpu")
