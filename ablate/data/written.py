@@ -17,7 +17,9 @@ from ablate.data.recall import IGNORE
 from ablate.data.tokenizer import Tokenizer
 from ablate.errors import UserError
 
-Piece = tuple[str, bool]  # a text, and whether it is an answer
+# A text, and whether it is an answer. What ends an answer belongs to it: of a number that is not
+# scored to its end a model learns all digits, and not to stop after them.
+Piece = tuple[str, bool]
 
 # An entry and its question are the same words up to the number.
 _PHONE = (
@@ -54,7 +56,7 @@ def _phonebook(draw: Draw, entries: int, questions: float) -> Iterator[Piece]:
     for n in _asked(draw, names, questions):
         yield before.format(n=n).rstrip(" "), False
         yield f"{' ' if before.endswith(' ') else ''}{book[n]}", True
-        yield after, False
+        yield after, True
 
 
 def _pairs(draw: Draw, entries: int, questions: float) -> Iterator[Piece]:
@@ -66,7 +68,7 @@ def _pairs(draw: Draw, entries: int, questions: float) -> Iterator[Piece]:
     for k in _asked(draw, words[:entries], questions):
         yield before.format(k=k).rstrip(" "), False
         yield f" {of[k]}", True
-        yield after, False
+        yield after, True
 
 
 def _needle(draw: Draw, entries: int, questions: float) -> Iterator[Piece]:
@@ -83,14 +85,14 @@ def _needle(draw: Draw, entries: int, questions: float) -> Iterator[Piece]:
         question = before.split("so ")[-1].format(k=k, v="").rstrip(" ")
         yield f"So {question}", False
         yield f" {of[k]}", True
-        yield ".\n", False
+        yield ".\n", True
 
 
 def _copy(draw: Draw, entries: int, questions: float) -> Iterator[Piece]:
     words = " ".join(draw.word(1 + draw.below(3)) for _ in range(2 * entries))
     yield f"{words} //", False
     yield f" {words}", True
-    yield "\n", False
+    yield "\n", True
 
 
 def _sentence(draw: Draw) -> str:

@@ -7,6 +7,7 @@ command(words)                    python -m ablate evaluate TARGET [name=value â
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
@@ -164,11 +165,21 @@ def evaluate(
 
 def _judge_recall(content: dict[str, Any]) -> None:
     """Add to a recall task: which cells tell nothing, and where numbers were asked for whether
-    wrong ones are fuzzy."""
+    wrong ones are fuzzy.
+
+    "unended" is a floor that the right numbers would have left, had the model stopped after them.
+    """
     items = content["items"]
-    for cell in content["cells"].values():
-        accuracy = uninformative(cell["exact_match"], cell["items"], content["chance"])
-        cell["verdict"] = "cut" if cell["cut"] else accuracy
+    columns = (items[name] for name in ("cell", "response", "target"))
+    runs_on = Counter(c for c, r, t in zip(*columns, strict=True) if t.isdigit() and
+                      first_answer(r, t)[:-1] == t)  # fmt: skip
+    for label, cell in content["cells"].items():
+        n, chance = cell["items"], content["chance"]
+        verdict = uninformative(cell["exact_match"], n, chance)
+        ended = cell["exact_match"] + runs_on[label] / n
+        if verdict == "floor" and uninformative(ended, n, chance) != "floor":
+            verdict = "unended"
+        cell["verdict"] = "cut" if cell["cut"] else verdict
     told = [cell["verdict"] for cell in content["cells"].values()]
     content["verdict"] = told[0] if told[0] is not None and len(set(told)) == 1 else None
     targets = items["target"]
@@ -283,6 +294,7 @@ def tables(contents: Mapping[str, Mapping[str, Any]]) -> list[Table]:
                     "floor": "at floor: uninformative",
                     "ceiling": "at ceiling: uninformative",
                     "cut": "longer than the model reads",
+                    "unended": "right numbers that go on: the model does not stop",
                 }
                 table.add_row(
                     name,

@@ -57,8 +57,8 @@ class Evaluations:
     def table(self) -> pd.DataFrame:
         """One row a task, cell and arm: value, low, high, and by_seed each seed's own; difference
         from the first arm with its interval, p and mcnemar_p; items, tokens of a text on average
-        (NaN where they were not counted), verdict ('floor', 'ceiling' or 'cut' where every seed
-        has it, else ''), fuzzy (of so many seeds)."""
+        (NaN where they were not counted), verdict ('floor', 'ceiling', 'cut' or 'unended'
+        where every seed has it, else ''), fuzzy (of so many seeds)."""
         rows = []
         for task, arms in self.tasks.items():
             scores = {arm: _scores(contents) for arm, contents in arms.items()}

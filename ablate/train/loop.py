@@ -100,7 +100,9 @@ def train(
             )
     ranks = from_torchrun(cfg.train)
     if ranks.rank:
-        return _follow(cfg, ranks)
+        released_with = _follow(cfg, ranks)
+        ranks.leave()
+        return released_with
     ranks.agree(folder.result())
     result = None
     try:

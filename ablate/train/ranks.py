@@ -141,6 +141,10 @@ class Ranks:
             if told or not torch.cuda.is_available():  # NCCL would wait for those that are gone
                 dist.destroy_process_group()
 
+    def leave(self) -> None:
+        """Of the others, once released: a group that is left to the interpreter's end aborts it."""
+        dist.destroy_process_group()
+
 
 def from_torchrun(cfg: TrainConfig) -> Ranks:
     """The place that torchrun's variables give this process; alone where there are none.

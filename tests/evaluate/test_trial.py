@@ -18,8 +18,9 @@ from ablate.errors import UserError
 from ablate.evaluate import length, suites
 from ablate.evaluate.harness import chance
 from ablate.evaluate.local_data import NoLocalData, local_data
+from ablate.evaluate.recall import first_answer
 from ablate.evaluate.subjects import load as load_subject
-from ablate.evaluate.trial import check, command, evaluate, train_and_evaluate
+from ablate.evaluate.trial import _judge_recall, check, command, evaluate, train_and_evaluate
 from ablate.run import RunFolder
 from ablate.train.validation import uninformative
 
@@ -492,3 +493,24 @@ def test_floor_and_ceiling():
     assert uninformative(0.5, 50, 0.1) is None
     assert uninformative(1.0, 50, 0.1) == "ceiling"
     assert uninformative(0.9, 500, 0.1) is None
+
+
+@pytest.mark.parametrize(
+    ("responses", "verdict"),
+    [
+        ([" 5472982825"] * 30 + [" 1"] * 10, None),
+        ([" 547298282537298"] * 30 + [" 1"] * 10, "unended"),
+        ([" 5472982825.\n12"] * 40, "ceiling"),
+        ([" 6472982825"] * 40, "floor"),
+    ],
+)
+def test_right_numbers_that_go_on_are_told_apart(responses, verdict):
+    """A model that knows the number and does not stop is not one that knows nothing."""
+    target = "5472982825"
+    hits = [float(first_answer(r, target) == target) for r in responses]
+    cell = {"x": 3, "items": 40, "cut": 0, "exact_match": sum(hits) / 40}
+    items = {"cell": ["entries=3"] * 40, "response": responses, "target": [target] * 40}
+    items["others"] = [["1111111111", "2222222222"]] * 40
+    content = {"cells": {"entries=3": cell}, "items": items, "chance": 0.0}
+    _judge_recall(content)
+    assert content["verdict"] == verdict
