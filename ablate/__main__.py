@@ -108,8 +108,8 @@ reruns. Comparisons are kept in RUN_FOLDER/evaluation/rerun.json.
 usage: python -m ablate evaluate RUN_FOLDER | MODEL [name=value ...]
 
 Evaluates trained weights (train.keep=weights keeps them), or a transformers model from a folder
-or the hub. Writes RUN_FOLDER/evaluation/: a file a task, with items. Without settings: what the
-run's config asks for, or every recall task.
+or the hub. Writes RUN_FOLDER/evaluation/: a file a task, with items. Without recall, suites and
+length: what the run's config asks for, or every recall task but needle_multivalue.
 
   recall=[phonebook,needle]  phonebook, phonebook_reversed, passkey, needle, needle_multivalue,
                              mqar_text, induction, copying

@@ -206,6 +206,10 @@ def command(words: Sequence[str], console: Console | None = None) -> int:
     tree = folder.config()
     own = config.load(tree) if tree is not None else None
     before = own.evaluate.model_dump() if own else EvaluateConfig().model_dump()
+    named = {"recall", "suites", "length"}
+    if given.keys() & named:  # then these alone, whatever the run had besides
+        before |= {name: EvaluateConfig.model_fields[name].get_default(call_default_factory=True)
+                   for name in named}  # fmt: skip
     options = _options({**before, **given})
     if not (options.suites or options.recall or options.length):
         options = options.model_copy(update={"recall": list(DEFAULTS)})

@@ -514,3 +514,11 @@ def test_right_numbers_that_go_on_are_told_apart(responses, verdict):
     content = {"cells": {"entries=3": cell}, "items": items, "chance": 0.0}
     _judge_recall(content)
     assert content["verdict"] == verdict
+
+
+def test_the_verb_runs_what_is_named_and_not_what_the_trial_ran(run, tmp_path):
+    place, _ = run
+    said = Console(file=io.StringIO(), width=120)
+    words = [str(place.path), "recall=[induction]", 'sizes={"lengths":[64],"items":2}']
+    assert command([*words, f"out={tmp_path / 'out'}", "device=cpu"], said) == 0
+    assert set(RunFolder(tmp_path / "out").evaluations()) == {"induction"}

@@ -233,7 +233,7 @@ def test_no_trial_starts_that_cannot_end_before_the_deadline(make: Any, console:
 
 
 def test_at_the_deadline_trials_checkpoint(make: Any, console: Any) -> None:
-    tree = make(**{"study.grid": {"train.lr": [SLOW]}, "study.deadline": 3 / 60})
+    tree = make(**{"study.grid": {"train.lr": [SLOW]}, "study.deadline": 8 / 60})
     outcome = run(tree, console)
     assert (outcome.exit_code, len(outcome.unfinished), outcome.causes) == (1, 1, {})
     assert folder_of(tree).run(outcome.unfinished[0]).status()["state"] == "interrupted"
