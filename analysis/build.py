@@ -73,7 +73,6 @@ def put(path: Path, name: str, block: str) -> None:
     if not found or not closed:
         raise UserError(f"'{path.name}' lacks the markers '{start.strip()}' and '{end}'")
     atomic_write(path, f"{before}{start}{block}{end}{after}")
-    path.chmod(0o644)
 
 
 # --- blocks --------------------------------------------------------------------------------------
@@ -181,7 +180,6 @@ def execute(path: Path) -> None:
     client.execute(cwd=str(path.parent))
     notebook.metadata = {"kernelspec": {"name": "python3", "display_name": "Python 3"}}
     atomic_write(path, nbformat.writes(notebook) + "\n")
-    path.chmod(0o644)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, get_args
 import yaml
 
 from ablate import config
-from ablate.config import Config, EvaluateConfig, RecallTask
+from ablate.config import Config, DataConfig, EvaluateConfig, RecallTask
 from ablate.data import TokenSet, prepare
 from ablate.errors import UserError, did_you_mean
 from ablate.evaluate import harness, length, local_data, recall, suites
@@ -36,11 +36,13 @@ TASKS = get_args(RecallTask)
 Write = Callable[[str, Mapping[str, Any]], None]
 
 
-def check(options: EvaluateConfig, tokenizer: str | None = None) -> None:
+def check(options: EvaluateConfig, data: DataConfig | None = None) -> None:
     """UserError, before any compute, for what cannot be evaluated.
 
-    tokenizer: as `recall.make` takes it; None: a token is taken to be four characters.
+    data: of the model; without it, or before its tokenizer is made, a token is taken to be four
+        characters.
     """
+    tokenizer = "byte" if data is not None and data.tokenizer.kind == "byte" else None
     for name in options.suites:
         suites.entries_of(name)
     _check_sizes(options.sizes)
@@ -75,7 +77,7 @@ def train_and_evaluate(
     cfg: Config, folder: RunFolder | None = None, **hooks: Any
 ) -> dict[str, Any]:
     """`ablate.train`, with the tasks of cfg.evaluate run before the result is written."""
-    check(cfg.evaluate, "byte" if cfg.data.tokenizer.kind == "byte" else None)
+    check(cfg.evaluate, cfg.data)
     return train(cfg, folder, evaluate=_of_trial, **hooks)
 
 
@@ -205,16 +207,15 @@ def command(words: Sequence[str], console: Console | None = None) -> int:
     folder = RunFolder(Path(target).expanduser())
     tree = folder.config()
     own = config.load(tree) if tree is not None else None
-    before = own.evaluate.model_dump() if own else EvaluateConfig().model_dump()
+    nothing = EvaluateConfig().model_dump()
+    before = own.evaluate.model_dump() if own else nothing
     named = {"recall", "suites", "length"}
     if given.keys() & named:  # then these alone, whatever the run had besides
-        before |= {name: EvaluateConfig.model_fields[name].get_default(call_default_factory=True)
-                   for name in named}  # fmt: skip
+        before |= {name: nothing[name] for name in named}
     options = _options({**before, **given})
     if not (options.suites or options.recall or options.length):
         options = options.model_copy(update={"recall": list(DEFAULTS)})
-    byte = own is not None and own.data.tokenizer.kind == "byte"
-    check(options, "byte" if byte else None)
+    check(options, None if own is None else own.data)
     contents: dict[str, Mapping[str, Any]] = {}
     place = folder if out is None else RunFolder(Path(str(out)).expanduser())
     if out is not None:

@@ -32,35 +32,9 @@ from torch import Tensor
 
 from ablate.kernels.dispatch import define_op
 from ablate.kernels.sum_rows_triton import sum_rows
+from ablate.kernels.tiles_triton import batch_unit, dense_rows, load_tile, store_tile
 
 Q = 64
-
-
-@triton.jit
-def _load(
-    ptr, rows, cols, n_rows, n_cols, stride, FULL_ROWS: tl.constexpr, FULL_COLS: tl.constexpr
-):
-    """A tile of a row-major matrix, zero outside; masks only where the tile can stick out."""
-    ptrs = ptr + rows[:, None] * stride + cols[None, :]
-    if FULL_ROWS and FULL_COLS:
-        return tl.load(ptrs)
-    elif FULL_COLS:
-        return tl.load(ptrs, mask=rows[:, None] < n_rows, other=0.0)
-    elif FULL_ROWS:
-        return tl.load(ptrs, mask=cols[None, :] < n_cols, other=0.0)
-    else:
-        return tl.load(ptrs, mask=(rows[:, None] < n_rows) & (cols[None, :] < n_cols), other=0.0)
-
-
-@triton.jit
-def _store(
-    ptr, value, rows, cols, n_rows, n_cols, stride, FULL_ROWS: tl.constexpr, FULL_COLS: tl.constexpr
-):
-    ptrs = ptr + rows[:, None] * stride + cols[None, :]
-    if FULL_ROWS and FULL_COLS:
-        tl.store(ptrs, value)
-    else:
-        tl.store(ptrs, value, mask=(rows[:, None] < n_rows) & (cols[None, :] < n_cols))
 
 
 @triton.jit
@@ -145,8 +119,8 @@ def _state_kernel(
         start = c * Q
         left = length - start
         wide = start.to(tl.int64)
-        x = _load(x_ptr + wide * X_STRIDE_L, rows, p, left, P, X_STRIDE_L, FULL, FULL_P)
-        m = _load(b_ptr + wide * B_STRIDE_L, rows, n, left, N, B_STRIDE_L, FULL, FULL_N)
+        x = load_tile(x_ptr + wide * X_STRIDE_L, rows, p, left, P, X_STRIDE_L, FULL, FULL_P)
+        m = load_tile(b_ptr + wide * B_STRIDE_L, rows, n, left, N, B_STRIDE_L, FULL, FULL_N)
         cum = tl.load(dts_ptr + plane + start + rows)
         cum_last = tl.load(dts_ptr + plane + start + Q - 1)
         keep = tl.exp2(cum_last)
@@ -210,8 +184,8 @@ def _scan_kernel(
     dts_ptr += b * H * padded + start
     states_ptr += (b * n_chunks + chunk) * (H * P * N)
 
-    B = _load(b_ptr, rows, n, left, N, B_STRIDE_L, FULL, FULL_N)
-    C = _load(c_ptr, rows, n, left, N, C_STRIDE_L, FULL, FULL_N)
+    B = load_tile(b_ptr, rows, n, left, N, B_STRIDE_L, FULL, FULL_N)
+    C = load_tile(c_ptr, rows, n, left, N, C_STRIDE_L, FULL, FULL_N)
     allowed = rows[:, None] >= rows[None, :]
     if HAS_DOC:
         doc = tl.load(doc_ptr + b * length + start + rows, mask=rows < left, other=0)
@@ -219,8 +193,8 @@ def _scan_kernel(
     # excluded pairs are zeroed here once; the decay below is cut at one, so it is always finite
     CB = tl.where(allowed, tl.dot(C, tl.trans(B), input_precision=PREC), 0.0)
     for h in tl.range(head, head + HEADS, num_stages=STAGES):
-        x = _load(x_ptr + h * P, rows, p, left, P, X_STRIDE_L, FULL, FULL_P)
-        state = _load(states_ptr + h * (P * N), p, n, P, N, N, FULL_P, FULL_N)
+        x = load_tile(x_ptr + h * P, rows, p, left, P, X_STRIDE_L, FULL, FULL_P)
+        state = load_tile(states_ptr + h * (P * N), p, n, P, N, N, FULL_P, FULL_N)
         dt = tl.load(dts_ptr + h * padded + rows)
         cum = tl.load(dts_ptr + plane + h * padded + rows)
         seen = tl.exp2(cum)
@@ -235,7 +209,7 @@ def _scan_kernel(
         if D_RANK == 2:
             d = tl.load(d_ptr + h * P + p, mask=p < P, other=0.0).to(tl.float32)
             y += d[None, :] * x.to(tl.float32)
-        _store(y_ptr + h * P, y.to(x.dtype), rows, p, left, P, H * P, FULL, FULL_P)
+        store_tile(y_ptr + h * P, y.to(x.dtype), rows, p, left, P, H * P, FULL, FULL_P)
 
 
 @triton.jit
@@ -278,8 +252,8 @@ def _dx_kernel(
     parts_ptr += b * H * padded + start
     dstates_ptr += (b * n_chunks + chunk) * (H * P * N)
 
-    B = _load(b_ptr, rows, n, left, N, B_STRIDE_L, FULL, FULL_N)
-    C = _load(c_ptr, rows, n, left, N, C_STRIDE_L, FULL, FULL_N)
+    B = load_tile(b_ptr, rows, n, left, N, B_STRIDE_L, FULL, FULL_N)
+    C = load_tile(c_ptr, rows, n, left, N, C_STRIDE_L, FULL, FULL_N)
     allowed = rows[:, None] <= rows[None, :]
     if HAS_DOC:
         doc = tl.load(doc_ptr + b * length + start + rows, mask=rows < left, other=0)
@@ -287,9 +261,9 @@ def _dx_kernel(
         allowed = allowed & (start + rows[:, None] >= doc[None, :])
     pairs = tl.where(allowed, tl.dot(B, tl.trans(C), input_precision=PREC), 0.0)
     for h in tl.range(head, head + HEADS, num_stages=STAGES):
-        x = _load(x_ptr + h * P, rows, p, left, P, X_STRIDE_L, FULL, FULL_P)
-        dy = _load(dy_ptr + h * P, rows, p, left, P, H * P, FULL, FULL_P)
-        dstate = _load(dstates_ptr + h * (P * N), p, n, P, N, N, FULL_P, FULL_N)
+        x = load_tile(x_ptr + h * P, rows, p, left, P, X_STRIDE_L, FULL, FULL_P)
+        dy = load_tile(dy_ptr + h * P, rows, p, left, P, H * P, FULL, FULL_P)
+        dstate = load_tile(dstates_ptr + h * (P * N), p, n, P, N, N, FULL_P, FULL_N)
         out = parts_ptr + h * padded + rows
         dt = tl.load(dts_ptr + h * padded + rows)
         cum = tl.load(dts_ptr + plane + h * padded + rows)
@@ -320,7 +294,7 @@ def _dx_kernel(
         if D_RANK == 2:
             d = tl.load(d_ptr + h * P + p, mask=p < P, other=0.0).to(tl.float32)
             dx += d[None, :] * dy.to(tl.float32)
-        _store(dx_ptr + h * P, dx.to(x.dtype), rows, p, left, P, DX_STRIDE_L, FULL, FULL_P)
+        store_tile(dx_ptr + h * P, dx.to(x.dtype), rows, p, left, P, DX_STRIDE_L, FULL, FULL_P)
 
 
 @triton.jit
@@ -357,7 +331,7 @@ def _bc_grad_kernel(
     states_ptr += (b * n_chunks + chunk) * (H * P * N)
     dstates_ptr += (b * n_chunks + chunk) * (H * P * N)
 
-    C = _load(c_ptr, rows, n, left, N, C_STRIDE_L, FULL, FULL_N)
+    C = load_tile(c_ptr, rows, n, left, N, C_STRIDE_L, FULL, FULL_N)
     if HAS_DOC:
         doc = tl.load(doc_ptr + b * length + start + rows, mask=rows < left, other=0)
         doc_last = tl.load(doc_ptr + b * length + tl.minimum(start + Q, length) - 1)
@@ -368,10 +342,10 @@ def _bc_grad_kernel(
     dB = tl.zeros((Q, BN), tl.float32)
     dC = tl.zeros((Q, BN), tl.float32)
     for h in tl.range(group * PER_GROUP, (group + 1) * PER_GROUP, num_stages=STAGES):
-        x = _load(x_ptr + h * P, rows, p, left, P, X_STRIDE_L, FULL, FULL_P)
-        dy = _load(dy_ptr + h * P, rows, p, left, P, H * P, FULL, FULL_P)
-        state = _load(states_ptr + h * (P * N), p, n, P, N, N, FULL_P, FULL_N)
-        dstate = _load(dstates_ptr + h * (P * N), p, n, P, N, N, FULL_P, FULL_N)
+        x = load_tile(x_ptr + h * P, rows, p, left, P, X_STRIDE_L, FULL, FULL_P)
+        dy = load_tile(dy_ptr + h * P, rows, p, left, P, H * P, FULL, FULL_P)
+        state = load_tile(states_ptr + h * (P * N), p, n, P, N, N, FULL_P, FULL_N)
+        dstate = load_tile(dstates_ptr + h * (P * N), p, n, P, N, N, FULL_P, FULL_N)
         dt = tl.load(dts_ptr + h * padded + rows)
         cum = tl.load(dts_ptr + plane + h * padded + rows)
         cum_last = tl.load(dts_ptr + plane + h * padded + Q - 1)
@@ -394,12 +368,12 @@ def _bc_grad_kernel(
         passed = tl.sum(tl.where(p[:, None] == p[None, :], both, 0.0)) * keep
         tl.store(through_ptr + (b * n_chunks + chunk) * H + h, passed)
     pairs = tl.where(allowed, dpairs, 0.0).to(C.dtype)
-    B = _load(b_ptr, rows, n, left, N, B_STRIDE_L, FULL, FULL_N)
+    B = load_tile(b_ptr, rows, n, left, N, B_STRIDE_L, FULL, FULL_N)
     dB = tl.dot(pairs, C, dB, input_precision=PREC)
     dC = tl.dot(tl.trans(pairs), B, dC, input_precision=PREC)
     out = b * db_stride_b * DB_UNIT + wide * DB_STRIDE_L + group * N
-    _store(db_ptr + out, dB.to(B.dtype), rows, n, left, N, DB_STRIDE_L, FULL, FULL_N)
-    _store(dc_ptr + out, dC.to(B.dtype), rows, n, left, N, DB_STRIDE_L, FULL, FULL_N)
+    store_tile(db_ptr + out, dB.to(B.dtype), rows, n, left, N, DB_STRIDE_L, FULL, FULL_N)
+    store_tile(dc_ptr + out, dC.to(B.dtype), rows, n, left, N, DB_STRIDE_L, FULL, FULL_N)
 
 
 @triton.jit
@@ -474,17 +448,6 @@ def _precision(dtype: torch.dtype) -> str:
     return "tf32x3" if dtype == torch.float32 else "ieee"
 
 
-def _rows(v: Tensor) -> Tensor:
-    """v (B, L, outer, inner) with its last two axes dense; a copy only where they are not."""
-    dense = v.stride(3) == 1 and v.stride(2) == v.shape[3]
-    return v if dense else v.contiguous()
-
-
-def _unit(*tensors: Tensor) -> int:
-    """8 if every batch stride is a multiple of 8 elements, which wide loads need to know, or 1."""
-    return 8 if all(v.stride(0) % 8 == 0 for v in tensors) else 1
-
-
 def _splits(per_group: int, programs: int) -> int:
     """Into how many equal parts the heads of a group go, so that the programs fill the GPU."""
     splits = 1
@@ -530,7 +493,7 @@ def chunk_states(
         ends = last.new_empty((b, n_heads, segments, head_dim, n_state))
         kept = last.new_empty((b, n_heads, segments))
     warps, stages = CONFIGS["state", x.element_size()]
-    unit = _unit(x, m)
+    unit = batch_unit(x, m)
     for number in (0,) if segments == 1 else (1, 2):
         _state_kernel[(n_tiles, n_heads, b * segments)](
             x, m, dts, doc, first, states, ends, kept, last,
@@ -555,7 +518,7 @@ def scan(
     y = x.new_empty((b, length, n_heads, head_dim))
     splits = _splits(n_heads // groups, n_chunks * b * groups)
     warps, stages = CONFIGS["scan", x.element_size()]
-    unit = _unit(x, B, C)
+    unit = batch_unit(x, B, C)
     _scan_kernel[(n_chunks * splits, b * groups)](
         x, B, C, D, dts, doc, states, y,
         x.stride(0) // unit, B.stride(0) // unit, C.stride(0) // unit, length, dts[0].numel(),
@@ -580,10 +543,10 @@ def gradients(
     n_chunks = states.shape[1]
     parts = dts.new_empty((6, *dts.shape[1:]))
     through = dts.new_empty((b * n_chunks, n_heads))
-    unit = _unit(x, B, C)
+    unit = batch_unit(x, B, C)
     strides = (x.stride(0) // unit, B.stride(0) // unit, C.stride(0) // unit)
     numbers = (length, dts[0].numel(), n_chunks)
-    dx_unit, db_unit = _unit(dx), _unit(dB)
+    dx_unit, db_unit = batch_unit(dx), batch_unit(dB)
     constants = {
         "UNIT": unit, "X_STRIDE_L": x.stride(1), "B_STRIDE_L": B.stride(1),
         "C_STRIDE_L": C.stride(1), "H": n_heads, "G": groups, "P": head_dim, "N": n_state,
@@ -631,7 +594,7 @@ def _forward(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None,
     dt_bias: Tensor | None, first: Tensor | None, doc: Tensor | None, softplus: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    x, B, C = _rows(x), _rows(B), _rows(C)
+    x, B, C = dense_rows(x), dense_rows(B), dense_rows(C)
     dts = step_sizes(dt if dt.stride(2) == 1 else dt.contiguous(), A, dt_bias, softplus)
     states, last = chunk_states(x, B, dts, doc, first, reverse=False)
     return scan(x, B, C, D, dts, doc, states), last, states, dts
@@ -656,7 +619,7 @@ def _backward(
     dy: Tensor, dlast: Tensor | None, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor,
     D: Tensor | None, doc: Tensor | None, states: Tensor, dts: Tensor, softplus: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    x, B, C, dy = _rows(x), _rows(B), _rows(C), dy.contiguous()
+    x, B, C, dy = dense_rows(x), dense_rows(B), dense_rows(C), dy.contiguous()
     dlast = None if dlast is None else dlast.contiguous()
     dstates, dfirst = chunk_states(dy, C, dts, doc, dlast, reverse=True)
     dx, dB, dC = (v.new_empty(v.shape) for v in (x, B, C))

@@ -270,6 +270,12 @@ def delta_kernel(
     tl.store(y_ptr + j, y.to(y_ptr.dtype.element_ty), mask=j < V)
 
 
+def _state_block(keys: int, values: int) -> tuple[int, int]:
+    """Rows and columns of a state (keys, values) that a program updates: all rows, 8 KB of it."""
+    rows = triton.next_power_of_2(keys)
+    return rows, min(triton.next_power_of_2(values), max(1, 2048 // rows))
+
+
 def _delta(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, scale: float, eps: float,
     state: Tensor,
@@ -277,8 +283,7 @@ def _delta(
     batch, heads, width = q.shape
     values = v.shape[2]
     y = q.new_empty(v.shape)
-    block = triton.next_power_of_2(width)
-    cols = min(triton.next_power_of_2(values), max(1, 2048 // block))  # 8 KB of state a program
+    block, cols = _state_block(width, values)
     delta_kernel[(triton.cdiv(values, cols), heads, batch)](
         q, k, v, g, beta, state, y, *(t.stride(0) for t in (q, k, v, g, beta)),
         *(t.stride(1) for t in (q, k, v)), scale, K=width, V=values, BK=block, COLS=cols,
@@ -336,8 +341,7 @@ def _gla(q: Tensor, k: Tensor, v: Tensor, g: Tensor, scale: float, state: Tensor
     batch, heads, width = q.shape
     values = v.shape[2]
     y = q.new_empty(v.shape)
-    block = triton.next_power_of_2(width)
-    cols = min(triton.next_power_of_2(values), max(1, 2048 // block))  # 8 KB of state a program
+    block, cols = _state_block(width, values)
     gla_kernel[(triton.cdiv(values, cols), heads, batch)](
         q, k, v, g, state, y, *(t.stride(0) for t in (q, k, v, g)),
         *(t.stride(1) for t in (q, k, v, g)), scale, K=width, V=values, BK=block, COLS=cols,

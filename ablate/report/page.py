@@ -394,8 +394,8 @@ def _evaluation(table: pd.DataFrame | None) -> str:
             value = row[name]
             return f"{scale * value:.{d}f}".replace("-", "−") if math.isfinite(value) else "–"
 
-        told = {"floor": "at floor", "ceiling": "at ceiling", "cut": "texts cut"}
-        told["unended"] = "right, but not ended"
+        told = {"floor": "at floor", "unended": "right, but not ended"}
+        told |= {"ceiling": "at ceiling", "cut": "texts cut"}
         seeds = [f"{scale * float(v):.{digits}f}" for v in r["by_seed"].split()]
         fuzzy = f"; fuzzy in {r['fuzzy']} of {len(seeds)} seeds" if r["fuzzy"] else ""
         difference = "–"

@@ -77,8 +77,9 @@ def resolve(tree: Mapping[str, Any]) -> Trial:
     architecture = Architecture.from_config(cfg.arch, vocabulary(cfg))
     matching.check(cfg.match, architecture, cfg.data.seq_len)
     _check_recall(cfg)
-    kind = cfg.data.tokenizer.kind
-    _check_evaluation(cfg.evaluate.model_dump_json(), "byte" if kind == "byte" else None)
+    _check_evaluation(
+        cfg.evaluate.model_dump_json(), cfg.data.model_dump_json(include={"tokenizer"})
+    )
     _check_windows(cfg, architecture, warnings)
     _check_train(cfg, warnings)
     if cfg.train.branch_from is not None:
@@ -140,8 +141,11 @@ def _check_data(cfg: Config) -> None:
 
 
 @functools.cache
-def _check_evaluation(evaluate: str, tokenizer: str | None) -> None:
-    check_evaluation(config.EvaluateConfig.model_validate_json(evaluate), tokenizer)
+def _check_evaluation(evaluate: str, data: str) -> None:
+    check_evaluation(
+        config.EvaluateConfig.model_validate_json(evaluate),
+        config.DataConfig.model_validate_json(data),
+    )
 
 
 def _check_recall(cfg: Config) -> None:

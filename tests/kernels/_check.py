@@ -54,3 +54,47 @@ def compare(
         assert error(grads[name], ref) <= limit, (
             f"gradient of {name}: {error(grads[name], ref):.2e} > {limit:.0e}"
         )
+
+
+# --- promises of every kernel, on a GPU: fn(tensors) is a scalar --------------------------------
+
+
+def gradients(fn, tensors: dict) -> list[torch.Tensor]:
+    """The scalar fn(tensors), and the gradient of every tensor that wants one.
+
+    Without the graph, whose nodes would tie a later capture to this call's stream.
+    """
+    loss = fn(tensors)
+    wanted = [v for v in tensors.values() if v.requires_grad]
+    return [loss.detach(), *torch.autograd.grad(loss, wanted)]
+
+
+def assert_repeats(fn, tensors: dict) -> None:
+    """Two runs agree bit for bit."""
+    for a, b in zip(gradients(fn, tensors), gradients(fn, tensors), strict=True):
+        assert torch.equal(a, b)
+
+
+def assert_compiles_whole(fn, tensors: dict) -> None:
+    """torch.compile takes it without a break in the graph."""
+    compiled = torch.compile(fn, fullgraph=True)
+    for a, b in zip(gradients(compiled, tensors), gradients(fn, tensors), strict=True):
+        assert error(a, b) < 1e-2
+
+
+def assert_replays(fn, tensors: dict) -> None:
+    """A CUDA graph captures it, and its replay gives the same bits."""
+    want = gradients(fn, tensors)
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        gradients(fn, tensors)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = gradients(fn, tensors)
+    for g in got:
+        g.zero_()
+    graph.replay()
+    torch.cuda.synchronize()
+    for a, b in zip(got, want, strict=True):
+        assert torch.equal(a, b)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from _check import compare, error
+from _check import assert_compiles_whole, assert_repeats, assert_replays, compare, error
 from test_gla import documents, inputs
 
 pytest.importorskip("triton")
@@ -158,43 +158,19 @@ def run(t):
     return (y.float().sin().sum() + last.square().sum()).reshape(())
 
 
-def gradients(fn, t):
-    loss = fn(t)
-    return [loss.detach(), *torch.autograd.grad(loss, [v for v in t.values() if v.requires_grad])]
-
-
 @pytest.mark.gpu
 def test_two_runs_agree_bit_for_bit():
-    t = on_gpu()
-    for a, b in zip(gradients(run, t), gradients(run, t), strict=True):
-        assert torch.equal(a, b)
+    assert_repeats(run, on_gpu())
 
 
 @pytest.mark.gpu
 def test_compile_takes_the_whole_graph():
-    t = on_gpu()
-    compiled = torch.compile(run, fullgraph=True)
-    for a, b in zip(gradients(compiled, t), gradients(run, t), strict=True):
-        assert error(a, b) < 1e-2
+    assert_compiles_whole(run, on_gpu())
 
 
 @pytest.mark.gpu
 def test_graph_capture_and_replay():
-    t = on_gpu()
-    want = gradients(run, t)
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        gradients(run, t)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        got = gradients(run, t)
-    for g in got:
-        g.zero_()
-    graph.replay()
-    torch.cuda.synchronize()
-    for a, b in zip(got, want, strict=True):
-        assert torch.equal(a, b)
+    assert_replays(run, on_gpu())
 
 
 @pytest.mark.gpu

@@ -7,7 +7,7 @@ import dataclasses
 
 import pytest
 import torch
-from _check import compare, error
+from _check import assert_compiles_whole, assert_repeats, assert_replays, compare, error
 
 pytest.importorskip("triton")
 
@@ -196,43 +196,19 @@ def scan(t):
     return (y.float().sin().sum() + last.square().sum()).reshape(())
 
 
-def gradients(fn, t):
-    loss = fn(t)
-    return [loss.detach(), *torch.autograd.grad(loss, [v for v in t.values() if v.requires_grad])]
-
-
 @pytest.mark.gpu
 def test_two_runs_agree_bit_for_bit():
-    t = on_gpu()
-    for a, b in zip(gradients(scan, t), gradients(scan, t), strict=True):
-        assert torch.equal(a, b)
+    assert_repeats(scan, on_gpu())
 
 
 @pytest.mark.gpu
 def test_compile_takes_the_whole_graph():
-    t = on_gpu()
-    compiled = torch.compile(scan, fullgraph=True)
-    for a, b in zip(gradients(compiled, t), gradients(scan, t), strict=True):
-        assert error(a, b) < 1e-2
+    assert_compiles_whole(scan, on_gpu())
 
 
 @pytest.mark.gpu
 def test_graph_capture_and_replay():
-    t = on_gpu()
-    want = gradients(scan, t)
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        gradients(scan, t)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        got = gradients(scan, t)
-    for g in got:
-        g.zero_()
-    graph.replay()
-    torch.cuda.synchronize()
-    for a, b in zip(got, want, strict=True):
-        assert torch.equal(a, b)
+    assert_replays(scan, on_gpu())
 
 
 @pytest.mark.gpu

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from _check import error
+from _check import assert_compiles_whole, assert_repeats, assert_replays, error
 
 pytest.importorskip("triton")
 
@@ -70,38 +70,13 @@ def tensors():
     }
 
 
-def gradients(fn, t):
-    loss = fn(t)
-    # without the graph, whose nodes would tie a later capture to this call's stream
-    return [loss.detach(), *torch.autograd.grad(loss, [v for v in t.values() if v.requires_grad])]
-
-
 def test_two_runs_agree_bit_for_bit():
-    t = tensors()
-    for a, b in zip(gradients(model, t), gradients(model, t), strict=True):
-        assert torch.equal(a, b)
+    assert_repeats(model, tensors())
 
 
 def test_compile_takes_the_whole_graph():
-    t = tensors()
-    compiled = torch.compile(model, fullgraph=True)
-    for a, b in zip(gradients(compiled, t), gradients(model, t), strict=True):
-        assert error(a, b) < 1e-2
+    assert_compiles_whole(model, tensors())
 
 
 def test_graph_capture_and_replay():
-    t = tensors()
-    want = gradients(model, t)
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        gradients(model, t)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        got = gradients(model, t)
-    for g in got:
-        g.zero_()
-    graph.replay()
-    torch.cuda.synchronize()
-    for a, b in zip(got, want, strict=True):
-        assert torch.equal(a, b)
+    assert_replays(model, tensors())
