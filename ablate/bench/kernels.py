@@ -374,6 +374,8 @@ def _cases() -> list[Case]:
     core = _forms("mamba2_core", "mamba2_core", "mamba2_core_reference",
                   "zxbcdt conv_weight conv_bias dt_bias A_log D norm_weight",
                   head_dim=64, n_groups=1, d_state=128)  # fmt: skip
+    window = _forms("attention", "attention", "attention_reference",
+                    "q k v window=window doc_start_BL=doc")  # fmt: skip
     none: Callable[[], dict[str, Function]] = dict
     return [
         Case("causal_conv1d", "B=8 L=4096 D=1792", 8, 4096, partial(_conv_inputs, width=1792),
@@ -425,7 +427,71 @@ def _cases() -> list[Case]:
              *gla, none),
         Case("mamba2_core", "B=16 L=2048 width 768", 16, 2048, _core_inputs, *core, _core_peers,
              (None, None), (None, 1.0)),
+        Case("attention", "window 2048 H=12 P=64", 8, 4096,
+             partial(_window_inputs, heads=12, head_dim=64, window=2048), *window, _window_peers,
+             (0.20, 0.69), (0.45, 1.85)),
+        Case("attention", "window 1024 H=16 P=128", 8, 4096,
+             partial(_window_inputs, heads=16, head_dim=128, window=1024), *window, _window_peers,
+             (0.31, 1.08), (0.70, 2.35)),
+        Case("attention", "documents of 500 H=12 P=64", 8, 4096,
+             partial(_window_inputs, heads=12, head_dim=64, window=None, documents=500), *window,
+             _window_peers),
     ]  # fmt: skip
+
+
+# -- attention --------------------------------------------------------------------------------
+
+
+def _window_inputs(
+    batch: int, length: int, heads: int, head_dim: int, window: int | None, documents: int = 0
+) -> Inputs:
+    return {
+        **{name: _randn(batch, length, heads, head_dim) for name in "qkv"},
+        # the short inputs that are compared with the definition get a window inside them
+        "window": length // 3 if window and window >= length else window,
+        "doc": _documents(batch, length, documents),
+    }
+
+
+def _window_peers() -> dict[str, Function]:
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    def flex() -> Function:
+        from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+        compiled = torch.compile(flex_attention, dynamic=False)
+        masks: dict[tuple[int, int | None], Any] = {}
+
+        def run(t: Inputs) -> Any:
+            length, window, doc = t["q"].shape[1], t["window"], t["doc"]
+            if (length, window) not in masks:
+
+                def visible(b: Any, h: Any, i: Any, j: Any) -> Any:
+                    mask = j <= i
+                    mask = mask if window is None else mask & (j > i - window)
+                    return mask if doc is None else mask & (j >= doc[b, i])
+
+                batch = None if doc is None else doc.shape[0]
+                masks[length, window] = create_block_mask(visible, batch, None, length, length)
+            q, k, v = (t[n].transpose(1, 2) for n in ("q", "k", "v"))
+            y: Any = compiled(q, k, v, block_mask=masks[length, window])
+            return y.transpose(1, 2)
+
+        return run
+
+    def full(*backends: Any) -> Function:
+        def run(t: Inputs) -> Any:
+            q, k, v = (t[n].transpose(1, 2) for n in ("q", "k", "v"))
+            with sdpa_kernel(list(backends)):
+                return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
+
+        return run
+
+    return {
+        "flex": flex(),
+        "full cudnn": full(SDPBackend.CUDNN_ATTENTION),
+        "full flash": full(SDPBackend.FLASH_ATTENTION),
+    }
 
 
 # -- measuring --------------------------------------------------------------------------------
@@ -504,7 +570,8 @@ def _measure(case: Case, who: str, fn: Function, milliseconds: int) -> Row:
     row = Row(case.operation, case.size, who, floor=case.floor, must=case.must)
     backward = who not in case.forward_alone
     try:
-        if who != "compile":  # torch's own; a second shape would compile it twice
+        # torch's own, of which a second shape would compile twice, and attention without a window
+        if who != "compile" and not who.startswith("full"):
             row.error, row.worst_gradient = _errors(fn, case, backward)
         torch.manual_seed(0)
         t = case.inputs(case.batch, case.length)

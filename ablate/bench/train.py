@@ -211,6 +211,7 @@ _OF_KIND = {
     "selective_scan": "Mamba-1: scan",
     "conv1d": "Mamba: convolution",
     "rms_norm": "all: norm",
+    "attention": "attention: core",
 }
 _OPTIMISER = ("Optimizer.step", "_foreach_norm", "vector_norm", "_fused_adam")
 _ATTENTION = ("attention", "flash", "flex", "sdpa")

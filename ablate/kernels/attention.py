@@ -1,18 +1,11 @@
 """Causal softmax attention with grouped queries, sliding windows and documents.
 
-Full causal attention is torch's scaled_dot_product_attention. With a window or documents the CPU
-form takes blocks of queries, each against the keys it can see, so that a window costs
-O(L * window) time and memory; on CUDA it is FlexAttention with a block mask in training, whose rows
-have one length. A window without documents is taken in blocks wherever no gradient is wanted:
-evaluation meets hundreds of lengths, and for each FlexAttention would be compiled again and an
-L x L mask be made.
+Full causal attention is torch's scaled_dot_product_attention. With a window or documents it is a
+Triton kernel on CUDA; the PyTorch form takes blocks of queries, each against the keys it can see,
+so that a window costs O(L * window) time and memory there too.
 """
 
 from __future__ import annotations
-
-import functools
-import weakref
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -93,83 +86,13 @@ def _blocked(
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 2)
 
 
-@functools.lru_cache(maxsize=64)
-def _window_block_mask(length: int, window: int, device: torch.device) -> Any:
-    from torch.nn.attention.flex_attention import create_block_mask
-
-    def visible(b: Any, h: Any, q: Any, k: Any) -> Any:
-        return (k <= q) & (k > q - window)
-
-    return create_block_mask(visible, None, None, length, length, device=device)
-
-
-def _document_block_mask(doc_start_BL: torch.Tensor, window: int | None) -> Any:
-    from torch.nn.attention.flex_attention import create_block_mask
-
-    batch, length = doc_start_BL.shape
-
-    def visible(b: Any, h: Any, q: Any, k: Any) -> Any:
-        mask = (k <= q) & (k >= doc_start_BL[b, q])
-        return mask if window is None else mask & (k > q - window)
-
-    make = create_block_mask if torch.compiler.is_compiling() else _compiled_mask_maker()
-    return make(visible, batch, None, length, length, device=doc_start_BL.device)
-
-
-_MASKS: dict[tuple[int, int | None], tuple[Any, int, Any]] = {}
-
-
-def _shared_document_mask(doc_start_BL: torch.Tensor, window: int | None) -> Any:
-    """The block mask of this tensor, made once for all layers of a step.
-
-    Inside torch.compile the compiler shares it, and inside a graph capture it must be made by the
-    graph itself, because a replay sees other documents in the same tensor.
-    """
-    if torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing():
-        return _document_block_mask(doc_start_BL, window)
-    key = (id(doc_start_BL), window)
-    reference, version, mask = _MASKS.get(key, (None, -1, None))
-    if reference is None or reference() is not doc_start_BL or version != doc_start_BL._version:
-        for old in [k for k, (ref, _, _) in _MASKS.items() if ref() is None]:
-            del _MASKS[old]
-        mask = _document_block_mask(doc_start_BL, window)
-        _MASKS[key] = (weakref.ref(doc_start_BL), doc_start_BL._version, mask)
-    return mask
-
-
-@functools.cache
-def _compiled_mask_maker() -> Any:
-    from torch.nn.attention.flex_attention import create_block_mask
-
-    return torch.compile(create_block_mask)
-
-
-@functools.cache
-def _compiled_flex() -> Any:
-    from torch.nn.attention.flex_attention import flex_attention
-
-    return torch.compile(flex_attention, dynamic=False)
-
-
-def _flex(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    window: int | None,
-    doc_start_BL: torch.Tensor | None,
-    scale: float | None,
-    gqa: bool,
-) -> torch.Tensor:
-    from torch.nn.attention.flex_attention import flex_attention
-
-    if doc_start_BL is None:
-        assert window is not None
-        mask = _window_block_mask(q.shape[2], window, q.device)
-    else:
-        mask = _shared_document_mask(doc_start_BL, window)
-    run = flex_attention if torch.compiler.is_compiling() else _compiled_flex()
-    y: torch.Tensor = run(q, k, v, block_mask=mask, scale=scale, enable_gqa=gqa)
-    return y
+def _kernel_runs(q: torch.Tensor, scale: float | None) -> bool:
+    return (
+        q.shape[-1] <= 128
+        and q.dtype in (torch.float32, torch.bfloat16, torch.float16)
+        and (scale is None or scale > 0)
+        and q.numel() > 0
+    )
 
 
 def attention(
@@ -180,42 +103,62 @@ def attention(
     window: int | None = None,
     doc_start_BL: torch.Tensor | None = None,
     scale: float | None = None,
+    backend: str | None = None,
 ) -> torch.Tensor:
     """Causal attention; returns (B, L, H, P) in q's dtype.
 
     q_BLHP: (B, L, H, P); k_BLHP, v_BLHP: (B, L, H_kv, P) with H_kv a divisor of H.
     window: w keys including the query's own, key j visible to query i iff i-w < j <= i.
-    doc_start_BL: int32 (B, L); keys before the query's document are not visible.
+    doc_start_BL: int32 (B, L); keys before the query's document are not visible. Starts never fall
+        along a row; negative for a document that began earlier.
     scale: of the scores, P^-0.5 when None.
+
+    What runs:
+        scaled_dot_product_attention: neither documents nor a window shorter than L, unless torch
+            is to be deterministic;
+        the Triton kernel: otherwise, on CUDA, with P <= 128 (padded to a power of two from 16 on),
+            a positive scale and any type but float64;
+        scaled_dot_product_attention with masks, by blocks of queries: otherwise.
+    backend: None for these; "triton" insists on the kernel, "reference" on PyTorch.
     """
     heads, kv_heads = q_BLHP.shape[2], k_BLHP.shape[2]
     if heads % kv_heads:
         raise ValueError(f"{heads} query heads are not a multiple of {kv_heads} key heads")
     if window is not None and window < 1:
         raise ValueError(f"window={window} must be at least 1")
-    form, window = _form(q_BLHP, window, doc_start_BL)
+    form, window = _form(q_BLHP, k_BLHP, v_BLHP, window, doc_start_BL, scale, backend)
+    if form == "triton":
+        from ablate.kernels.attention_triton import attention_triton
+
+        return attention_triton(q_BLHP, k_BLHP, v_BLHP, window, doc_start_BL, scale)
     q, k, v = (t.transpose(1, 2) for t in (q_BLHP, k_BLHP, v_BLHP))
     gqa = heads != kv_heads
     if form == "sdpa":
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=gqa)
-    elif form == "flex":
-        y = _flex(q, k, v, window, doc_start_BL, scale, gqa)
     else:
         y = _blocked(q, k, v, window, doc_start_BL, scale, gqa)
     return y.transpose(1, 2)
 
 
 def _form(
-    q_BLHP: torch.Tensor, window: int | None, doc_start_BL: torch.Tensor | None
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    window: int | None,
+    doc_start_BL: torch.Tensor | None,
+    scale: float | None,
+    backend: str | None,
 ) -> tuple[str, int | None]:
-    """What runs ("sdpa", "flex" or "blocks"), and the window unless all of a sequence is in it."""
-    if window is not None and window >= q_BLHP.shape[1]:
+    """What runs ("sdpa", "triton" or "blocks"), and the window unless a whole sequence is in it."""
+    if window is not None and window >= q.shape[1]:
         window = None
-    if window is None and doc_start_BL is None:
-        return "sdpa", None
-    trains = doc_start_BL is not None or torch.is_grad_enabled()
-    flex = q_BLHP.is_cuda and q_BLHP.dtype != torch.float64 and trains
-    return ("flex" if flex else "blocks"), window
+    full = window is None and doc_start_BL is None
+    kernel = use_triton(backend, q, k, v, supported=_kernel_runs(q, scale))
+    # cuDNN's backward pass is not deterministic, and FlashAttention's takes longer then.
+    ours = not full or torch.are_deterministic_algorithms_enabled()
+    if kernel and (backend == "triton" or ours):
+        return "triton", window
+    return ("sdpa" if full else "blocks"), window
 
 
 def attention_form(
@@ -227,9 +170,9 @@ def attention_form(
     doc_start_BL: torch.Tensor | None = None,
 ) -> str:
     """The implementation that `attention` takes for such tensors under the settings in force:
-    "flex", "blocks", or what torch's scaled_dot_product_attention chooses, "cudnn_attention",
+    "triton", "blocks", or what torch's scaled_dot_product_attention chooses, "cudnn_attention",
     "flash_attention", "efficient_attention" or "math"."""
-    form, _ = _form(q_BLHP, window, doc_start_BL)
+    form, _ = _form(q_BLHP, k_BLHP, v_BLHP, window, doc_start_BL, None, None)
     if form != "sdpa":
         return form
     q, k, v = (t.transpose(1, 2) for t in (q_BLHP, k_BLHP, v_BLHP))

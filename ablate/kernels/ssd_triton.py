@@ -425,19 +425,26 @@ def _dt_grad_kernel(
         tl.store(sums + 2 * H, tl.sum(own, axis=1), mask=heads < H)
 
 
-# (warps, software-pipelining stages) by kernel and bytes per element, for sm_90.
-CONFIGS = {
-    ("state", 2): (4, 3),
-    ("scan", 2): (4, 3),
-    ("dx", 2): (4, 3),
-    ("bc_grad", 2): (8, 3),
-    ("state", 4): (4, 2),
-    ("scan", 4): (4, 2),
-    ("dx", 4): (4, 1),
-    ("bc_grad", 4): (8, 1),
+# (warps, software-pipelining stages, most registers a thread or None) by kernel and bytes per
+# element, for sm_90. A limit lets one more program onto a multiprocessor.
+CONFIGS: dict[tuple[str, int], tuple[int, int, int | None]] = {
+    ("state", 2): (4, 3, None),
+    ("scan", 2): (4, 3, None),
+    ("dx", 2): (4, 3, None),
+    ("bc_grad", 2): (8, 3, None),
+    ("state", 4): (4, 2, None),
+    ("scan", 4): (4, 2, None),
+    ("dx", 4): (4, 1, None),
+    ("bc_grad", 4): (8, 1, None),
 }
+STATE_BLOCK = 64  # columns of the state that a program of `_state_kernel` walks with
 STATE_PROGRAMS = 384  # programs that fill a large GPU; fewer, and the sequence is cut into segments
 SCAN_PROGRAMS = 512
+
+
+def _options(kernel: str, x: Tensor) -> dict[str, Any]:
+    warps, stages, registers = CONFIGS[kernel, x.element_size()]
+    return {"num_warps": warps, "STAGES": stages, "maxnreg": registers}
 
 
 def _blocks(width: int) -> int:
@@ -483,7 +490,7 @@ def chunk_states(
     n_chunks = triton.cdiv(length, Q)
     states = x.new_empty((b, n_chunks, n_heads, head_dim, n_state))
     last = x.new_empty((b, n_heads, head_dim, n_state), dtype=torch.float32)
-    block_n = min(64, _blocks(n_state))
+    block_n = min(STATE_BLOCK, _blocks(n_state))
     n_tiles = triton.cdiv(n_state, block_n)
     segments = max(1, min(STATE_PROGRAMS // (n_tiles * n_heads * b), n_chunks // 8, 32))
     per_segment = triton.cdiv(n_chunks, segments)
@@ -492,7 +499,6 @@ def chunk_states(
     if segments > 1:
         ends = last.new_empty((b, n_heads, segments, head_dim, n_state))
         kept = last.new_empty((b, n_heads, segments))
-    warps, stages = CONFIGS["state", x.element_size()]
     unit = batch_unit(x, m)
     for number in (0,) if segments == 1 else (1, 2):
         _state_kernel[(n_tiles, n_heads, b * segments)](
@@ -503,7 +509,7 @@ def chunk_states(
             H=n_heads, PER_GROUP=n_heads // groups, P=head_dim, N=n_state,
             BP=_blocks(head_dim), BN=block_n, Q=Q, REVERSE=reverse, HAS_DOC=doc is not None,
             HAS_FIRST=first is not None, FULL=length % Q == 0, PASS=number,
-            PREC=_precision(x.dtype), STAGES=stages, num_warps=warps,
+            PREC=_precision(x.dtype), **_options("state", x),
         )  # fmt: skip
     return states, last
 
@@ -517,7 +523,6 @@ def scan(
     n_chunks = states.shape[1]
     y = x.new_empty((b, length, n_heads, head_dim))
     splits = _splits(n_heads // groups, n_chunks * b * groups)
-    warps, stages = CONFIGS["scan", x.element_size()]
     unit = batch_unit(x, B, C)
     _scan_kernel[(n_chunks * splits, b * groups)](
         x, B, C, D, dts, doc, states, y,
@@ -527,7 +532,7 @@ def scan(
         H=n_heads, G=groups, HEADS=n_heads // groups // splits, P=head_dim, N=n_state,
         BP=_blocks(head_dim), BN=_blocks(n_state), Q=Q,
         D_RANK=0 if D is None else D.ndim, HAS_DOC=doc is not None, FULL=length % Q == 0,
-        PREC=_precision(x.dtype), STAGES=stages, num_warps=warps,
+        PREC=_precision(x.dtype), **_options("scan", x),
     )  # fmt: skip
     return y
 
@@ -554,20 +559,19 @@ def gradients(
         "FULL": length % Q == 0, "PREC": _precision(x.dtype),
     }  # fmt: skip
     splits = _splits(n_heads // groups, n_chunks * b * groups)
-    warps, stages = CONFIGS["dx", x.element_size()]
     _dx_kernel[(n_chunks * splits, b * groups)](
         x, dy, B, C, D, dts, doc, dstates, dx, parts, *strides, dx.stride(0) // dx_unit, *numbers,
         **constants, DX_UNIT=dx_unit, DX_STRIDE_L=dx.stride(1),
         HEADS=n_heads // groups // splits,
-        D_RANK=0 if D is None else D.ndim, STAGES=stages, num_warps=warps,
+        D_RANK=0 if D is None else D.ndim, **_options("dx", x),
     )  # fmt: skip
-    warps, stages = CONFIGS["bc_grad", x.element_size()]
+    options = _options("bc_grad", x)
     if n_state <= 16:  # 8 warps on float32 tiles this narrow read out of bounds (Triton 3.6)
-        warps = 4
+        options["num_warps"] = 4
     _bc_grad_kernel[(n_chunks, b * groups)](
         x, dy, B, C, dts, doc, states, dstates, dB, dC, parts, through,
         *strides, dB.stride(0) // db_unit, *numbers,
-        **constants, DB_UNIT=db_unit, DB_STRIDE_L=dB.stride(1), STAGES=stages, num_warps=warps,
+        **constants, DB_UNIT=db_unit, DB_STRIDE_L=dB.stride(1), **options,
     )  # fmt: skip
     return parts, through
 

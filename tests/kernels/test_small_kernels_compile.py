@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 triton = pytest.importorskip("triton")
 
-from _compile import ARCHITECTURES, assert_fits, resources  # noqa: E402
+from _compile import ARCHITECTURES, SHARED_LIMIT, assert_fits, resources  # noqa: E402
 
 from ablate.kernels import (  # noqa: E402
+    attention_triton,
     conv1d_triton,
     cross_entropy_triton,
     gelu_triton,
@@ -147,6 +149,41 @@ def test_rotary_qkv(arch, sign):
     constants = {"SIGN": sign, "H": 12, "KV": 4, "P": 64, "BLOCK": 32, "ROWS": rotary_triton.ROWS}
     found = resources(rotary_triton.qkv_kernel, types, constants, arch=arch, num_warps=4)
     assert_fits(found, arch)
+
+
+@architectures
+@pytest.mark.parametrize("head_dim", [16, 64, 128])
+@pytest.mark.parametrize("kind", ["bf16", "fp32"])
+@pytest.mark.parametrize("plain", [False, True])
+@pytest.mark.parametrize("name", ["forward", "query_grad", "key_grad"])
+def test_attention(arch, head_dim, kind, plain, name):
+    """plain: whole tiles, no documents, a key head for each query head."""
+    kernel = getattr(attention_triton, f"{name}_kernel")
+    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[kind]
+    c = attention_triton.config(name, head_dim, dtype, arch >= 90)
+    constants = {
+        "H": 12, "KV": 12 if plain else 4, "P": head_dim, "BM": c.queries, "BN": c.keys,
+        "DOCS": not plain, "FULL": plain, "PREC": "tf32x3" if kind == "fp32" else "ieee",
+    }  # fmt: skip
+    others = dict.fromkeys(("sum_ptr", "delta_ptr"), "*fp32")
+    others |= dict.fromkeys(("doc_ptr", "end_ptr"), "*i32") | dict.fromkeys(
+        ("factor", "scale"), "fp32"
+    )
+    types = {
+        arg: others.get(arg, f"*{kind}" if arg.endswith("_ptr") else "i32")
+        for arg in kernel.arg_names
+        if arg not in constants
+    }
+    unknown = ("factor", "scale", "window") + (() if plain else ("length",))
+    found = resources(
+        kernel, types, constants, arch=arch, num_warps=c.warps, num_stages=c.stages,
+        aligned=tuple(set(types) - set(unknown)),
+    )  # fmt: skip
+    assert found.shared <= SHARED_LIMIT[arch]
+    if kind == "bf16":  # float32, three products for each, may spill
+        assert_fits(found, arch)
+        assert ("wgmma" if arch >= 90 else "mma.sync") in found.ptx
+        assert "cp.async" in found.ptx, "tiles must be fetched ahead"
 
 
 @architectures
