@@ -7,6 +7,7 @@ Hydra only composes: it changes no directory, writes no folder and configures no
 
 from __future__ import annotations
 
+import difflib
 import functools
 import re
 from collections.abc import Callable, Sequence
@@ -22,6 +23,7 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from ablate.config import unreadable
 from ablate.errors import UserError, did_you_mean
 
 _PACKAGE = Path(__file__).resolve().parent
@@ -55,7 +57,10 @@ def _numbers_only(resolver: Callable[..., float]) -> Callable[..., Any]:
 
     def resolve(*args: Any) -> Any:
         numbers = all(isinstance(a, int | float) and not isinstance(a, bool) for a in args)
-        return resolver(*args) if numbers and all(args[1:]) else args[0]
+        try:
+            return resolver(*args) if numbers else args[0]
+        except ZeroDivisionError:
+            return args[0]
 
     return resolve
 
@@ -79,7 +84,9 @@ def compose(overrides: Sequence[str]) -> Composed:
     scales = [w for w in words if w.startswith("scale=")]
     auto = scales[-1:] in ([], ["scale=auto"])
     if auto:  # a user's own config.yaml may name another; `auto` has no field that a scale sets
-        groups = [w for w in words if re.split("[@=]", w.lstrip("+~"))[0] in GROUPS]
+        # and a sweep, which names no scale, may ask for such a field
+        named = {w: re.split("[@=]", w.lstrip("+~"))[0] for w in words}
+        groups = [w for w, group in named.items() if group in GROUPS and group != "sweep"]
         auto = _compose(groups)[1].get("scale") == "auto"
     if auto:
         scale, why = _scale_of_this_machine()
@@ -180,23 +187,27 @@ def _sentence(error: Exception, words: list[str]) -> str:
         name = unknown[1]
         if "already at" in cause:
             return f"'+{name}' is there already: write {name}=… without the plus sign"
-        parts = name.split(".")
-        return f"unknown field '{name}'{did_you_mean(parts[-1], _names())}"
+        return f"unknown field '{name}'{_meant(name)}"
     group = re.search(r"Could not override '([^']+)'\.\s*No match in the defaults list", cause)
     if group:
         return f"unknown group '{group[1]}'{did_you_mean(group[1], GROUPS)}"
     if re.search(r"(Lexer|Parser|mismatched|extraneous|no viable|token recognition)", cause):
         for word in words:
-            quoted = text.splitlines()[0]
             if word in cause:
-                return (
-                    f"'{word}' cannot be read as name=value ({quoted.rstrip('.')}); "
-                    "put quotes around a value with brackets, commas or spaces"
-                )
+                return f"'{word}' {unreadable(error)}"
     return " ".join(text.split())
 
 
-def _names() -> set[str]:
+def _meant(name: str) -> str:
+    """` (did you mean 'a.x' or 'b.x'?)`: the fields whose last part is closest to that of name, or
+    the one of its own group."""
     from ablate import config
 
-    return {part for dotted, _, _ in config.fields() for part in dotted.split(".")}
+    paths = {d.rsplit(".", n)[0] for d, _, _ in config.fields() for n in range(d.count(".") + 1)}
+    last = {path: path.rsplit(".", 1)[-1] for path in sorted(paths)}
+    close = difflib.get_close_matches(name.rsplit(".", 1)[-1], set(last.values()), n=1)
+    meant = [path for path, part in last.items() if part in close]
+    group = name.rpartition(".")[0]
+    meant = [path for path in meant if path.rpartition(".")[0] == group] or meant
+    shown = " or ".join(f"'{path}'" for path in meant[:3])
+    return f" (did you mean {shown}?)" if meant else ""

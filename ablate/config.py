@@ -16,6 +16,7 @@ import typing
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal, TypeVar
 
+import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from ablate.errors import UserError, did_you_mean
@@ -580,6 +581,30 @@ def science(config: Config) -> dict[str, Any]:
                 node = node.get(part, {})
             node.pop(leaf, None)
     return {name: section for name, section in tree.items() if section != {}}
+
+
+def value_of(word: str) -> Any:
+    """The value of a `name=value` word, by the grammar of overrides or as JSON or YAML; `UserError`
+    if it has none."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    try:
+        return OverridesParser.create().parse_override(word).value()
+    except HydraException as error:
+        try:
+            return yaml.safe_load(word.partition("=")[2])
+        except yaml.YAMLError:
+            raise UserError(f"'{word}' {unreadable(error)}") from None
+
+
+def unreadable(error: Exception) -> str:
+    """What to tell of a word that the grammar does not take, after the word."""
+    reason = str(error).splitlines()[0].rstrip(".")
+    return (
+        f"cannot be read as name=value ({reason}); "
+        "put quotes around a value with brackets, commas, spaces or ~"
+    )
 
 
 def override(tree: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

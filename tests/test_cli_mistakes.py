@@ -2,6 +2,7 @@
 named in one sentence, no traceback, nothing created."""
 
 import typing
+from pathlib import Path
 
 import annotated_types
 import pytest
@@ -145,3 +146,27 @@ def test_what_a_scale_sets_can_be_set_beside_the_scale_of_this_machine(monkeypat
         assert found.tree["data"]["seq_len"] == 2048
         assert found.choices["scale"] == "14m"
         assert found.notes == ["scale auto: 14m (some GPU)"]
+
+
+@pytest.mark.parametrize(
+    ("word", "meant"),
+    [
+        ("workers=4", "'data.workers' or 'study.workers'"),  # the name alone, of two groups
+        ("train.tokes=3", "'train.tokens'"),  # evaluate.tokens is as close, in another group
+        ("trian.lr=2", "'train.lr'"),
+    ],
+)
+def test_a_suggestion_is_a_field_that_can_be_typed(word, meant, capsys):
+    assert main(["plan", word]) == 2
+    assert (
+        f"unknown field '{word.split('=')[0]}' (did you mean {meant}?)" in capsys.readouterr().err
+    )
+
+
+SWEEPS = sorted(path.stem for path in (Path(__file__).parents[1] / "sweeps").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("name", SWEEPS)
+def test_every_sweep_can_be_planned_as_it_ships(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["plan", f"+sweep={name}", "tracker=none"]) == 0, capsys.readouterr().err

@@ -5,16 +5,19 @@
     python -m ablate bench train mamba2_130m train.devices=4 train.batch_size=64 --peers none
 
 Every model trains twice in processes of their own, with data, logging and validation: cold, a few
-steps with compile caches that are empty, and warm, where the speed is measured. Its kernel time by
-what it is for comes from a profile of a few steps that are not captured; what the captured step
-takes beyond it are gaps. Peers: a plain compiled Transformer, and mamba_ssm where installed.
+steps with compile caches that are empty, and warm, where the speed is measured. Kernel time is that
+of captured steps under load, and gaps are what the measured step takes beyond it; what a kernel is
+for comes from a profile of steps that are not captured. Peers: a plain compiled Transformer, and
+mamba_ssm where installed.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import importlib.util
 import json
+import math
 import os
 import subprocess
 import sys
@@ -44,7 +47,8 @@ from ablate.train.loop import architecture_of
 from ablate.train.stop import TrialFailed
 
 TreeOf = Callable[[list[str]], dict[str, Any]]
-PROFILED = 3  # steps
+PROFILED = 5  # steps
+SETTLING = 3.0  # seconds under load before them
 TIMEOUT = 300  # seconds of one process
 
 _COMMON = ["data.seq_len=2048", "data.tokenizer.kind=byte", "data.allow_repeats=true"]
@@ -242,45 +246,107 @@ def group_of(names: Sequence[str]) -> str:
 def kernel_times(cfg: Config, micro_batch: int) -> dict[str, float]:
     """Milliseconds of a training step by `group_of`: on the GPU, or where there is none the CPU's.
 
-    The steps are compiled as `train` compiles them, and launched one kernel after the other, so
-    that each kernel is known by the operator that launched it.
+    The steps are those that `train` takes, captured where it captures them. A replayed graph tells
+    its kernels but not what launched them, which comes from a second profile of steps launched one
+    kernel after the other.
     """
     device = device_of(cfg.train)
-    on_gpu = device.type == "cuda"
+    os.environ["TEARDOWN_CUPTI"] = "0"  # a profile after that can crash where there are graphs
     with numerics(cfg.train, device):
         engine = Engine(cfg, architecture_of(cfg, prepare(cfg.data)), device)
-        engine.captured = False
-        stepper = engine.stepper(micro_batch)
         shape = (cfg.train.batch_size // cfg.train.devices, cfg.data.seq_len)
         tokens = torch.randint(0, 256, shape, generator=torch.Generator().manual_seed(0))
         starts = torch.zeros(shape, dtype=torch.int32) if cfg.data.reset_documents else None
         batch = Batch(tokens, tokens.roll(-1, 1), starts)
-        for _ in range(2):
+        captured = _profile(engine, micro_batch, batch) if engine.captured else None
+        engine.captured = False
+        launched = _profile(engine, micro_batch, batch)
+    groups = kernel_groups(launched, device)
+    if device.type == "cuda":
+        busy = busy_times(launched if captured is None else captured)
+    else:
+        busy = {name: sum(times.values()) for name, times in groups.items()}
+    return {name: us / 1e3 / PROFILED for name, us in by_group(busy, groups).items()}
+
+
+def _profile(engine: Engine, micro_batch: int, batch: Batch) -> Sequence[Any]:
+    """Events of PROFILED steps, on a GPU under the load of training, which lowers its clocks."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    settling = 0.0
+    if engine.device.type == "cuda":
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+        settling = SETTLING
+        gc.collect()
+        torch.cuda.empty_cache()  # the memory of the graph before
+    stepper = engine.stepper(micro_batch)
+
+    def some_steps(n: int) -> None:
+        for _ in range(n):
             stepper(batch, 1e-4)
-        activities = [torch.profiler.ProfilerActivity.CPU]
-        if on_gpu:
-            activities.append(torch.profiler.ProfilerActivity.CUDA)
-        with torch.profiler.profile(activities=activities) as profiled:
-            for _ in range(PROFILED):
-                stepper(batch, 1e-4)
-            stepper.read()
-    times: defaultdict[str, float] = defaultdict(float)
-    everything = 0.0
-    for event in profiled.events():
+        stepper.read()
+
+    some_steps(1 + stepper.cold_steps)
+    profiled = torch.profiler.profile(activities=activities)
+    profiled.prepare_trace()  # which takes long enough for the clocks to rise
+    until = time.perf_counter() + settling
+    while time.perf_counter() < until:
+        some_steps(PROFILED)
+    profiled.start_trace()
+    some_steps(PROFILED)
+    profiled.stop_trace()
+    return profiled.events()
+
+
+def kernel_groups(events: Sequence[Any], device: torch.device) -> dict[str, dict[str, float]]:
+    """Microseconds of each kernel, by its name, for each group of the operators that launched it.
+
+    events: of steps that are not captured. On a CPU an operator is its own kernel.
+    """
+    groups: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
+    for event in events:
         if event.device_type != torch.autograd.DeviceType.CPU:
-            everything += event.self_device_time_total * (not event.is_user_annotation)
             continue
-        spent = event.self_device_time_total if on_gpu else event.self_cpu_time_total
-        if spent > 0:
-            names, parent = [event.name], event.cpu_parent
-            while parent is not None:
-                names.append(parent.name)
-                parent = parent.cpu_parent
-            times[group_of(names)] += spent / 1e3 / PROFILED
-    rest = everything / 1e3 / PROFILED - sum(times.values())
-    if on_gpu and rest > 0:
-        times["of no operator"] = rest
-    return dict(times)
+        spent = [(kernel.name, kernel.duration) for kernel in event.kernels]
+        if device.type == "cpu":
+            spent = [(event.name, event.self_cpu_time_total)]
+        names, parent = [event.name], event.cpu_parent
+        while parent is not None:
+            names.append(parent.name)
+            parent = parent.cpu_parent
+        for name, us in spent:
+            if us > 0:
+                groups[name][group_of(names)] += us
+    return groups
+
+
+def busy_times(events: Sequence[Any]) -> dict[str, float]:
+    """Microseconds by kernel name, together those in which the GPU was busy.
+
+    A kernel that begins while others run counts from when the last of them ends.
+    """
+    times: dict[str, float] = defaultdict(float)
+    until = -math.inf
+    for event in sorted(events, key=lambda event: event.time_range.start):
+        if event.device_type == torch.autograd.DeviceType.CPU or event.is_user_annotation:
+            continue
+        start, end = event.time_range.start, event.time_range.end
+        times[event.name] += max(0.0, end - max(start, until))
+        until = max(until, end)
+    return times
+
+
+def by_group(
+    busy: Mapping[str, float], groups: Mapping[str, Mapping[str, float]]
+) -> dict[str, float]:
+    """`busy_times` by group, each kernel's divided in the proportions of `kernel_groups`."""
+    times: dict[str, float] = defaultdict(float)
+    for name, us in busy.items():
+        # A kernel that was launched in no other profile, as a library may choose another when it
+        # is captured, has no known purpose; one that is not in `busy` took no time of the step.
+        shares = groups.get(name, {"of no operator": 1.0})
+        for group, share in shares.items():
+            times[group] += us * share / sum(shares.values())
+    return times
 
 
 # --- peers ----------------------------------------------------------------------------------------

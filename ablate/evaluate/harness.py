@@ -163,7 +163,9 @@ def _load(
     except Exception as error:  # datasets raises many kinds for what it cannot reach or use
         reason = f"({type(error).__name__}: {' '.join(str(error).split())[:160]})"
         why = f"lm-eval cannot use its data in {data} {reason}"
-        if data is None:
+        if folder == TASKS:
+            why = f"its data could not be made {reason}"
+        elif data is None:
             why = f"its data cannot be had from the hub {reason}; give evaluate.local_data=FOLDER"
         raise Skipped(f"{shown}: skipped, {why}") from None
 

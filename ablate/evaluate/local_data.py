@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +89,22 @@ def local_data(root: Path) -> Iterator[list[str]]:
         datasets.load_dataset = original
 
 
+def as_dataset(rows: Sequence[Mapping[str, Any]]) -> Any:
+    """A datasets.Dataset of rows that JSON can hold, with the fields of the first.
+
+    Its fingerprint is a hash of the rows. `Dataset.from_list` would pickle the table to get one,
+    and pyarrow cannot be pickled where packages are in a folder that is not site-packages.
+    """
+    import datasets
+    import pyarrow
+
+    content = hashlib.blake2b(digest_size=8)
+    for row in rows:
+        content.update(json.dumps(row).encode())
+    table = pyarrow.Table.from_pylist(rows)
+    return datasets.Dataset(table, fingerprint=content.hexdigest())
+
+
 def _load(root: Path, path: str, name: str | None, notes: list[str]) -> Any:
     import datasets
 
@@ -106,7 +123,7 @@ def _load(root: Path, path: str, name: str | None, notes: list[str]) -> Any:
                 raise NoLocalData(f"the rows of {file} have no field '{field}'")
             rows = [row for row in rows if row[field] == name]
         if rows:
-            splits[split] = datasets.Dataset.from_list(rows)
+            splits[split] = as_dataset(rows)
     if not splits:
         of = "" if field is None else f" with {field} '{name}'"
         raise NoLocalData(f"there are no rows{of} in {root / folder}")

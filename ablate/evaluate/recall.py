@@ -25,6 +25,7 @@ from typing import Any
 
 from ablate.data.made import Draw
 from ablate.errors import UserError
+from ablate.evaluate.local_data import as_dataset
 
 DIGITS = 10  # of a phone number
 KEY_DIGITS = 5  # of a passkey (Samba's) and of a needle's value
@@ -442,13 +443,11 @@ def first_answer(response: str, target: str) -> str:
 
 def dataset(task: str, **given: Any) -> dict[str, Any]:
     """{"test": datasets.Dataset}; `given` is the task's metadata with lm-eval's model arguments."""
-    import datasets
-
     tokenizer = given.get("tokenizer") or given.get("pretrained")
     name = tokenizer if isinstance(tokenizer, str) else None
     sizes = {k: v for k, v in given.items() if k not in ("tokenizer", "pretrained", "seed")}
     documents = make(task, seed=given.get("seed", 0), tokenizer=name, **sizes)
-    return {"test": datasets.Dataset.from_list(documents)}
+    return {"test": as_dataset(documents)}
 
 
 def process_results(document: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:

@@ -12,8 +12,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
-import yaml
-
 from ablate import config
 from ablate.config import Config, DataConfig, EvaluateConfig, RecallTask
 from ablate.data import TokenSet, prepare
@@ -267,10 +265,7 @@ def _words(words: Iterable[str]) -> dict[str, Any]:
             raise UserError(f"'{word}' has no value: settings are written name=value")
         if name not in known:
             raise UserError(f"unknown setting '{name}'{did_you_mean(name, known)}")
-        try:
-            given[name] = yaml.safe_load(value)
-        except yaml.YAMLError:
-            raise UserError(f"'{word}' cannot be read as name=value") from None
+        given[name] = config.value_of(f"{name}={value}")
     for name, (right, told) in _OWN_WORDS.items():
         if name in given and not right(given[name]):
             raise UserError(f"{name} is {given[name]!r}; it must be {told}")

@@ -256,12 +256,13 @@ def key_grad_kernel(
         q = q_ptr + b * q_batch + h.to(tl.int64) * q_head
         dy = dy_ptr + b * dy_batch + h.to(tl.int64) * dy_head
         rows = (b * H + h) * padded
-        for t in range(edges):
+        # constants moved out of the loops would not fit the registers
+        for t in tl.range(edges, disable_licm=True):
             query = tl.where(t < left, begin, inner_end - left * BM) + t * BM
             dk, dv = _key_grad_step(
                 dk, dv, k, v, q, dy, sum_ptr + rows, delta_ptr + rows, query, key, upper, q_row,
                 dy_row, length, factor, BM, P, True, FULL, PREC)  # fmt: skip
-        for t in range((inner_end - inner) // BM):
+        for t in tl.range((inner_end - inner) // BM, disable_licm=True):
             query = inner + t * BM
             dk, dv = _key_grad_step(
                 dk, dv, k, v, q, dy, sum_ptr + rows, delta_ptr + rows, query, key, upper, q_row,
@@ -286,14 +287,14 @@ class Config:
 # operands in registers and whose shared memory may be 99 KB.
 CONFIGS = {
     ("forward", True): (Config(64, 64, 4, 3), Config(64, 64, 4, 3)),
-    ("query_grad", True): (Config(64, 64, 4, 3), Config(128, 64, 8, 2)),
-    ("key_grad", True): (Config(32, 64, 4, 3), Config(32, 128, 8, 2)),
+    ("query_grad", True): (Config(64, 64, 4, 3), Config(64, 64, 4, 2)),
+    ("key_grad", True): (Config(64, 64, 4, 3), Config(64, 64, 4, 2)),
     ("forward", False): (Config(64, 64, 4, 2), Config(64, 32, 4, 2)),
     ("query_grad", False): (Config(64, 32, 4, 2), Config(64, 32, 4, 2)),
     ("key_grad", False): (Config(32, 64, 4, 2), Config(32, 64, 8, 2)),
 }
 WIDE = {  # float32
-    "forward": (Config(64, 16, 8, 1), Config(32, 16, 4, 1)),
+    "forward": (Config(32, 32, 4, 1), Config(32, 16, 4, 1)),
     "query_grad": (Config(32, 32, 4, 1), Config(16, 32, 4, 1)),
     "key_grad": (Config(32, 32, 4, 1), Config(16, 16, 4, 1)),
 }

@@ -437,13 +437,30 @@ CONFIGS: dict[tuple[str, int], tuple[int, int, int | None]] = {
     ("dx", 4): (4, 1, None),
     ("bc_grad", 4): (8, 1, None),
 }
-STATE_BLOCK = 64  # columns of the state that a program of `_state_kernel` walks with
+# states of more than 64 by 128
+WIDE: dict[tuple[str, int], tuple[int, int, int | None]] = {
+    ("scan", 2): (8, 2, None),
+    ("dx", 2): (8, 2, None),
+    ("bc_grad", 2): (8, 1, None),
+}
+# products hold their operands in registers, and less memory is shared
+BEFORE_90: dict[tuple[str, int], tuple[int, int, int | None]] = {("bc_grad", 2): (8, 2, None)}
 STATE_PROGRAMS = 384  # programs that fill a large GPU; fewer, and the sequence is cut into segments
 SCAN_PROGRAMS = 512
 
 
-def _options(kernel: str, x: Tensor) -> dict[str, Any]:
-    warps, stages, registers = CONFIGS[kernel, x.element_size()]
+def config(kernel: str, size: int, area: int, hopper: bool) -> tuple[int, int, int | None]:
+    """An entry of the tables; size: bytes per element, area: of a head's state."""
+    key = kernel, size
+    if area > 64 * 128 and key in WIDE:
+        return WIDE[key]
+    return CONFIGS[key] if hopper else BEFORE_90.get(key, CONFIGS[key])
+
+
+def _options(kernel: str, x: Tensor, n_state: int) -> dict[str, Any]:
+    hopper = not x.is_cuda or torch.cuda.get_device_capability(x.device) >= (9, 0)
+    area = _blocks(x.shape[3]) * _blocks(n_state)
+    warps, stages, registers = config(kernel, x.element_size(), area, hopper)
     return {"num_warps": warps, "STAGES": stages, "maxnreg": registers}
 
 
@@ -490,7 +507,7 @@ def chunk_states(
     n_chunks = triton.cdiv(length, Q)
     states = x.new_empty((b, n_chunks, n_heads, head_dim, n_state))
     last = x.new_empty((b, n_heads, head_dim, n_state), dtype=torch.float32)
-    block_n = min(STATE_BLOCK, _blocks(n_state))
+    block_n = min(64, _blocks(n_state))
     n_tiles = triton.cdiv(n_state, block_n)
     segments = max(1, min(STATE_PROGRAMS // (n_tiles * n_heads * b), n_chunks // 8, 32))
     per_segment = triton.cdiv(n_chunks, segments)
@@ -509,7 +526,7 @@ def chunk_states(
             H=n_heads, PER_GROUP=n_heads // groups, P=head_dim, N=n_state,
             BP=_blocks(head_dim), BN=block_n, Q=Q, REVERSE=reverse, HAS_DOC=doc is not None,
             HAS_FIRST=first is not None, FULL=length % Q == 0, PASS=number,
-            PREC=_precision(x.dtype), **_options("state", x),
+            PREC=_precision(x.dtype), **_options("state", x, n_state),
         )  # fmt: skip
     return states, last
 
@@ -532,7 +549,7 @@ def scan(
         H=n_heads, G=groups, HEADS=n_heads // groups // splits, P=head_dim, N=n_state,
         BP=_blocks(head_dim), BN=_blocks(n_state), Q=Q,
         D_RANK=0 if D is None else D.ndim, HAS_DOC=doc is not None, FULL=length % Q == 0,
-        PREC=_precision(x.dtype), **_options("scan", x),
+        PREC=_precision(x.dtype), **_options("scan", x, n_state),
     )  # fmt: skip
     return y
 
@@ -563,9 +580,9 @@ def gradients(
         x, dy, B, C, D, dts, doc, dstates, dx, parts, *strides, dx.stride(0) // dx_unit, *numbers,
         **constants, DX_UNIT=dx_unit, DX_STRIDE_L=dx.stride(1),
         HEADS=n_heads // groups // splits,
-        D_RANK=0 if D is None else D.ndim, **_options("dx", x),
+        D_RANK=0 if D is None else D.ndim, **_options("dx", x, n_state),
     )  # fmt: skip
-    options = _options("bc_grad", x)
+    options = _options("bc_grad", x, n_state)
     if n_state <= 16:  # 8 warps on float32 tiles this narrow read out of bounds (Triton 3.6)
         options["num_warps"] = 4
     _bc_grad_kernel[(n_chunks, b * groups)](

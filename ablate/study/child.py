@@ -131,6 +131,8 @@ def main(train: Train | None = None) -> None:
     outside and the parent's word to stop are the same single interrupt.
     """
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # threads to come inherit it
+    # a shell ignores it for what it starts with &, and so would `Channel.stop`
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     channel = Channel()
     threading.Thread(target=_wait_for_term, args=(channel,), daemon=True).start()
     loaded = None

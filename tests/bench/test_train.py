@@ -5,9 +5,11 @@ from __future__ import annotations
 import functools
 import io
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from rich.console import Console
 
 from ablate.bench import train as bench
@@ -99,6 +101,57 @@ def test_every_model_composes_to_its_size() -> None:
 )
 def test_groups(names: list[str], group: str) -> None:
     assert bench.group_of(names) == group
+
+
+CPU, CUDA = torch.autograd.DeviceType.CPU, torch.autograd.DeviceType.CUDA
+
+
+def on_device(name: str, start: float, end: float, annotation: bool = False) -> Any:
+    span = SimpleNamespace(start=start, end=end)
+    return SimpleNamespace(
+        name=name, device_type=CUDA, time_range=span, is_user_annotation=annotation
+    )
+
+
+def operator(name: str, *kernels: tuple[str, float], parent: Any = None) -> Any:
+    launched = [SimpleNamespace(name=name, duration=us) for name, us in kernels]
+    span = SimpleNamespace(start=0.0, end=99.0)
+    return SimpleNamespace(
+        name=name, device_type=CPU, time_range=span, kernels=launched, cpu_parent=parent
+    )
+
+
+def test_busy_times_are_the_union_of_kernels() -> None:
+    events = [
+        on_device("b", 4, 12),  # beside a on another stream
+        on_device("a", 0, 10),
+        on_device("c", 5, 8),  # within both
+        on_device("a", 20, 25),
+        on_device("step", 0, 30, annotation=True),
+        operator("aten::mm", ("a", 10)),
+    ]
+    assert bench.busy_times(events) == {"a": 15, "b": 2, "c": 0}
+
+
+def test_captured_time_has_the_proportions_of_launched_kernels() -> None:
+    loss = operator("_LinearCrossEntropy")
+    launched = [
+        loss,
+        operator("aten::mm", ("gemm", 30.0)),
+        operator("aten::mm", ("gemm", 10.0), parent=loss),
+        operator("ablate::rms_norm_forward", ("norm", 5.0)),
+        operator("aten::copy_", ("copy", 7.0), ("nothing", 0.0)),
+        on_device("gemm", 0, 30),
+    ]
+    groups = bench.kernel_groups(launched, torch.device("cuda"))
+    assert groups == {
+        "gemm": {"GEMMs": 30.0, "loss": 10.0},
+        "norm": {"all: norm": 5.0},
+        "copy": {"other": 7.0},
+    }
+    # captured: the product is slower, the copy is gone, and another kernel is there
+    times = bench.by_group({"gemm": 60.0, "norm": 5.0, "splitk": 2.0}, groups)
+    assert times == {"GEMMs": 45.0, "loss": 15.0, "all: norm": 5.0, "of no operator": 2.0}
 
 
 def test_the_peer_steps(settings: list[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -126,6 +126,25 @@ def test_merged_digits_are_refused_unless_asked_for(tmp_path):
     assert recall.make("phonebook", tokenizer=str(path), digit_tokens="any", entries=[3], items=1)
 
 
+def test_a_dataset_is_made_without_pickling(monkeypatch):
+    import datasets
+
+    sizes = {"lengths": [400], "depths": 2, "items": 1}
+    documents = recall.make("needle", seed=3, tokenizer="byte", **sizes)
+    wanted = datasets.Dataset.from_list(documents)
+
+    def unpicklable(*_):
+        raise AssertionError("pickled")
+
+    monkeypatch.setattr(datasets.fingerprint.Hasher, "update", unpicklable)
+    made = [
+        recall.dataset("needle", seed=seed, tokenizer="byte", **sizes)["test"] for seed in (3, 3, 4)
+    ]
+    assert made[0].features == wanted.features
+    assert made[0].to_list() == wanted.to_list() == documents
+    assert made[0]._fingerprint == made[1]._fingerprint != made[2]._fingerprint
+
+
 def test_lm_eval_alone_runs_the_tasks_on_a_transformers_model(hf_folder, tmp_path):
     """The README's line, as a user types it."""
     sizes = {"entries": [3, 5], "items": 4, "lengths": [150], "depths": 2}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import pickle
 import random
 import re
 import shutil
@@ -15,8 +16,8 @@ from rich.console import Console
 
 from ablate.config import EvaluateConfig, load
 from ablate.errors import UserError
-from ablate.evaluate import length, suites
-from ablate.evaluate.harness import chance
+from ablate.evaluate import length, recall, suites
+from ablate.evaluate.harness import TASKS, Skipped, _load, chance
 from ablate.evaluate.local_data import NoLocalData, local_data
 from ablate.evaluate.recall import first_answer
 from ablate.evaluate.subjects import load as load_subject
@@ -332,6 +333,8 @@ def test_weights_that_were_not_kept(run, tmp_path):
         (["x", "out=/proc/nowhere"], "cannot write to '/proc/nowhere'"),
         (["x", "out=[a]"], "it must be a folder"),
         (["x", "limit"], "has no value"),
+        (["x", "recall=["], "'recall=\\[' cannot be read as name=value"),
+        (["x", "sizes={needle:{item:3}}"], "did you mean 'items'"),  # as it is written elsewhere
     ],
 )
 def test_mistakes_are_one_sentence(words, named):
@@ -454,6 +457,35 @@ def test_data_that_is_missing_empty_or_damaged_is_one_line(run, tmp_path, capsys
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 1
     assert re.search(named, lines[0]), lines[0]
+
+
+def test_data_of_ours_that_cannot_be_made(monkeypatch):
+    def fails(*_, **__):
+        raise pickle.PicklingError("Can't pickle it")
+
+    monkeypatch.setattr(recall, "make", fails)
+    with pytest.raises(Skipped) as caught:
+        _load(TASKS, "phonebook", "phonebook", metadata={"tokenizer": "byte"})
+    assert str(caught.value) == (
+        "phonebook: skipped, its data could not be made (PicklingError: Can't pickle it)"
+    )
+
+
+def test_local_data_is_read_without_pickling(data_folder, monkeypatch):
+    import datasets
+
+    rows = [json.loads(r) for r in (data_folder / "mmlu/dev.jsonl").read_text().splitlines()]
+    rows = [row for row in rows if row["subject"] == "virology"]
+    wanted = datasets.Dataset.from_list(rows)
+
+    def unpicklable(*_):
+        raise AssertionError("pickled")
+
+    monkeypatch.setattr(datasets.fingerprint.Hasher, "update", unpicklable)
+    with local_data(data_folder):
+        found = datasets.load_dataset("cais/mmlu", "virology")["dev"]
+    assert found.features == wanted.features
+    assert found.to_list() == wanted.to_list() == rows
 
 
 def test_a_part_of_a_benchmark_that_has_no_rows(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ def drive(tree: dict[str, Any], fake: bool, environment: dict[str, str], output:
     from ablate.study.supervisor import run_study
 
     os.setsid()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # also where pytest runs behind an &
     os.environ.update(environment)
     file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(file, 1)
