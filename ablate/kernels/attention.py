@@ -154,10 +154,9 @@ def _form(
         window = None
     full = window is None and doc_start_BL is None
     kernel = use_triton(backend, q, k, v, supported=_kernel_runs(q, scale))
-    if q.dtype == torch.float32 and backend is None:
-        kernel = False  # its float32 tiles have not passed their tests on a GPU yet
     # cuDNN's backward pass is not deterministic, and FlashAttention's takes longer then.
     ours = not full or torch.are_deterministic_algorithms_enabled()
+    ours = ours and q.dtype != torch.float32  # whose tiles have not passed on a GPU yet
     if kernel and (backend == "triton" or ours):
         return "triton", window
     return ("sdpa" if full else "blocks"), window

@@ -39,9 +39,11 @@ from ablate.kernels.dispatch import define_op
 from ablate.kernels.gla import CHUNK, FORGET
 from ablate.kernels.tiles_triton import (
     batch_unit,
+    before_90,
     contiguous,
     dense_rows,
     load_tile,
+    precision,
     starts,
     store_tile,
 )
@@ -462,12 +464,7 @@ def _safe(dtype: torch.dtype) -> float:
 
 def _config(kernel: str, data: Tensor) -> Config:
     key = (kernel, data.element_size())
-    old = data.is_cuda and torch.cuda.get_device_capability(data.device) < (9, 0)
-    return BEFORE_90.get(key, CONFIGS[key]) if old else CONFIGS[key]
-
-
-def _precision(dtype: torch.dtype) -> str:
-    return "tf32x3" if dtype == torch.float32 else "ieee"
+    return BEFORE_90.get(key, CONFIGS[key]) if before_90(data) else CONFIGS[key]
 
 
 def _spans(like: Tensor) -> Tensor:
@@ -496,7 +493,7 @@ def _pairs(
         UNIT=unit, Q_ROW=q.stride(1), K_ROW=k.stride(1), G_ROW=g.stride(1),
         H=heads, K=width, BK=_block(width, config.keys), Q=chunk, BITS=chunk.bit_length() - 1,
         FORGET=FORGET, SAFE=_safe(q.dtype), HAS_DOC=doc is not None, FULL=length % chunk == 0,
-        PREC=_precision(q.dtype), PIECES=PIECES[g.dtype], STAGES=config.stages,
+        PREC=precision(q.dtype), PIECES=PIECES[g.dtype], STAGES=config.stages,
         num_warps=config.warps,
     )  # fmt: skip
     return scores, seen, leaving, keep
@@ -530,7 +527,7 @@ def _states(
             m.stride(0) // unit, length, n_chunks, per_segment, segments,
             UNIT=unit, M_ROW=m.stride(1), H=heads, K=width, V=values, BK=bk, BV=bv, Q=chunk,
             REVERSE=reverse, HAS_FIRST=first is not None, FULL=length % chunk == 0, PASS=number,
-            PREC=_precision(x.dtype), STAGES=config.stages, num_warps=config.warps,
+            PREC=precision(x.dtype), STAGES=config.stages, num_warps=config.warps,
         )  # fmt: skip
     return states, last
 
@@ -554,7 +551,7 @@ def _mix(
         m.stride(0) // unit, other.stride(0) // unit, length, n_chunks,
         UNIT=unit, M_ROW=m.stride(1), V_ROW=other.stride(1), H=heads, K=width, V=values,
         BK=_block(width, config.keys), BV=bv, Q=chunk, BACKWARD=v is not None,
-        HAS_DOC=doc is not None, FULL=length % chunk == 0, PREC=_precision(x.dtype),
+        HAS_DOC=doc is not None, FULL=length % chunk == 0, PREC=precision(x.dtype),
         STAGES=config.stages, num_warps=config.warps,
     )  # fmt: skip
     return y
@@ -578,7 +575,7 @@ def _passed(
         v, dy, states, dstates, dseen, dleaving, through, v.stride(0) // unit, length, n_chunks,
         UNIT=unit, V_ROW=v.stride(1), H=heads, K=width, V=values, BK=bk,
         BV=_block(values, config.values), Q=chunk, FULL=length % chunk == 0,
-        PREC=_precision(v.dtype), STAGES=config.stages, num_warps=config.warps,
+        PREC=precision(v.dtype), STAGES=config.stages, num_warps=config.warps,
     )  # fmt: skip
     return dseen, dleaving, through
 
@@ -599,7 +596,7 @@ def _grad(
         UNIT=unit, Q_ROW=q.stride(1), K_ROW=k.stride(1), G_ROW=g.stride(1),
         H=heads, K=width, BK=bk, Q=chunk, BITS=chunk.bit_length() - 1,
         FORGET=FORGET, SAFE=_safe(q.dtype), HAS_DOC=doc is not None, FULL=length % chunk == 0,
-        PREC=_precision(q.dtype), PIECES=PIECES[g.dtype],
+        PREC=precision(q.dtype), PIECES=PIECES[g.dtype],
         DPIECES=3 if q.dtype == torch.float32 else 2, num_warps=config.warps,
     )  # fmt: skip
     return dq, dk, dg

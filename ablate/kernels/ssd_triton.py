@@ -32,7 +32,14 @@ from torch import Tensor
 
 from ablate.kernels.dispatch import define_op
 from ablate.kernels.sum_rows_triton import sum_rows
-from ablate.kernels.tiles_triton import batch_unit, dense_rows, load_tile, store_tile
+from ablate.kernels.tiles_triton import (
+    batch_unit,
+    before_90,
+    dense_rows,
+    load_tile,
+    precision,
+    store_tile,
+)
 
 Q = 64
 
@@ -458,18 +465,13 @@ def config(kernel: str, size: int, area: int, hopper: bool) -> tuple[int, int, i
 
 
 def _options(kernel: str, x: Tensor, n_state: int) -> dict[str, Any]:
-    hopper = not x.is_cuda or torch.cuda.get_device_capability(x.device) >= (9, 0)
     area = _blocks(x.shape[3]) * _blocks(n_state)
-    warps, stages, registers = config(kernel, x.element_size(), area, hopper)
+    warps, stages, registers = config(kernel, x.element_size(), area, not before_90(x))
     return {"num_warps": warps, "STAGES": stages, "maxnreg": registers}
 
 
 def _blocks(width: int) -> int:
     return max(16, triton.next_power_of_2(width))
-
-
-def _precision(dtype: torch.dtype) -> str:
-    return "tf32x3" if dtype == torch.float32 else "ieee"
 
 
 def _splits(per_group: int, programs: int) -> int:
@@ -526,7 +528,7 @@ def chunk_states(
             H=n_heads, PER_GROUP=n_heads // groups, P=head_dim, N=n_state,
             BP=_blocks(head_dim), BN=block_n, Q=Q, REVERSE=reverse, HAS_DOC=doc is not None,
             HAS_FIRST=first is not None, FULL=length % Q == 0, PASS=number,
-            PREC=_precision(x.dtype), **_options("state", x, n_state),
+            PREC=precision(x.dtype), **_options("state", x, n_state),
         )  # fmt: skip
     return states, last
 
@@ -549,7 +551,7 @@ def scan(
         H=n_heads, G=groups, HEADS=n_heads // groups // splits, P=head_dim, N=n_state,
         BP=_blocks(head_dim), BN=_blocks(n_state), Q=Q,
         D_RANK=0 if D is None else D.ndim, HAS_DOC=doc is not None, FULL=length % Q == 0,
-        PREC=_precision(x.dtype), **_options("scan", x, n_state),
+        PREC=precision(x.dtype), **_options("scan", x, n_state),
     )  # fmt: skip
     return y
 
@@ -573,7 +575,7 @@ def gradients(
         "UNIT": unit, "X_STRIDE_L": x.stride(1), "B_STRIDE_L": B.stride(1),
         "C_STRIDE_L": C.stride(1), "H": n_heads, "G": groups, "P": head_dim, "N": n_state,
         "BP": _blocks(head_dim), "BN": _blocks(n_state), "Q": Q, "HAS_DOC": doc is not None,
-        "FULL": length % Q == 0, "PREC": _precision(x.dtype),
+        "FULL": length % Q == 0, "PREC": precision(x.dtype),
     }  # fmt: skip
     splits = _splits(n_heads // groups, n_chunks * b * groups)
     _dx_kernel[(n_chunks * splits, b * groups)](

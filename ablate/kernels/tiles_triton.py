@@ -38,6 +38,16 @@ def store_tile(
         tl.store(ptrs, value, mask=(rows[:, None] < n_rows) & (cols[None, :] < n_cols))
 
 
+def precision(dtype: torch.dtype) -> str:
+    """Of `tl.dot`: as exact as the type, which float32 reaches by three products of tf32."""
+    return "tf32x3" if dtype == torch.float32 else "ieee"
+
+
+def before_90(v: Tensor) -> bool:
+    """Whether v lies on a GPU before sm_90; on a CPU, for the interpreter, it does not."""
+    return v.is_cuda and torch.cuda.get_device_capability(v.device) < (9, 0)
+
+
 def contiguous(v: Tensor | None) -> Tensor | None:
     return None if v is None else v.contiguous()
 
