@@ -16,7 +16,7 @@ import importlib
 import json
 import platform
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,6 +24,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+
+from ablate.data.tokens import usable_cores
+from ablate.kernels.precompile import compile_together
 
 Inputs = dict[str, Any]
 Function = Callable[[Inputs], Any]
@@ -552,6 +555,15 @@ def _device_ms(fn: Callable[[], Any], repeats: int = 5) -> float:
     return sum(e.self_device_time_total for e in recorded.key_averages()) / repeats / 1000
 
 
+def _compile_ahead(cases: Sequence[Case]) -> None:
+    """Our kernels for all cases together; what goes wrong here is told by the case's own row."""
+    with compile_together(usable_cores()) as dry_run, dry_run():
+        for case in cases:
+            for size in ((CHECK_BATCH, CHECK_LENGTH), (case.batch, case.length)):
+                with contextlib.suppress(Exception):
+                    _gradients(case.ours, case.inputs(*size))
+
+
 def _measure(case: Case, who: str, fn: Function, milliseconds: int) -> Row:
     from triton.testing import do_bench
 
@@ -595,9 +607,9 @@ def bench_kernels(only: str = "", peers: str = "all", milliseconds: int = 100) -
 
     peers: "all", "none", or names separated by commas.
     """
-    for case in _cases():
-        if only and not any(word in case.operation for word in only.split(",")):
-            continue
+    cases = [c for c in _cases() if not only or any(w in c.operation for w in only.split(","))]
+    _compile_ahead(cases)
+    for case in cases:
         yield _measure(case, "ours", case.ours, milliseconds)
         if peers == "none":
             continue

@@ -6,6 +6,8 @@ stream stays float32, as the embedding starts it and autocast promotes.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -123,6 +125,20 @@ class LanguageModel(nn.Module):
             )
             for kind in ours
         }
+
+    @contextlib.contextmanager
+    def one_layer_a_kind(self) -> Iterator[None]:
+        """Inside, the model has the first layer of each kind and option set only."""
+        whole = self.layers
+        kinds = zip(self.arch.letters, map(repr, self.arch.layer_options), whole, strict=True)
+        first: dict[tuple[str, str], Any] = {}
+        for letter, options, layer in kinds:
+            first.setdefault((letter, options), layer)
+        self.layers = nn.ModuleList(first.values())
+        try:
+            yield
+        finally:
+            self.layers = whole
 
     def compilations(self) -> int:
         """Graphs that this process has compiled so far, of this model or not."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import gc
+import logging
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -21,11 +22,15 @@ from torch import Tensor
 
 from ablate.config import TrainConfig
 from ablate.data import Batch
+from ablate.data.tokens import usable_cores
 from ablate.errors import UserError
+from ablate.kernels.precompile import compile_together
 from ablate.model.lm import LanguageModel
 from ablate.train.optim import apply_step, set_lr
 from ablate.train.ranks import Ranks
 from ablate.train.stop import TrialFailed, is_out_of_memory
+
+log = logging.getLogger(__name__)
 
 # Positions in the vector of running figures; those before _NORM begin anew with each reading.
 _LOSS, _COUNT, _NORM, _SKIPPED, _STREAK, _WORST = range(6)
@@ -164,10 +169,27 @@ class Stepper:
 
         Weights, gradients and random state stay as they are.
         """
-        devices = [self.device] if self.device.type == "cuda" else []
-        with torch.random.fork_rng(devices), self.side_stream(), self._counted():
-            self.forward_backward(batch.split(self.micro_batch)[0].to(self.device))
+        on_gpu = self.device.type == "cuda"
+        part = batch.split(self.micro_batch)[0].to(self.device)
+        with (
+            torch.random.fork_rng([self.device] if on_gpu else []),
+            self.side_stream(),
+            compile_together(usable_cores()) as dry_run,
+        ):
+            if on_gpu:
+                with dry_run():
+                    self._one_of_each(part)
+            with self._counted():
+                self.forward_backward(part)
         self.optimizer.zero_grad(set_to_none=True)
+
+    def _one_of_each(self, part: Batch) -> None:
+        """Forward and backward of one layer a kind, as it is without torch.compile."""
+        try:
+            with self.model.one_layer_a_kind(), torch.compiler.set_stance("force_eager"):
+                self.forward_backward(part)
+        except RuntimeError as error:  # the step itself will say it, if it is more than memory
+            log.info("kernels compile one after the other: %s", error)
 
     def forward_backward(self, part: Batch) -> Tensor:
         """The loss of one micro-batch on the device, its gradients added to those there are."""

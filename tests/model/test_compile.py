@@ -107,3 +107,12 @@ def test_activation_checkpointing_compiles_no_more() -> None:
         assert net.compilations() - before == 4
     assert torch.equal(results[0][0], results[1][0])
     assert all(torch.equal(a, b) for a, b in zip(results[0][1], results[1][1], strict=True))
+
+
+def test_one_layer_a_kind_and_option_set() -> None:
+    arch = Architecture("M-*-M-", d_model=16, vocab_size=64, options=SMALL)
+    net = LanguageModel(arch, seed=0)
+    whole = net.layers
+    with net.one_layer_a_kind():
+        assert list(net.layers) == [whole[0], whole[1], whole[2]]
+    assert net.layers is whole

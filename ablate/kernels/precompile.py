@@ -1,0 +1,62 @@
+"""The kernels of a step compiled at the same time, instead of each when it is first launched.
+
+Triton's passes and the assembler leave the interpreter's lock, so threads are enough.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from ablate.kernels.dispatch import HAS_TRITON, INTERPRET
+
+DryRun = Callable[[], contextlib.AbstractContextManager[None]]
+
+
+@contextlib.contextmanager
+def compile_together(threads: int) -> Iterator[DryRun]:
+    """Inside, Triton kernels compile in so many threads; at the end all of them are ready.
+
+        with compile_together(16) as dry_run:
+            with dry_run():
+                step()  # launches nothing: kernels are only handed to the threads
+            step()      # waits for a kernel that is not ready yet where it launches it
+
+    What operations return in a dry run is not initialised. A kernel that does not compile raises
+    where it is launched, not in a dry run.
+    """
+    if not HAS_TRITON or INTERPRET:
+        yield contextlib.nullcontext
+        return
+    from triton.runtime import JITFunction
+    from triton.runtime._async_compile import AsyncCompileMode, active_mode
+
+    launch, dry = JITFunction.run, False
+
+    def run(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+        # The mode is set here, because the backward pass launches from threads of autograd's.
+        token = active_mode.set(pending)
+        try:
+            return launch(self, *args, grid=grid, warmup=warmup or dry, **kwargs)
+        finally:
+            active_mode.reset(token)
+
+    @contextlib.contextmanager
+    def dry_run() -> Iterator[None]:
+        nonlocal dry
+        dry = True
+        try:
+            yield
+        finally:
+            dry = False
+
+    with ThreadPoolExecutor(threads, "triton") as pool:
+        pending = AsyncCompileMode(pool, ignore_errors=True)
+        JITFunction.run = run
+        try:
+            yield dry_run
+        finally:
+            JITFunction.run = launch
+            pending.__exit__(None, None, None)

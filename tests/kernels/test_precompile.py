@@ -1,0 +1,97 @@
+"""Kernels compiled together on threads, with nothing launched, for a GPU that is not there."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+from ablate.kernels.precompile import compile_together
+
+pytestmark = pytest.mark.compile
+
+
+@triton.jit
+def doubled(x_ptr, y_ptr):
+    tl.store(y_ptr, 2 * tl.load(x_ptr))
+
+
+@triton.jit
+def halved(x_ptr, y_ptr):
+    tl.store(y_ptr, 0.5 * tl.load(x_ptr))
+
+
+@triton.jit
+def wrong(x_ptr):
+    tl.store(x_ptr, no_such_name)  # noqa: F821
+
+
+class Hopper:
+    """What Triton asks a GPU's driver before a launch."""
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+@pytest.fixture
+def compilers(monkeypatch: pytest.MonkeyPatch, tmp_path) -> list[str]:
+    """Threads that compiled something, one entry a kernel, with an empty cache."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    names: list[str] = []
+    compiled = triton.compiler.compile
+
+    def compile(*args, **kwargs):
+        names.append(threading.current_thread().name)
+        return compiled(*args, **kwargs)
+
+    monkeypatch.setattr(triton.compiler, "compile", compile)
+    for kernel in (doubled, halved, wrong):
+        kernel.device_caches.clear()
+    monkeypatch.setattr(driver, "_active", Hopper())
+    return names
+
+
+def test_a_dry_run_compiles_on_threads_and_launches_nothing(compilers: list[str]) -> None:
+    x, y = torch.ones(1), torch.zeros(1)
+    with compile_together(2) as dry_run, dry_run():
+        doubled[(1,)](x, y)
+        backward = threading.Thread(target=lambda: halved[(1,)](x, y))  # as autograd has its own
+        backward.start()
+        backward.join()
+        doubled[(1,)](x, y)
+    assert y.item() == 0
+    assert len(compilers) == 2  # each once
+    assert all(name.startswith("triton") for name in compilers)
+    ready = [len(kernel.device_caches[0][0]) for kernel in (doubled, halved)]
+    assert ready == [1, 1]
+    doubled.warmup(x, y, grid=(1,))
+    assert len(compilers) == 2
+
+
+def test_a_kernel_that_does_not_compile_raises_where_it_runs(compilers: list[str]) -> None:
+    with compile_together(2) as dry_run:
+        with dry_run():
+            wrong[(1,)](torch.ones(1))
+        with pytest.raises(triton.CompilationError, match="no_such_name"):
+            wrong[(1,)](torch.ones(1))
+
+
+def test_afterwards_kernels_are_launched_again() -> None:
+    run = triton.runtime.JITFunction.run
+    with pytest.raises(ZeroDivisionError), compile_together(1) as dry_run, dry_run():
+        raise ZeroDivisionError
+    assert triton.runtime.JITFunction.run is run
