@@ -77,7 +77,8 @@ CONFIGS = {
     ("passed", 4): Config(32, 32, 4, 2),
     ("grad", 4): Config(16, 0, 4, 1),
 }
-BEFORE_90 = {("grad", 2): Config(16, 0, 4, 1)}  # where the same would spill
+# where the same would spill
+BEFORE_90 = {("pairs", 2): Config(16, 0, 4, 1), ("grad", 2): Config(16, 0, 4, 1)}
 PIECES = {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}  # of 8 bits
 STATE_PROGRAMS = 384  # programs that fill a large GPU; fewer, and the sequence is cut into segments
 SEGMENT_CHUNKS = 8  # chunks of a segment, or more
