@@ -37,7 +37,7 @@ from torch import Tensor, nn
 from ablate.config import Config, load
 from ablate.data import Batch, prepare
 from ablate.errors import UserError, did_you_mean
-from ablate.run import process_age
+from ablate.run import PHASES, process_age
 from ablate.study.child import child_environment
 from ablate.study.show import wide_console
 from ablate.train import train
@@ -72,7 +72,8 @@ PEERS = ("plain_transformer", "mamba_ssm")
 @dataclass(frozen=True)
 class Row:
     """One model. Seconds are from the start of a process to the end of its first step; `outside`
-    are those of a warm trial that are neither training steps nor before the first."""
+    are those of a warm trial that are neither training steps nor before the first, and `phases`
+    those of the warm trial by what they went to."""
 
     name: str
     tokens_per_second: float
@@ -84,6 +85,7 @@ class Row:
     warm: float | None
     outside: float | None
     kernels: Mapping[str, float]  # ms of a step
+    phases: Mapping[str, float]
 
 
 def run(args: Sequence[str], *, tree_of: TreeOf, console: Console | None = None) -> int:
@@ -128,7 +130,7 @@ def run(args: Sequence[str], *, tree_of: TreeOf, console: Console | None = None)
     finally:  # Ctrl-C too: what was measured is shown
         if rows:
             place = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-            console.print(_speeds(rows, place), _kernels(rows))
+            console.print(_speeds(rows, place), _kernels(rows), _phases(rows))
     return int(failed > 0)
 
 
@@ -162,6 +164,7 @@ def _measure(name: str, tree: dict[str, Any], steps: int, *, cold: bool) -> Row:
         found["seconds_to_first_step"],
         found["outside"],
         kernels,
+        found["phases"],
     )
 
 
@@ -200,6 +203,7 @@ def _main() -> None:
     seconds = result["seconds"]
     before = found["seconds_to_first_step"]
     found["outside"] = sum(seconds.values()) - seconds["train"] - before
+    found["phases"] = seconds
     found["kernels"] = kernel_times(cfg, found["micro_batch"]) if asked["kernels"] else {}
     print(json.dumps(found))
 
@@ -442,6 +446,7 @@ def _peer(name: str, cfg: Config, steps: int) -> dict[str, Any]:
         "seconds_to_first_step": first,
         "outside": None,
         "kernels": {},
+        "phases": {},
     }
 
 
@@ -493,6 +498,17 @@ def _kernels(rows: Sequence[Row]) -> Table:
     for group in sorted(total, key=lambda g: (g == "gaps", -total[g])):
         table.add_row(group, *(_number(row.kernels.get(group), ".2f") for row in told))
     table.add_row("a step", *(f"{row.step_ms:.2f}" for row in told))
+    return table
+
+
+def _phases(rows: Sequence[Row]) -> Table:
+    table = Table(title="Seconds of the warm trial", title_justify="left")
+    told = [row for row in rows if row.phases]
+    table.add_column("")
+    for row in told:
+        table.add_column(row.name, justify="right")
+    for phase in PHASES:
+        table.add_row(phase.replace("_", " "), *(f"{row.phases[phase]:.1f}" for row in told))
     return table
 
 
