@@ -7,7 +7,13 @@ import torch
 
 triton = pytest.importorskip("triton")
 
-from _compile import ARCHITECTURES, SHARED_LIMIT, assert_fits, resources  # noqa: E402
+from _compile import (  # noqa: E402
+    ARCHITECTURES,
+    SHARED_LIMIT,
+    assert_fits,
+    resources,
+    unset_registers,
+)
 
 from ablate.kernels import (  # noqa: E402
     attention_triton,
@@ -30,6 +36,22 @@ def pointers(names: str, kind: str) -> dict[str, str]:
 
 def integers(names: str) -> dict[str, str]:
     return dict.fromkeys(names.split(), "i32")
+
+
+def test_uniform_registers_that_nothing_sets_are_found():
+    lines = [
+        "UMOV UR4, 0x400 ;", "UMOV UR7, 0x40000040 ;", "UIADD3 UR6, UP0, UR4, 0x40, URZ ;",
+        "UMOV UR9, UR5 ;", "@P0 HGMMA.64x32x16.F32.BF16 R24, R8, gdesc[UR4].tnspB, R24 ;",
+    ]  # fmt: skip
+    assert unset_registers(sass(lines)) == []  # the left operand is in registers
+    lines.append("HGMMA.64x32x16.F32.BF16 R24, gdesc[UR4].tnspB, R24, gsb0 ;")
+    assert unset_registers(sass(lines)) == ["/*0050*/ " + lines[-1]]  # UR5
+    lines[-1] = "UIADD3.64 UR10, UR8, 0x2, URZ ;"
+    assert unset_registers(sass(lines)) == ["/*0050*/ " + lines[-1]]  # UR8, and UR9 by its copy
+
+
+def sass(lines: list[str]) -> str:
+    return "\n".join(f"        /*{16 * i:04x}*/                   {x}" for i, x in enumerate(lines))
 
 
 @architectures
