@@ -7,6 +7,7 @@ arm are averaged item by item first.
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -58,7 +59,8 @@ class Evaluations:
         """One row a task, cell and arm: value, low, high, and by_seed each seed's own; difference
         from the first arm with its interval, p and mcnemar_p; items, tokens of a text on average
         (NaN where they were not counted), verdict ('floor', 'ceiling', 'cut' or 'unended'
-        where every seed has it, else ''), fuzzy (of so many seeds)."""
+        where every seed has it, else ''), fuzzy (of so many seeds); over_noise, the difference in
+        standard deviations between seeds, pooled over both arms (NaN with one seed an arm)."""
         rows = []
         for task, arms in self.tasks.items():
             scores = {arm: _scores(contents) for arm, contents in arms.items()}
@@ -319,9 +321,18 @@ def _row(
         "difference_high": difference.high,
         "p": difference.p,
         "mcnemar_p": exact,
+        "over_noise": difference.value / noise if (noise := _noise(own, base)) else NAN,
         "verdict": (verdicts.pop() or "") if len(verdicts) == 1 else "",
         "fuzzy": sum(fuzzy),
     }
+
+
+def _noise(one: _Scores, other: _Scores) -> float:
+    """Standard deviation between seeds, pooled; 0 where no arm has two that differ."""
+    several = [arm.by_seed for arm in (one, other) if len(arm.by_seed) > 1]
+    freedom = sum(len(seeds) - 1 for seeds in several)
+    squares = sum(float(np.var(seeds)) * len(seeds) for seeds in several)
+    return math.sqrt(squares / freedom) if freedom else 0.0
 
 
 def by_size(contents: list[dict[str, Any]]) -> tuple[list[int], list[Estimate]]:

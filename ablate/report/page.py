@@ -410,6 +410,9 @@ def _evaluation(table: pd.DataFrame | None) -> str:
                 "Value (95%)": f"{shown('value')} ({shown('low')} to {shown('high')})",
                 "By seed": ", ".join(seeds) if len(seeds) > 1 else "–",
                 "Against the reference (95%)": difference,
+                "Over seeds' noise": f"{r['over_noise']:.1f}".replace("-", "−")
+                if math.isfinite(r["over_noise"])
+                else "–",
                 "p": _p(r["p"]),
                 "p (McNemar)": _p(r["mcnemar_p"]),
                 "": (told.get(r["verdict"], "") + fuzzy).removeprefix("; "),
@@ -418,7 +421,8 @@ def _evaluation(table: pd.DataFrame | None) -> str:
     return _table(rows) + (
         "<p class='note'>Intervals and p over documents (those that share a text together, seeds "
         "averaged): they speak of other documents, not of other seeds, whose own values stand "
-        "beside. McNemar's exact test where "
+        "beside; over their noise: the difference in standard deviations between seeds. McNemar's "
+        "exact test where "
         "there is one seed an arm and no shared text. At floor or ceiling a task cannot tell arms "
         "apart. Fuzzy: wrong numbers agree with the right one in more digits than with permuted "
         "ones and than with others of their text.</p>"

@@ -120,6 +120,10 @@ def test_seeds_that_differ_and_a_score_without_spread(evaluated: Path):
         own = [float(v) for v in row.by_seed.split()]
         assert len(own) == 2
         assert np.mean(own) == pytest.approx(row.value, abs=1e-4)
+    by_seed = [[float(v) for v in row.by_seed.split()] for row in book.itertuples()]
+    noise = np.sqrt(np.mean([np.var(by_seed[i], ddof=1) for i in (0, -1)]))
+    last = book.iloc[-1]
+    assert last["over_noise"] == pytest.approx(last["difference"] / noise, rel=0.01)
     loss = found[found["task"] == "length"]
     assert (loss["by_seed"].str.split().str[0] == loss["by_seed"].str.split().str[1]).all()
     every = pd.Series(1.0, index=range(40))
