@@ -71,9 +71,8 @@ PEERS = ("plain_transformer", "mamba_ssm")
 
 @dataclass(frozen=True)
 class Row:
-    """One model. Seconds are from the start of a process to the end of its first step; `outside`
-    are those of a warm trial that are neither training steps nor before the first, and `phases`
-    those of the warm trial by what they went to."""
+    """One model. Seconds are from the start of a process to the end of its first step; `phases`
+    are those of the whole warm trial by what they went to."""
 
     name: str
     tokens_per_second: float
@@ -83,9 +82,15 @@ class Row:
     micro_batch: int
     cold: float | None
     warm: float | None
-    outside: float | None
     kernels: Mapping[str, float]  # ms of a step
     phases: Mapping[str, float]
+
+    @property
+    def outside(self) -> float | None:
+        """Seconds of the warm trial that are neither training steps nor before the first."""
+        if not self.phases or self.warm is None:
+            return None
+        return sum(self.phases.values()) - self.phases["train"] - self.warm
 
 
 def run(args: Sequence[str], *, tree_of: TreeOf, console: Console | None = None) -> int:
@@ -162,7 +167,6 @@ def _measure(name: str, tree: dict[str, Any], steps: int, *, cold: bool) -> Row:
         found["micro_batch"],
         None if first is None else first["seconds_to_first_step"],
         found["seconds_to_first_step"],
-        found["outside"],
         kernels,
         found["phases"],
     )
@@ -200,10 +204,7 @@ def _main() -> None:
         return
     result = train(cfg)
     found = {name: value for name, value in result["train"].items() if name != "seconds"}
-    seconds = result["seconds"]
-    before = found["seconds_to_first_step"]
-    found["outside"] = sum(seconds.values()) - seconds["train"] - before
-    found["phases"] = seconds
+    found["phases"] = result["seconds"]
     found["kernels"] = kernel_times(cfg, found["micro_batch"]) if asked["kernels"] else {}
     print(json.dumps(found))
 
@@ -444,7 +445,6 @@ def _peer(name: str, cfg: Config, steps: int) -> dict[str, Any]:
         "peak_memory_bytes": torch.cuda.max_memory_allocated() if on_gpu else 0,
         "micro_batch": rows,
         "seconds_to_first_step": first,
-        "outside": None,
         "kernels": {},
         "phases": {},
     }

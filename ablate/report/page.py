@@ -410,9 +410,7 @@ def _evaluation(table: pd.DataFrame | None) -> str:
                 "Value (95%)": f"{shown('value')} ({shown('low')} to {shown('high')})",
                 "By seed": ", ".join(seeds) if len(seeds) > 1 else "–",
                 "Against the reference (95%)": difference,
-                "Over seeds' noise": f"{r['over_noise']:.1f}".replace("-", "−")
-                if math.isfinite(r["over_noise"])
-                else "–",
+                "Over seeds' noise": shown("over_noise", scale=1.0, d=1),
                 "p": _p(r["p"]),
                 "p (McNemar)": _p(r["mcnemar_p"]),
                 "": (told.get(r["verdict"], "") + fuzzy).removeprefix("; "),

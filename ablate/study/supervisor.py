@@ -139,6 +139,7 @@ class _Supervisor:
     shrunk: set[str] = field(default_factory=set)  # keys that begin again with fewer rows a pass
     held_until: dict[str, float] = field(default_factory=dict)
     children: list[_Child] = field(default_factory=list)
+    slots: list[str | None] = field(default_factory=list)  # the GPUs of each
     signals: list[int] = field(default_factory=list)
     stop_at: float | None = None
     too_long: set[str] = field(default_factory=set)  # keys that do not end before the deadline
@@ -169,8 +170,9 @@ class _Supervisor:
         work = bool(self._missing() or self._may_propose())
         try:
             if work:
-                for slot, gpus in enumerate(self._slots()):
-                    self._spawn(slot, gpus)  # they import torch while the text is prepared
+                self.slots = self._slots()
+                for slot in range(len(self.slots)):
+                    self._spawn(slot)  # they import torch while the text is prepared
                 self._prepare()
             lock = self._open_folder()
             if work:
@@ -207,18 +209,18 @@ class _Supervisor:
         return lock
 
     def _loop(self) -> None:
-        slots = self._slots()
+        self.slots = self._slots()  # other workers may have left less to do meanwhile
         while True:
             self._poll_signals()
             if not self.signals:
-                for slot in range(len(slots)):
-                    self._feed(slot, slots[slot])
+                for slot in range(len(self.slots)):
+                    self._feed(slot)
             busy = any(c.cell is not None for c in self.children)
             if not busy and (self.signals or not self._more_to_come()):
                 return
             self._receive(timeout=0.2)
             self._reap()
-            self.display.update(self._snapshot(len(slots)))
+            self.display.update(self._snapshot(len(self.slots)))
 
     def _more_to_come(self) -> bool:
         """Whether this process may still get work: its own, or another's should that one die."""
@@ -304,7 +306,7 @@ class _Supervisor:
             workers = min(workers, max(1, len(self._missing())))
         return [groups[i % len(groups)] if groups else None for i in range(workers)]
 
-    def _feed(self, slot: int, gpu: str | None) -> None:
+    def _feed(self, slot: int) -> None:
         """Give a free slot a trial; have a spare child ready while there is more to do."""
         mine = [c for c in self.children if c.slot == slot]
         working = next((c for c in mine if c.cell is not None), None)
@@ -314,28 +316,28 @@ class _Supervisor:
         if working is not None:
             # Once the current one trains: its own start should not wait for the next one's.
             if spare is None and working.running and working.running.row and self._waiting():
-                self._spawn(slot, gpu)
+                self._spawn(slot)
             return
         cell = self._next()
         if cell is None:
             return
         if spare is None:
-            spare = self._spawn(slot, gpu)
+            spare = self._spawn(slot)
             if spare is None:
                 self._fail(cell, "its process cannot be started", None)
                 return
         self._assign(spare, cell)
 
-    def _spawn(self, slot: int, gpu: str | None) -> _Child | None:
+    def _spawn(self, slot: int) -> _Child | None:
         try:
-            cores = max(1, usable_cores() // max(1, len(self._slots())))
+            cores = max(1, usable_cores() // len(self.slots))
             errors = tempfile.TemporaryFile()  # noqa: SIM115  # what it says before it has a log
             process = subprocess.Popen(
                 self.command,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=errors,
-                env=child_environment(self.cfg, gpu, cores),
+                env=child_environment(self.cfg, self.slots[slot], cores),
                 process_group=0,  # a Ctrl-C at the terminal reaches this process alone
             )
         except OSError as error:
