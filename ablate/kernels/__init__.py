@@ -17,6 +17,7 @@ from ablate.kernels.norm import gated_rms_norm, rms_norm
 from ablate.kernels.rotary import rotary, rotary_qkv, rotary_table
 from ablate.kernels.selective_scan import selective_scan, selective_scan_step
 from ablate.kernels.ssd import ssd, ssd_step
+from ablate.kernels.swiglu import swiglu
 
 __all__ = [
     "attention",
@@ -40,4 +41,5 @@ __all__ = [
     "selective_scan_step",
     "ssd",
     "ssd_step",
+    "swiglu",
 ]

@@ -62,14 +62,15 @@ class Config:
 CHUNKS = {2: CHUNK, 4: 32}  # tokens of a chunk by bytes per element
 # By kernel and bytes per element, for sm_90; within the shared memory of every architecture. Pairs
 # fetch nothing ahead: Triton 3.6 and 3.7 read a block again, for its parts, after they have begun
-# to overwrite it with the next one. With 4 warps, ptxas 12.8 loses addresses in the gradient.
+# to overwrite it with the next one. The gradient has 2 warps, which is too few for wgmma: of so
+# many of them ptxas 12.8 loses addresses, and with 4 or 8 warps results are wrong, or it faults.
 CONFIGS = {
     ("pairs", 2): Config(32, 0, 4, 1),
     ("state", 2): Config(64, 64, 4, 2),
     ("mix", 2): Config(64, 128, 4, 2),
     ("dmix", 2): Config(64, 64, 4, 2),
     ("passed", 2): Config(64, 64, 4, 2),
-    ("grad", 2): Config(32, 0, 8, 1),
+    ("grad", 2): Config(16, 0, 2, 1),
     ("pairs", 4): Config(32, 0, 4, 1),
     ("state", 4): Config(32, 64, 4, 2),
     ("mix", 4): Config(64, 64, 4, 2),

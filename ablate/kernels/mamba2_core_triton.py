@@ -23,8 +23,9 @@ from ablate.kernels.tiles_triton import contiguous, starts
 
 
 def _split(t: Tensor, inner: int, n_heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    """z as (B L, I), x B C as (B, L, I + 2 G N) and dt (B, L, H): views of a dense (B, L, E)."""
-    z = t.view(-1, t.shape[-1])[:, :inner]
+    """z as (B L, I), x B C as (B, L, I + 2 G N) and dt (B, L, H): views of (B, L, E), whose rows
+    may lie further apart than they are long."""
+    z = t.flatten(0, 1)[:, :inner]
     return z, t[..., inner : t.shape[-1] - n_heads], t[..., t.shape[-1] - n_heads :]
 
 
@@ -34,6 +35,12 @@ def _heads(t: Tensor, inner: int, head_dim: int, groups: int) -> tuple[Tensor, T
     B, C = t[..., inner : inner + shared], t[..., inner + shared :]
     x = t[..., :inner].unflatten(-1, (-1, head_dim))
     return x, B.unflatten(-1, (groups, -1)), C.unflatten(-1, (groups, -1))
+
+
+def _even_rows(t: Tensor) -> Tensor:
+    """t (B, L, E) with dense rows at equal distances; a copy only where it is not so."""
+    even = t.stride(2) == 1 and t.stride(0) == t.shape[1] * t.stride(1)
+    return t if even else t.contiguous()
 
 
 def _inner(t: Tensor, channels: int, n_heads: int) -> int:
@@ -86,7 +93,7 @@ def _backward(
     n_heads, head_dim = y.shape[2:]
     inner = n_heads * head_dim
     z, xbc, _ = _split(zxbcdt, inner, n_heads)
-    dzxbcdt = torch.empty_like(zxbcdt)
+    dzxbcdt = zxbcdt.new_empty_strided(zxbcdt.shape, zxbcdt.stride())
     dz, dxbc, ddt = _split(dzxbcdt, inner, n_heads)
     dy, d_norm = norm.gated_gradients(
         dout.reshape(z.shape), y.view(z.shape), z, norm_weight, dz, eps, norm_group, False,
@@ -107,7 +114,7 @@ def _backward_fake(
     dout, zxbcdt, conv, y, states, dts, conv_weight, conv_bias, A_log, D, norm_weight, *_
 ):
     return (
-        zxbcdt.new_empty(zxbcdt.shape),
+        zxbcdt.new_empty_strided(zxbcdt.shape, zxbcdt.stride()),
         dts.new_empty((5, conv.shape[2])),
         dts.new_empty((3, y.shape[2])),
         dts.new_empty(D.shape),
@@ -173,10 +180,9 @@ def mamba2_core_triton(
     eps: float, norm_group: int, doc_start_BL: Tensor | None,
 ) -> Tensor:  # fmt: skip
     """See `ablate.kernels.mamba2_core`."""
-    inputs = (
-        zxbcdt_BLE, conv_weight_CK, conv_bias_C, dt_bias_H, A_log_H, D_H, norm_weight_I,
-    )  # fmt: skip
+    weights = (conv_weight_CK, conv_bias_C, dt_bias_H, A_log_H, D_H, norm_weight_I)
     out: Tensor = _Mamba2Core.apply(
-        *map(contiguous, inputs), starts(doc_start_BL), head_dim, n_groups, eps, norm_group
-    )
+        _even_rows(zxbcdt_BLE), *map(contiguous, weights), starts(doc_start_BL), head_dim, n_groups,
+        eps, norm_group,
+    )  # fmt: skip
     return out

@@ -121,6 +121,7 @@ class Attention(ResidualLayer):
     """x + out_proj(attention(rotary(conv(qkv_proj(norm(x))))))."""
 
     ragged = True
+    fusible = False
     roles: ClassVar[dict[str, str]] = {
         "norm": "ones",
         "qkv_proj": "matrix",

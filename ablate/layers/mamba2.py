@@ -113,6 +113,7 @@ class Mamba2(ResidualLayer):
     """x + out_proj(core(in_proj(norm(x)))); the projection holds z, x, B, C, dt in this order."""
 
     ragged = True
+    fusible = False
     roles: ClassVar[dict[str, str]] = {
         "norm": "ones",
         "in_proj": "matrix",

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ablate.kernels import gelu
+from ablate.kernels import gelu, swiglu
 from ablate.layers.context import Context, ResidualLayer, State
 from ablate.layers.options import DERIVED, STRICT, DerivedInt, PositiveInt
 
@@ -74,11 +74,14 @@ class MLP(ResidualLayer):
         self.out_proj = nn.Parameter(torch.empty(o.d_model, o.d_hidden))
         self.out_bias = nn.Parameter(torch.empty(o.d_model)) if o.bias else None
 
+    @property
+    def fusible(self) -> bool:
+        return self.options.kind == "relu2"
+
     def branch(self, u_BLD: Tensor, ctx: Context, state: State | None = None) -> Tensor:
         h = F.linear(u_BLD, self.in_proj, self.in_bias)
         if self.options.kind == "swiglu":
-            gate, value = h.chunk(2, dim=-1)
-            h = F.silu(gate) * value
+            h = swiglu(h)
         elif self.options.kind == "gelu":
             h = gelu(h)
         else:

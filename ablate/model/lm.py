@@ -86,7 +86,8 @@ class LanguageModel(nn.Module):
             self.unembedding = None
         else:
             self.unembedding = nn.Parameter(torch.empty(arch.vocab_size, arch.d_model))
-        self._compiled: dict[type, Any] = {}
+        self._chained: dict[type, Any] = {}  # in training, by kind of layer
+        self.compiles = False  # some of these
         self.activation_checkpointing = False  # layers keep their input, and run again backwards
         self.expected_compilations: int | None = 0  # of all steps of one shape; None: not known
         rotary = [o for o in arch.layer_options if getattr(o, "rope_base", None)]
@@ -95,36 +96,36 @@ class LanguageModel(nn.Module):
             init_weights(self, seed)
 
     def compile_layers(self, backend: str = "inductor") -> None:
-        """Compile each layer kind for training; layers of one kind share the code.
+        """Chain the layers for training, and compile each kind that has something to fuse.
 
         backend: torch.compile's.
 
-        Kinds of a user's own run as they are. A layer is compiled once a kind, option set and
-        shape of its input; `expected_compilations` says how often that is for one shape.
+        Layers of one kind share the code. Kinds of a user's own run as they are. A layer is
+        compiled once a kind, option set and shape of its input; `expected_compilations` says how
+        often that is for one shape.
         """
-        ours = {type(layer) for layer in self.layers if isinstance(layer, ResidualLayer)}
-        variants = {
-            (letter, repr(options))
-            for letter, options in zip(self.arch.letters, self.arch.layer_options, strict=True)
-            if KINDS[letter].module in ours
-        }
-        self.expected_compilations = None
-        if all(
-            isinstance(layer, ResidualLayer) for layer in self.layers
-        ):  # what others compile is theirs
-            self.expected_compilations = len(variants)
+        own = {type(layer) for layer in self.layers if isinstance(layer, ResidualLayer)}
+        fused = {type(layer) for layer in self.layers if type(layer) in own and layer.fusible}
+        self._chained = {kind: kind.chained for kind in own}
+        self.compiles = bool(fused)
+        kinds = zip(self.layers, self.arch.letters, map(repr, self.arch.layer_options), strict=True)
+        variants = {(letter, o) for layer, letter, o in kinds if type(layer) in fused}
+        # what the layers of others compile is theirs
+        ours = all(isinstance(layer, ResidualLayer) for layer in self.layers)
+        self.expected_compilations = len(variants) if ours else None
+        if not fused:
+            return
         # Several shapes are tried when a micro-batch is searched.
         limit = MOST_SHAPES * len(variants)
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, limit)
         torch._dynamo.config.fail_on_recompile_limit_hit = True
+        torch._inductor.config.deterministic = torch.are_deterministic_algorithms_enabled()
         # Padded strides would be copied away again: our operations take rows as they are laid out.
         options: Any = {"comprehensive_padding": False} if backend == "inductor" else None
-        self._compiled = {
-            kind: torch.compile(
+        for kind in fused:
+            self._chained[kind] = torch.compile(
                 kind.chained, backend=backend, options=options, fullgraph=True, dynamic=False
             )
-            for kind in ours
-        }
 
     @contextlib.contextmanager
     def one_layer_a_kind(self) -> Iterator[None]:
@@ -142,7 +143,7 @@ class LanguageModel(nn.Module):
 
     def compilations(self) -> int:
         """Graphs that this process has compiled so far, of this model or not."""
-        return int(torch._dynamo.utils.counters["stats"]["unique_graphs"]) if self._compiled else 0
+        return int(torch._dynamo.utils.counters["stats"]["unique_graphs"]) if self.compiles else 0
 
     @property
     def output_weight_VD(self) -> Tensor:
@@ -171,16 +172,16 @@ class LanguageModel(nn.Module):
         x = F.embedding(tokens_BL, self.embedding)
         positions_BL = index_1L if doc_start_BL is None else index_1L - doc_start_BL
         ctx = self._context(x, positions_BL, doc_start_BL)
-        compiled = self._compiled if self.training else {}
-        u = None  # the stream normalised for the next layer, out of a compiled one
+        chain = self._chained if self.training else {}
+        u = None  # the stream normalised for the next layer, out of a chained one
         for layer, following in zip(self.layers, [*self.layers[1:], None], strict=True):
-            chained = compiled.get(type(layer))
+            chained = chain.get(type(layer))
             if chained is None:
                 x, u = self._run(layer, layer, x, ctx), None
                 continue
             if u is None:
                 u = pre_norm(x, layer.norm, layer.eps).to(_compute_dtype(x))
-            norm = following.norm if type(following) in compiled else self.final_norm
+            norm = following.norm if type(following) in chain else self.final_norm
             u, x = self._run(layer, chained, layer, u, x, norm, ctx)
         return self._final(x) if u is None else u, ctx
 

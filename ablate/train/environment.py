@@ -49,20 +49,14 @@ def numerics(cfg: TrainConfig, device: torch.device) -> Iterator[None]:
     mode = torch.get_deterministic_debug_mode()
     fill = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
 
-    def set_deterministic(mode: int) -> None:
-        # The first tells Inductor too, and imports it: seconds that are lost where none compiles.
-        if device.type == "cuda" or cfg.compile:
-            torch.use_deterministic_algorithms(mode > 0, warn_only=mode == 1)
-        else:
-            torch.set_deterministic_debug_mode(mode)
-
     torch.set_num_threads(cfg.threads)
     torch.set_float32_matmul_precision("high" if uses_bf16(cfg, device) else "highest")
     if cfg.deterministic:
         # Read by cuBLAS when it starts; without it some of its products differ between runs.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        # Only to warn (1) would let attention's backward take its faster, varying form.
-        set_deterministic(2)
+        # Only to warn (1) would let attention's backward take its faster, varying form. (torch's
+        # use_deterministic_algorithms also imports Inductor, to tell it: `compile_layers` does.)
+        torch.set_deterministic_debug_mode(2)
         # Filling every new tensor with NaN is a debugging aid that costs a pass over memory.
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     try:
@@ -70,7 +64,7 @@ def numerics(cfg: TrainConfig, device: torch.device) -> Iterator[None]:
     finally:
         torch.set_num_threads(threads)
         torch.set_float32_matmul_precision(tf32)
-        set_deterministic(mode)
+        torch.set_deterministic_debug_mode(mode)
         torch.utils.deterministic.fill_uninitialized_memory = fill  # type: ignore[attr-defined]
 
 

@@ -186,7 +186,10 @@ class Stepper:
     def _one_of_each(self, part: Batch) -> None:
         """Forward and backward of one layer a kind, as it is without torch.compile."""
         try:
-            with self.model.one_layer_a_kind(), torch.compiler.set_stance("force_eager"):
+            with contextlib.ExitStack() as stack:
+                stack.enter_context(self.model.one_layer_a_kind())
+                if self.model.compiles:  # or else this would import the compiler, which is slow
+                    stack.enter_context(torch.compiler.set_stance("force_eager"))
                 self.forward_backward(part)
         except RuntimeError as error:  # the step itself will say it, if it is more than memory
             log.info("kernels compile one after the other: %s", error)

@@ -229,8 +229,8 @@ def test_the_group_names_every_field_with_its_default() -> None:
 
 def test_layers_of_a_kind_that_differ_are_compiled_each() -> None:
     """The limit on variants counts the widths; `eager` compiles nothing and keeps the guards."""
-    widths = {str(2 * i + 1): {"n_heads": i + 1} for i in range(10)}
-    model = LanguageModel(made(arch(pattern="M*" * 10, overrides=widths)))
+    widths = {str(2 * i + 1): {"d_state": i + 1} for i in range(10)}
+    model = LanguageModel(made(arch(pattern="Mm" * 10, overrides=widths)))
     tokens = torch.randint(0, 128, (2, 8))
     plain = model.loss(tokens, tokens).item()
     torch._dynamo.reset()

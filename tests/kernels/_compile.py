@@ -124,8 +124,8 @@ def unset_registers(sass: str) -> list[str]:
     return found
 
 
-def assert_fits(found: Resources, arch: int) -> None:
-    """Within the architecture's shared memory, and nothing spilled: a word or two, which one Triton
-    spills where the other does not, cost nothing."""
+def assert_fits(found: Resources, arch: int, *, spills: int = 16) -> None:
+    """Within the architecture's shared memory, and no more than `spills` bytes spilled: a word or
+    two, which one Triton spills where the other does not, cost nothing."""
     assert found.shared <= SHARED_LIMIT[arch], f"{found.shared} bytes of shared memory on sm_{arch}"
-    assert found.spills <= 16, f"{found.spills} bytes spilled on sm_{arch}"
+    assert found.spills <= spills, f"{found.spills} bytes spilled on sm_{arch}"

@@ -124,6 +124,22 @@ def on(device, options):
 
 
 @pytest.mark.parametrize("device", DEVICES)
+def test_rows_further_apart_than_they_are_long(device):
+    """As a projection of an odd width leaves them; the gradient lies in the same way."""
+    args, options = case(2, 70, 3, 16, 1, 16, "docs")
+    args = {k: v.detach().to(device, torch.float32).requires_grad_() for k, v in args.items()}
+    dense = args.pop("zxbcdt_BLE")
+    wide = torch.full((2, 70, dense.shape[-1] + 5), torch.nan, device=device)
+    apart = wide[..., :-5].copy_(dense.detach()).requires_grad_()
+    got = {}
+    for name, z in (("dense", dense), ("apart", apart)):
+        y = mamba2_core(z, **args, **on(device, options), backend="triton")
+        got[name] = y, *torch.autograd.grad(y.sin().sum(), (z, *args.values()))
+    assert all(torch.equal(a, b) for a, b in zip(got["dense"], got["apart"], strict=True))
+    assert got["apart"][1].stride() == apart.stride()
+
+
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("sizes", CASES.values(), ids=CASES.keys())
 def test_triton_against_float64(device, dtype, sizes):

@@ -23,6 +23,7 @@ from ablate.kernels import (  # noqa: E402
     norm_triton,
     rotary_triton,
     step_triton,
+    swiglu_triton,
 )
 from ablate.kernels import sum_rows_triton as sums  # noqa: E402
 
@@ -224,6 +225,19 @@ def test_gelu(arch):
         found = resources(
             kernel, types, flags, arch=arch, num_warps=gelu_triton.WARPS, aligned=tuple(types)
         )  # fmt: skip
+        assert_fits(found, arch)
+        assert "v4.b32" in found.ptx
+
+
+@architectures
+def test_swiglu(arch):
+    flags = {"width": 2048, "BLOCK": 1024, "ROWS": swiglu_triton.NUMBERS // 1024}
+    for kernel, names in (
+        (swiglu_triton.forward_kernel, "x y"),
+        (swiglu_triton.backward_kernel, "x dy dx"),
+    ):
+        types = pointers(names, "bf16") | integers("rows")
+        found = resources(kernel, types, flags, arch=arch, num_warps=swiglu_triton.WARPS)
         assert_fits(found, arch)
         assert "v4.b32" in found.ptx
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch._dynamo.utils import counters
@@ -57,7 +60,7 @@ def test_compiled_layers_give_the_same_loss_and_gradients(docs: bool) -> None:
 
 def test_depth_costs_no_further_compilation() -> None:
     found = {}
-    for pattern in ("M-*S", "M-*S-x3"):
+    for pattern in ("mM-GR*L", "mM-GR*Lx3"):
         torch._dynamo.reset()
         counters.clear()
         net = model(pattern)
@@ -65,13 +68,13 @@ def test_depth_costs_no_further_compilation() -> None:
         loss_and_gradients(net, False)
         loss_and_gradients(net, False)
         found[pattern] = counters["stats"]["unique_graphs"]
-    assert found["M-*S"] == found["M-*S-x3"] == 4
+    assert found["mM-GR*L"] == found["mM-GR*Lx3"] == 4  # M, - and * have nothing to fuse
 
 
 def test_validation_runs_uncompiled() -> None:
     torch._dynamo.reset()
     counters.clear()
-    net = model("M*").eval()
+    net = model("Gm").eval()
     net.compile_layers(backend="eager")
     loss_and_gradients(net, False)
     assert counters["stats"]["unique_graphs"] == 0
@@ -79,7 +82,7 @@ def test_validation_runs_uncompiled() -> None:
 
 def test_compilations_are_counted_and_more_than_expected_are_an_error() -> None:
     torch._dynamo.reset()
-    net = model("M-*S-x2")
+    net = model("mGRL*-x2")
     net.compile_layers(backend="eager")
     assert net.expected_compilations == 4
     optimizer = make_adamw(param_groups(net, 0.1), CFG)
@@ -99,14 +102,46 @@ def test_activation_checkpointing_compiles_no_more() -> None:
     results = []
     for recompute in (False, True):
         torch._dynamo.reset()
-        net = model("M-*S")
+        net = model("GR*S-")
         net.compile_layers(backend="aot_eager")
         net.activation_checkpointing = recompute
         before = net.compilations()
         results.append(loss_and_gradients(net, True))
-        assert net.compilations() - before == 4
+        assert net.compilations() - before == 2
     assert torch.equal(results[0][0], results[1][0])
     assert all(torch.equal(a, b) for a, b in zip(results[0][1], results[1][1], strict=True))
+
+
+def test_layers_with_nothing_to_fuse_import_no_compiler() -> None:
+    code = """
+import sys, torch
+from ablate.arch.spec import Architecture
+from ablate.config import load
+from ablate.data import Batch
+from ablate.model import LanguageModel, param_groups
+from ablate.train.optim import make_adamw
+from ablate.train.step import Stepper
+cfg = load({"train": {"tokens": 1, "batch_size": 4}}).train
+options = {"mamba2": {"d_state": 8, "head_dim": 8}, "attention": {"head_dim": 8, "n_heads": 2}}
+net = LanguageModel(Architecture("M-*-x2", d_model=16, vocab_size=64, options=options), seed=0)
+net.train().compile_layers()
+stepper = Stepper(net, make_adamw(param_groups(net, 0.1), cfg), cfg, bf16=False, micro_batch=2)
+tokens = torch.randint(0, 64, (4, 24))
+stepper.warm_up(Batch(tokens, tokens, None))
+stepper(Batch(tokens, tokens, None), 1e-3)
+assert net.expected_compilations == stepper.compilations == 0
+print([name for name in ("torch._dynamo", "torch._inductor") if name in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_only_an_activation_without_a_kernel_is_compiled() -> None:
+    for kind, expected in (("swiglu", 0), ("gelu", 0), ("relu2", 1)):
+        arch = Architecture("-x3", d_model=16, vocab_size=64, options={"mlp": {"kind": kind}})
+        net = LanguageModel(arch, seed=0)
+        net.compile_layers(backend="eager")
+        assert net.expected_compilations == expected, kind
 
 
 def test_one_layer_a_kind_and_option_set() -> None:
