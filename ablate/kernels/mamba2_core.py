@@ -2,7 +2,8 @@
 (Dao and Gu, arXiv:2405.21060, section 7; the layout is that of the published checkpoints).
 
 The projection's output holds, along its last axis, z (I), x (I), B (G N), C (G N) and dt (H), where
-I = H P is the inner width. Then
+I = H P is the inner width; up to seven columns that follow them, as a projection has them whose
+rows are padded to 16 bytes, are not read, and their gradient is zero. Then
 
     x, B, C = silu(conv1d(x, B, C))            causal, depthwise
     y       = ssd(x, softplus(dt + dt_bias), -exp(A_log), B, C, D)
@@ -18,16 +19,18 @@ from torch import Tensor
 from ablate.kernels.dispatch import use_triton
 from ablate.kernels.ssd import ssd, triton_supports
 
+PADDING = 8  # columns, fewer than these
 
-def inner_width(width_E: int, head_dim: int, n_groups: int, d_state: int) -> int:
-    """I of a projection of width E = 2 I + 2 G N + I / P."""
-    inner, rest = divmod((width_E - 2 * n_groups * d_state) * head_dim, 2 * head_dim + 1)
-    if rest or inner <= 0 or inner % head_dim:
+
+def check_width(width_E: int, n_heads: int, head_dim: int, n_groups: int, d_state: int) -> None:
+    """Raises ValueError where a projection of this width is not that of so many heads."""
+    needed = 2 * n_heads * head_dim + 2 * n_groups * d_state + n_heads
+    if not needed <= width_E < needed + PADDING:
         raise ValueError(
-            f"mamba2_core: the last axis of zxbcdt is {width_E}, no whole number of heads of "
-            f"{head_dim} with {n_groups} groups of state {d_state} gives that width"
+            f"mamba2_core: the last axis of zxbcdt is {width_E}, but {n_heads} heads of {head_dim} "
+            f"with {n_groups} groups of state {d_state} take {needed}, and up to {PADDING - 1} "
+            "columns of padding"
         )
-    return inner
 
 
 def mamba2_core_reference(
@@ -41,9 +44,10 @@ def mamba2_core_reference(
     from ablate.kernels.conv1d import causal_conv1d
     from ablate.kernels.norm import gated_rms_norm
 
-    inner = inner_width(zxbcdt_BLE.shape[-1], head_dim, n_groups, d_state)
-    n_heads, shared = inner // head_dim, n_groups * d_state
-    z, xbc, dt = zxbcdt_BLE.split((inner, inner + 2 * shared, n_heads), dim=-1)
+    n_heads, shared = A_log_H.shape[0], n_groups * d_state
+    inner = n_heads * head_dim
+    used = zxbcdt_BLE[..., : 2 * (inner + shared) + n_heads]
+    z, xbc, dt = used.split((inner, inner + 2 * shared, n_heads), dim=-1)
     xbc = causal_conv1d(
         xbc, conv_weight_CK, conv_bias_C, doc_start_BL=doc_start_BL, backend=backend
     )
@@ -98,10 +102,11 @@ def mamba2_core(
         backend: None chooses; "triton" or "reference" insist.
 
     Raises:
-        ValueError: the width is no whole number of heads, norm_group_size does not divide I, or the
+        ValueError: the width is not that of the heads, norm_group_size does not divide I, or the
             named backend cannot run the case.
     """
-    inner = inner_width(zxbcdt_BLE.shape[-1], head_dim, n_groups, d_state)
+    check_width(zxbcdt_BLE.shape[-1], A_log_H.shape[0], head_dim, n_groups, d_state)
+    inner = A_log_H.shape[0] * head_dim
     group = norm_group_size or inner
     if inner % group:
         raise ValueError(f"norm_group_size={norm_group_size} does not divide the width {inner}")

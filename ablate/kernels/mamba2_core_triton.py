@@ -22,11 +22,10 @@ from ablate.kernels.dispatch import define_op
 from ablate.kernels.tiles_triton import contiguous, starts
 
 
-def _split(t: Tensor, inner: int, n_heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    """z as (B L, I), x B C as (B, L, I + 2 G N) and dt (B, L, H): views of (B, L, E), whose rows
-    may lie further apart than they are long."""
-    z = t.flatten(0, 1)[:, :inner]
-    return z, t[..., inner : t.shape[-1] - n_heads], t[..., t.shape[-1] - n_heads :]
+def _split(t: Tensor, inner: int, channels: int, n_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """z as (B L, I), x B C as (B, L, I + 2 G N) and dt (B, L, H): views of a dense (B, L, E)."""
+    z = t.view(-1, t.shape[-1])[:, :inner]
+    return z, *t[..., inner : inner + channels + n_heads].split((channels, n_heads), dim=-1)
 
 
 def _heads(t: Tensor, inner: int, head_dim: int, groups: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -37,16 +36,6 @@ def _heads(t: Tensor, inner: int, head_dim: int, groups: int) -> tuple[Tensor, T
     return x, B.unflatten(-1, (groups, -1)), C.unflatten(-1, (groups, -1))
 
 
-def _even_rows(t: Tensor) -> Tensor:
-    """t (B, L, E) with dense rows at equal distances; a copy only where it is not so."""
-    even = t.stride(2) == 1 and t.stride(0) == t.shape[1] * t.stride(1)
-    return t if even else t.contiguous()
-
-
-def _inner(t: Tensor, channels: int, n_heads: int) -> int:
-    return t.shape[-1] - channels - n_heads
-
-
 def _forward(
     zxbcdt: Tensor, conv_weight: Tensor, conv_bias: Tensor | None, dt_bias: Tensor, A_log: Tensor,
     D: Tensor, norm_weight: Tensor | None, doc: Tensor | None, head_dim: int, groups: int,
@@ -54,8 +43,8 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """out, and for the backward pass the convolution's output, y, the states and step sizes."""
     n_heads = A_log.shape[0]
-    inner = _inner(zxbcdt, conv_weight.shape[0], n_heads)
-    z, xbc, dt = _split(zxbcdt, inner, n_heads)
+    inner = n_heads * head_dim
+    z, xbc, dt = _split(zxbcdt, inner, conv_weight.shape[0], n_heads)
     conv = conv1d.forward(xbc, conv_weight, conv_bias, True, None, doc)
     x, B, C = _heads(conv, inner, head_dim, groups)
     dts = ssd.step_sizes(dt, A_log, dt_bias, True, log_a=True)
@@ -71,7 +60,7 @@ def _forward_fake(
 ):
     b, length, _ = zxbcdt.shape
     n_heads, channels = A_log.shape[0], conv_weight.shape[0]
-    inner = _inner(zxbcdt, channels, n_heads)
+    inner = n_heads * head_dim
     n_state = (channels - inner) // 2 // groups
     n_chunks = (length + ssd.Q - 1) // ssd.Q
     return (
@@ -92,9 +81,11 @@ def _backward(
     of the sums), of D, and of the norm's weight (empty without one)."""
     n_heads, head_dim = y.shape[2:]
     inner = n_heads * head_dim
-    z, xbc, _ = _split(zxbcdt, inner, n_heads)
-    dzxbcdt = zxbcdt.new_empty_strided(zxbcdt.shape, zxbcdt.stride())
-    dz, dxbc, ddt = _split(dzxbcdt, inner, n_heads)
+    channels = conv.shape[2]
+    z, xbc, _ = _split(zxbcdt, inner, channels, n_heads)
+    dzxbcdt = torch.empty_like(zxbcdt)
+    dz, dxbc, ddt = _split(dzxbcdt, inner, channels, n_heads)
+    dzxbcdt[..., inner + channels + n_heads :].zero_()
     dy, d_norm = norm.gated_gradients(
         dout.reshape(z.shape), y.view(z.shape), z, norm_weight, dz, eps, norm_group, False,
         norm_weight is not None,
@@ -114,7 +105,7 @@ def _backward_fake(
     dout, zxbcdt, conv, y, states, dts, conv_weight, conv_bias, A_log, D, norm_weight, *_
 ):
     return (
-        zxbcdt.new_empty_strided(zxbcdt.shape, zxbcdt.stride()),
+        zxbcdt.new_empty(zxbcdt.shape),
         dts.new_empty((5, conv.shape[2])),
         dts.new_empty((3, y.shape[2])),
         dts.new_empty(D.shape),
@@ -160,8 +151,9 @@ class _Mamba2Core(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        conv_weight, conv_bias, A_log, D, norm_weight = ctx.saved_tensors[5:10]
-        dzxbcdt, taps, sums, dD, d_norm = _backward_op(grads[0], *ctx.saved_tensors, *ctx.options)
+        saved = ctx.saved_tensors  # once: activation checkpointing gives them no second time
+        conv_weight, conv_bias, A_log, D, norm_weight = saved[5:10]
+        dzxbcdt, taps, sums, dD, d_norm = _backward_op(grads[0], *saved, *ctx.options)
         return (
             dzxbcdt,
             taps[4 - conv_weight.shape[1] : 4].t().to(conv_weight.dtype),
@@ -180,9 +172,10 @@ def mamba2_core_triton(
     eps: float, norm_group: int, doc_start_BL: Tensor | None,
 ) -> Tensor:  # fmt: skip
     """See `ablate.kernels.mamba2_core`."""
-    weights = (conv_weight_CK, conv_bias_C, dt_bias_H, A_log_H, D_H, norm_weight_I)
-    out: Tensor = _Mamba2Core.apply(
-        _even_rows(zxbcdt_BLE), *map(contiguous, weights), starts(doc_start_BL), head_dim, n_groups,
-        eps, norm_group,
+    inputs = (
+        zxbcdt_BLE, conv_weight_CK, conv_bias_C, dt_bias_H, A_log_H, D_H, norm_weight_I,
     )  # fmt: skip
+    out: Tensor = _Mamba2Core.apply(
+        *map(contiguous, inputs), starts(doc_start_BL), head_dim, n_groups, eps, norm_group
+    )
     return out

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, cast
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -52,12 +52,14 @@ class ResidualLayer(nn.Module):
         would fuse; where there is none, compiling costs seconds and gains nothing.
     """
 
-    fusible: ClassVar[bool] | bool = True
-
     def __init__(self, d_model: int, norm_eps: float) -> None:
         super().__init__()
         self.eps = norm_eps
         self.norm = nn.Parameter(torch.empty(d_model))
+
+    @property
+    def fusible(self) -> bool:
+        return True
 
     def branch(self, u_BLD: Tensor, ctx: Context, state: State | None = None) -> Tensor:
         raise NotImplementedError
@@ -149,42 +151,16 @@ def gated_output(
 ALIGN = 8  # numbers of 16 bits in 16 bytes, below which matrix products on a GPU crawl
 
 
-def aligned_linear(x: Tensor, weight_ED: Tensor) -> Tensor:
-    """x weight^T; on a GPU the rows of the product lie whole 16 bytes apart. An odd number of heads
-    makes Mamba-2's projection that odd."""
+def padded_linear(x: Tensor, weight_ED: Tensor) -> Tensor:
+    """x weight^T; on a GPU with columns of zeros behind it that make its rows whole 16 bytes. An
+    odd number of heads makes Mamba-2's projection that odd."""
     width = weight_ED.shape[0]
     if not x.is_cuda or width % ALIGN == 0:
         return F.linear(x, weight_ED)
-    if torch.compiler.is_compiling():  # which fuses the slice, and its gradient's padding
-        return F.linear(x, F.pad(weight_ED, (0, 0, 0, -width % ALIGN)))[..., :width]
-    autocast = torch.is_autocast_enabled("cuda")
-    dtype = torch.get_autocast_dtype("cuda") if autocast else x.dtype
-    y: Tensor = _AlignedLinear.apply(x.to(dtype), weight_ED.to(dtype))
-    return y
+    return F.linear(x, F.pad(weight_ED, (0, 0, 0, -width % ALIGN)))
 
 
-class _AlignedLinear(torch.autograd.Function):
-    """Out of one padded product, with gradients that may have such rows too: neither the slice nor
-    its gradient is copied."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight_ED: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight_ED)
-        y = _padded(x.shape[:-1], weight_ED)
-        torch.mm(x.flatten(0, -2), weight_ED.t(), out=y.flatten(0, -2))
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
-        x, weight_ED = ctx.saved_tensors
-        dy = grads[0]
-        if dy.stride(-1) != 1 or dy.stride(-2) % ALIGN:
-            dy = _padded(dy.shape[:-1], weight_ED).copy_(dy)
-        dy = dy.flatten(0, -2)
-        return (dy @ weight_ED).view(x.shape), dy.t() @ x.flatten(0, -2)
-
-
-def _padded(rows: torch.Size, weight_ED: Tensor) -> Tensor:
-    """Room for products with these weights (..., E), its rows aligned."""
-    width = weight_ED.shape[0]
-    return weight_ED.new_empty((*rows, width + -width % ALIGN))[..., :width]
+def aligned_linear(x: Tensor, weight_ED: Tensor) -> Tensor:
+    """x weight^T, on a GPU a view of `padded_linear`. The gradient of a view is copied, unless the
+    layer is compiled."""
+    return padded_linear(x, weight_ED)[..., : weight_ED.shape[0]]

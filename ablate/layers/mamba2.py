@@ -15,7 +15,7 @@ from ablate.layers.context import (
     Context,
     ResidualLayer,
     State,
-    aligned_linear,
+    padded_linear,
     short_conv,
     stop_at_end,
 )
@@ -113,7 +113,6 @@ class Mamba2(ResidualLayer):
     """x + out_proj(core(in_proj(norm(x)))); the projection holds z, x, B, C, dt in this order."""
 
     ragged = True
-    fusible = False
     roles: ClassVar[dict[str, str]] = {
         "norm": "ones",
         "in_proj": "matrix",
@@ -139,9 +138,13 @@ class Mamba2(ResidualLayer):
         self.out_proj = nn.Parameter(torch.empty(o.d_model, o.d_inner))
         self.norm_group = o.d_inner // o.n_groups if o.norm_per_group else None
 
+    @property
+    def fusible(self) -> bool:
+        return False
+
     def branch(self, u_BLD: Tensor, ctx: Context, state: State | None = None) -> Tensor:
         o = self.options
-        zxbcdt = aligned_linear(u_BLD, self.in_proj)
+        zxbcdt = padded_linear(u_BLD, self.in_proj)
         if state is None:
             y = mamba2_core(
                 zxbcdt,
@@ -159,7 +162,7 @@ class Mamba2(ResidualLayer):
                 doc_start_BL=ctx.doc_start_BL,
             )
         else:
-            y = self._prefill(zxbcdt, ctx, state)
+            y = self._prefill(zxbcdt[..., : o.in_width], ctx, state)
         return F.linear(y, self.out_proj)
 
     def _prefill(self, zxbcdt: Tensor, ctx: Context, state: State) -> Tensor:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from _check import compare
+from _check import compare, error
 
-from ablate.kernels.mamba2_core import inner_width, mamba2_core, mamba2_core_reference
+from ablate.kernels.mamba2_core import mamba2_core, mamba2_core_reference
 
 
 def make(b, length, heads, p, groups, n, dtype=torch.float32, seed=0):
@@ -74,10 +74,12 @@ def test_documents_are_independent():
     torch.testing.assert_close(got, torch.cat(parts, 1))
 
 
-def test_width_that_does_not_fit_is_told():
-    assert inner_width(2 * 64 + 2 * 16 + 4, 16, 1, 16) == 64
-    with pytest.raises(ValueError, match="no whole number of heads"):
-        inner_width(2 * 64 + 2 * 16 + 5, 16, 1, 16)
+@pytest.mark.parametrize("extra", [-1, 8])
+def test_width_that_does_not_fit_is_told(extra):
+    args = make(1, 5, 4, 16, 1, 16)
+    args["zxbcdt_BLE"] = torch.zeros(1, 5, 2 * 64 + 2 * 16 + 4 + extra)
+    with pytest.raises(ValueError, match=f"is {164 + extra}, but 4 heads of 16 .* take 164, and"):
+        mamba2_core(**args, head_dim=16, n_groups=1, d_state=16)
 
 
 DEVICES = [
@@ -124,19 +126,23 @@ def on(device, options):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_rows_further_apart_than_they_are_long(device):
-    """As a projection of an odd width leaves them; the gradient lies in the same way."""
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+def test_columns_of_padding_are_not_read_and_their_gradient_is_zero(device, backend):
     args, options = case(2, 70, 3, 16, 1, 16, "docs")
-    args = {k: v.detach().to(device, torch.float32).requires_grad_() for k, v in args.items()}
-    dense = args.pop("zxbcdt_BLE")
-    wide = torch.full((2, 70, dense.shape[-1] + 5), torch.nan, device=device)
-    apart = wide[..., :-5].copy_(dense.detach()).requires_grad_()
-    got = {}
-    for name, z in (("dense", dense), ("apart", apart)):
-        y = mamba2_core(z, **args, **on(device, options), backend="triton")
-        got[name] = y, *torch.autograd.grad(y.sin().sum(), (z, *args.values()))
-    assert all(torch.equal(a, b) for a, b in zip(got["dense"], got["apart"], strict=True))
-    assert got["apart"][1].stride() == apart.stride()
+    padded = torch.nn.functional.pad(args["zxbcdt_BLE"].detach(), (0, 5), value=torch.nan)
+    options = on(device, options)
+    found = []
+    for z in (args["zxbcdt_BLE"], padded):
+        tensors = {**args, "zxbcdt_BLE": z}
+        tensors = {k: v.detach().to(device, torch.float32) for k, v in tensors.items()}
+        leaves = [v.requires_grad_() for v in tensors.values()]
+        y = mamba2_core(**tensors, **options, backend=backend)
+        found.append([y.detach(), *torch.autograd.grad(y.sin().sum(), leaves)])
+    plain, got = found
+    assert not got[1][..., -5:].any()
+    got[1] = got[1][..., :-5]
+    for ours, want in zip(got, plain, strict=True):
+        assert error(ours, want) < 1e-6
 
 
 @pytest.mark.parametrize("device", DEVICES)
