@@ -51,8 +51,8 @@ class Case:
     peers: Callable[[], dict[str, Function]]
     floor: tuple[float | None, float | None] = (None, None)
     must: tuple[float | None, float | None] = (None, None)
-    forward_alone: tuple[str, ...] = ()
-    """peers without a backward pass, or with one that tunes itself for many minutes"""
+    tuning: tuple[str, ...] = ()
+    """peers whose backward pass tunes itself for many minutes, and is left out unless asked for"""
 
 
 @dataclass
@@ -419,9 +419,9 @@ def _cases() -> list[Case]:
         Case("gated_delta_rule", "documents of 500", 8, 4096,
              partial(_delta_inputs, heads=6, keys=128, values=256, documents=500), *delta, none),
         Case("gla", "B=8 L=4096 H=4 K=192 V=384", 8, 4096, partial(_gla_inputs, heads=4), *gla,
-             _gla_peers, (0.082, 0.222), forward_alone=("fla",)),
+             _gla_peers, (0.082, 0.222), tuning=("fla",)),
         Case("gla", "B=4 L=1024 H=1", 4, 1024, partial(_gla_inputs, heads=1), *gla, _gla_peers,
-             forward_alone=("fla",)),
+             tuning=("fla",)),
         Case("gla", "B=1 L=131072 H=4", 1, 131072, partial(_gla_inputs, heads=4), *gla, none),
         Case("gla", "documents of 500", 8, 4096, partial(_gla_inputs, heads=4, documents=500),
              *gla, none),
@@ -564,11 +564,11 @@ def _compile_ahead(cases: Sequence[Case]) -> None:
                     _gradients(case.ours, case.inputs(*size))
 
 
-def _measure(case: Case, who: str, fn: Function, milliseconds: int) -> Row:
+def _measure(case: Case, who: str, fn: Function, milliseconds: int, tune: bool = False) -> Row:
     from triton.testing import do_bench
 
     row = Row(case.operation, case.size, who, floor=case.floor, must=case.must)
-    backward = who not in case.forward_alone
+    backward = tune or who not in case.tuning
     try:
         # torch's own, of which a second shape would compile twice, and attention without a window
         if who != "compile" and not who.startswith("full"):
@@ -602,10 +602,12 @@ def _measure(case: Case, who: str, fn: Function, milliseconds: int) -> Row:
     return row
 
 
-def bench_kernels(only: str = "", peers: str = "all", milliseconds: int = 100) -> Iterator[Row]:
+def bench_kernels(
+    only: str = "", peers: str = "all", milliseconds: int = 100, tune: bool = False
+) -> Iterator[Row]:
     """Measures the cases whose operation contains `only`; yields one row at a time, ours first.
 
-    peers: "all", "none", or names separated by commas.
+    peers: "all", "none", or names separated by commas. tune: wait for those that tune themselves.
     """
     cases = [c for c in _cases() if not only or any(w in c.operation for w in only.split(","))]
     _compile_ahead(cases)
@@ -615,7 +617,7 @@ def bench_kernels(only: str = "", peers: str = "all", milliseconds: int = 100) -
             continue
         for name, fn in case.peers().items():
             if peers == "all" or any(word in name for word in peers.split(",")):
-                yield _measure(case, name, fn, milliseconds)
+                yield _measure(case, name, fn, milliseconds, tune)
 
 
 def _number(value: float | None, digits: int = 3) -> str:
@@ -668,6 +670,9 @@ def run(args: list[str]) -> int:
     parser.add_argument("--only", default="", help="operations, separated by commas (conv,norm)")
     parser.add_argument("--peers", default="all", help="all, none, or names (fla,liger,compile)")
     parser.add_argument("--ms", type=int, default=100, help="time spent on each figure")
+    parser.add_argument(
+        "--tune", action="store_true", help="wait for peers that tune themselves for minutes"
+    )
     parser.add_argument("--json", type=Path, help="also write every figure to this file")
     options = parser.parse_args(args)
     if not torch.cuda.is_available():
@@ -675,7 +680,7 @@ def run(args: list[str]) -> int:
         return 2
     print(", ".join(f"{k} {v}" for k, v in environment().items()), flush=True)
     rows = []
-    for row in bench_kernels(options.only, options.peers, options.ms):
+    for row in bench_kernels(options.only, options.peers, options.ms, options.tune):
         rows.append(row)
         print(table([row]).splitlines()[-1], flush=True)
     print("\n" + table(rows))
