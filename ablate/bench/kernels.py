@@ -156,11 +156,11 @@ def _conv_peers() -> dict[str, Function]:
 # -- norms ------------------------------------------------------------------------------------
 
 
-def _gated_inputs(batch: int, length: int) -> Inputs:
+def _gated_inputs(batch: int, length: int, width: int = 1536) -> Inputs:
     return {
-        "x": _randn(batch * length, 1536),
-        "z": _randn(batch * length, 1536),
-        "weight": _randn(1536, dtype=torch.float32),
+        "x": _randn(batch * length, width),
+        "z": _randn(batch * length, width),
+        "weight": _randn(width, dtype=torch.float32),
     }
 
 
@@ -175,11 +175,13 @@ def _gated_peers(oracle: Function) -> dict[str, Function]:
     return found | _compiled(oracle)
 
 
-def _add_inputs(batch: int, length: int) -> Inputs:
+def _add_inputs(
+    batch: int, length: int, width: int = 768, stream: torch.dtype = torch.bfloat16
+) -> Inputs:
     return {
-        "x": _randn(batch * length, 768),
-        "residual": _randn(batch * length, 768),
-        "weight": _randn(768, dtype=torch.float32),
+        "x": _randn(batch * length, width),
+        "residual": _randn(batch * length, width, dtype=stream),
+        "weight": _randn(width, dtype=torch.float32),
     }
 
 
@@ -331,10 +333,11 @@ def _gla_peers() -> dict[str, Function]:
     )
 
 
-def _core_inputs(batch: int, length: int) -> Inputs:
-    inner, shared, heads = 1536, 128, 24
+def _core_inputs(batch: int, length: int, heads: int = 24) -> Inputs:
+    inner, shared = 64 * heads, 128
+    used = 2 * inner + 2 * shared + heads
     return {
-        "zxbcdt": _randn(batch, length, 2 * inner + 2 * shared + heads),
+        "zxbcdt": _randn(batch, length, used + -used % 8),  # padded as in the layer
         "conv_weight": _randn(inner + 2 * shared, 4, scale=0.3, dtype=torch.float32),
         "conv_bias": _randn(inner + 2 * shared, scale=0.1, dtype=torch.float32),
         "dt_bias": torch.empty(heads, device="cuda").uniform_(-6.0, -2.0).requires_grad_(),
@@ -384,8 +387,12 @@ def _cases() -> list[Case]:
              partial(_conv_inputs, width=1792, documents=64), *conv, none),
         Case("gated_rms_norm", "M=32768 D=1536", 8, 4096, _gated_inputs, *gated,
              partial(_gated_peers, gated[1]), (0.070, 0.19), (0.085, 0.32)),
+        Case("gated_rms_norm", "M=65536 D=576", 32, 2048, partial(_gated_inputs, width=576),
+             *gated, none, (0.053, 0.14)),
         Case("rms_norm + residual", "M=32768 D=768", 8, 4096, _add_inputs, *add,
              partial(_add_peers, add[1]), (0.047, 0.094)),
+        Case("rms_norm + residual", "M=65536 D=288, float32 stream", 32, 2048,
+             partial(_add_inputs, width=288, stream=torch.float32), *add, none, (0.053, 0.123)),
         Case("linear_cross_entropy", "M=32768 D=768 V=50304", 8, 4096, _loss_inputs, loss,
              _loss_torch, _loss_peers, (None, 14.2), (None, 14.5)),
         Case("ssd", "B=8 L=4096 H=24 P=64 N=128", 8, 4096, partial(_ssd_inputs, heads=24), *ssd,
@@ -427,6 +434,8 @@ def _cases() -> list[Case]:
              *gla, none),
         Case("mamba2_core", "B=16 L=2048 width 768", 16, 2048, _core_inputs, *core, _core_peers,
              (None, None), (None, 1.0)),
+        Case("mamba2_core", "B=32 L=2048 width 288", 32, 2048, partial(_core_inputs, heads=9),
+             *core, none),
         Case("attention", "window 2048 H=12 P=64", 8, 4096,
              partial(_window_inputs, heads=12, head_dim=64, window=2048), *window, _window_peers,
              (0.20, 0.69), (0.45, 1.85)),

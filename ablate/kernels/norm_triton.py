@@ -292,12 +292,11 @@ def backward_kernel(
         dy = tl.load(dy_ptr + dy_offset, mask=mask, other=0.0)
         x = x.to(tl.float32)
         dy = dy.to(tl.float32)
-        scale = tl.rsqrt(tl.sum(x * x, 1) / width + eps)
-        unit = x * scale[:, None]
-        dw += tl.sum(dy * unit, 0)
         dn = dy * w[None, :]
-        dot = tl.sum(dn * unit, 1) / width
-        dx = scale[:, None] * (dn - unit * dot[:, None])
+        squares, dot = tl.reduce((x * x, dn * x), 1, _add_pairs)
+        scale = tl.rsqrt(squares / width + eps)
+        dw += tl.sum(dy * x * scale[:, None], 0)
+        dx = scale[:, None] * dn - x * (scale * scale * scale * dot / width)[:, None]
         if HAS_DTOTAL:
             dt_offset = (row * dtotal_row * DT_ALIGN)[:, None] + column[None, :]
             dx += tl.load(dtotal_ptr + dt_offset, mask=mask, other=0.0).to(tl.float32)
