@@ -83,7 +83,9 @@ def _findings(table: pd.DataFrame, found: dict[str, Study]) -> str:
     run = table[table["ours"] != findings.NOT_RUN]
     lines = []
     if len(run):
-        lines += ["| published claim | published | ours (95%) | what follows | study |"]
+        lines += [
+            "| published claim | published | ours (95%, each on its own) | what follows | study |"
+        ]
         lines += ["|---|---|---|---|---|"]
     for row in run.itertuples():
         lines.append(
@@ -110,6 +112,15 @@ def _best(study: Study) -> str:
     if means.empty:
         return "No trial has ended."
     seeds = done["seed"].nunique()
+    if len(set(done["lr"])) > 1 and len(set(done["pattern"])) > 1:
+        best = done.loc[done.groupby("pattern")["val_b_loss"].idxmin()].sort_values(
+            "attention_of_layers"
+        )
+        at = [f"{r.attention_of_layers:.1%}: {r.lr:g}" for r in best.itertuples()]
+        return (
+            f"Of {done['lr'].nunique()} rates the one with the lowest loss, by share: "
+            f"{', '.join(at)} ({seeds} seed{'s' if seeds > 1 else ', no interval'})."
+        )
     return (
         f"Lowest loss: {means.min():.3f} nats at {means.idxmin()}, of {len(means)} arms "
         f"({seeds} seed{'s' if seeds > 1 else ', no interval'})."
@@ -122,7 +133,9 @@ def _cost(found: dict[str, Study]) -> str:
     where = sorted({str(h) for frame in frames for h in frame["hardware"] if h})
     trials = sum(int((frame["state"] == "done").sum()) for frame in frames)
     return (
-        f"{trials} trials, {hours:.2f} hours on {' and '.join(where)}. Which runs a figure is from "
+        "What else differs between the arms of a study, as FLOPs or a learning rate that suits one "
+        "better, stands in red on its page. "
+        f"{trials} trials, {hours:.1f} hours on {' and '.join(where)}. Which runs a figure is from "
         "stands in `analysis/results/findings.csv`, by key.\n"
     )
 

@@ -100,6 +100,10 @@ def signed(value: float, digits: int = 4) -> str:
     return f"{value:+.{digits}f}".replace("-", "−")
 
 
+def _p(value: float) -> str:
+    return "<0.001" if value < 0.001 else f"{value:.2g}"
+
+
 def show(e: Estimate, digits: int = 4) -> str:
     if not math.isfinite(e.low):
         return f"{signed(e.value, digits)} (no interval)"
@@ -123,7 +127,8 @@ def verdict(ours: Estimate, published: float, limit: str) -> str:
         return "agrees"
     if (ours.value > 0) != (published > 0):
         return "disagrees: the other way"
-    return f"same direction, {'larger' if abs(ours.value) > abs(published) else 'smaller'}"
+    size = "larger" if abs(ours.value) > abs(published) else "smaller"
+    return f"same direction; {size} than the published figure, whose own noise is not known"
 
 
 def of_loss(
@@ -149,7 +154,8 @@ def of_loss(
 
 def best_share(study: Study | None) -> Row:
     claim = "Loss is lowest with few attention layers: about 8% (130M), 12.5% (350M)"
-    published = "lowest at 12.5%; 4% to 23% within 0.008 nats"
+    near = [share for share, excess in ATTENTION_SHARE.items() if excess < 0.008]
+    published = f"lowest at 12.5%; {min(near):.0%} to {max(near):.0%} within 0.008 nats"
     if study is None or study.loss is None:
         return Row(claim, published)
     loss, analysis = study.loss, study.analysis
@@ -157,17 +163,11 @@ def best_share(study: Study | None) -> Row:
     ours = f"lowest at {analysis.short(lowest)}"
     if not loss.has_interval:
         return Row(claim, published, ours, "decides nothing: one seed", study.name)
-    if loss.curves:
-        low, high = loss.flat()
-        ours += f"; by fitted curves, {low:.1%} to {high:.1%} cannot be told from the best"
-    out = [analysis.short(a) for a in loss.fit.arms if a not in loss.best]
-    told = [
-        f"{share:.3g}% is {'' if arm in loss.best else 'not '}among the best"
-        for share in (8.3, 12.5)
-        for arm in study.arms(attention_of_layers=share / 100)
-        if arm in loss.fit.arms
-    ]
-    follows = f"{'; '.join(told)}; excluded: {', '.join(out)}"
+    told = [analysis.short(a) for a in loss.fit.arms if a in loss.best and a != lowest]
+    ours += f"; not told from the best: {', '.join(told) or 'no other'}"
+    p = loss.fit.worse_than_best()
+    out = [f"{analysis.short(a)} ({_p(p[a])})" for a in loss.fit.arms if a not in loss.best]
+    follows = f"worse than the best (p): {', '.join(out)}"
     if not out:
         follows = "decides nothing: no share is excluded"
     arms = list(loss.fit.arms)
@@ -298,14 +298,14 @@ def rows(found: dict[str, Study]) -> list[Row]:
     hybrid = "hybrid, attention_share=0.0833"
     return [
         best_share(share),
-        of_loss(share, "No attention costs loss, against 8%", f"{signed(none)} nats (350M)",
+        of_loss(share, "No attention costs loss, against 8%", f"{signed(none, 3)} nats (350M)",
                 none, at(0.0), at(2 / 24)),
         of_loss(share, "Half of the layers as attention cost loss, against 8%",
-                f"{signed(half)} nats (350M)", half, at(0.5), at(2 / 24)),
+                f"{signed(half, 3)} nats (350M)", half, at(0.5), at(2 / 24)),
         of_loss(found.get("attn_ratio_60m"), "The same with 60M parameters: none, against 8%",
-                f"{signed(none)} nats (350M)", none, at(0.0), at(2 / 24)),
+                f"{signed(none, 3)} nats (350M)", none, at(0.0), at(2 / 24)),
         of_loss(mlps, "A Transformer is behind an 8% hybrid with MLPs",
-                f"{signed(behind)} nats (350M, without MLPs in the hybrid)",
+                f"{signed(behind, 3)} nats (350M, without MLPs in the hybrid)",
                 behind, lambda s: s.arms(name="transformer"),
                 lambda s: s.arms(name=hybrid)),
         of_loss(found.get("mlp_ratio"), "30 to 50% of the layers can be MLPs", "no cost (130M)",

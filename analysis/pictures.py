@@ -51,13 +51,13 @@ def attention_share(found: dict[str, Study], folder: Path) -> Plot | None:
             arms = [a for a in study.loss.drawn or fit.arms if a in fit.arms]
             reference = min(arms, key=lambda a: places[a])
             anchors = [a for a in study.arms(name="transformer") if a in fit.arms]
+            # simultaneous: a bar that leaves zero out is a difference that Dunnett's test finds
+            table = fit.against(reference).set_index("arm")
             for group, form in ((arms, marker), (anchors, "*")):
                 x = [places[a] + 0.003 * (k - (len(shown) - 1) / 2) for a in group]
-                d = [fit.difference(a, reference) for a in group]
-                y = [0.0 if a == reference else e.value for a, e in zip(group, d, strict=True)]
-                half = [
-                    0.0 if a == reference else e.half_width for a, e in zip(group, d, strict=True)
-                ]
+                d = table.reindex(group)
+                y = d["difference"].fillna(0.0).tolist()
+                half = (d["dunnett_high"] - d["difference"]).tolist()
                 name = label if form == marker else "Transformer (attention and MLPs in turn)"
                 if group:
                     line = "-" if form == marker else "none"
@@ -75,7 +75,8 @@ def attention_share(found: dict[str, Study], folder: Path) -> Plot | None:
         figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=1)
         sizes = "; ".join(f"{label}: {_size(study)}" for study, label, _, _ in shown)
         caption = (
-            "Differences within paired seeds, with 95% intervals; below zero, attention helps. "
+            "Differences within paired seeds, with simultaneous 95% intervals (Dunnett); below "
+            "zero, attention helps. "
             f"{sizes}."
         )
         return save(figure, folder, "attention_share", "; ".join(told) + ".", caption)

@@ -91,10 +91,9 @@ def plot_outcomes(analysis: Analysis, folder: Path) -> Plot | None:
             else "One seed an arm: single runs, without intervals."
         )
         if first.curves:
-            caption += (
-                f" Dashed: {first.curves[0].formula}; dotted: {first.curves[1].formula}. Shaded: "
-                "shares that the curves cannot tell from the best."
-            )
+            caption += f" Dashed: {first.curves[0].formula}; dotted: {first.curves[1].formula}."
+            if first.flat() is not None and first.fit.omnibus() < 0.05:
+                caption += " Shaded: shares that the curves cannot tell from the best."
         return save(figure, folder, "outcomes", alt, caption)
 
 
@@ -189,8 +188,9 @@ def _outcome(ax: Axes, analysis: Analysis, comparison: Comparison, lay: _Layout)
         places = [lay.x[arm] for arm in comparison.drawn]
         s = np.linspace(min(places), max(places), 300)
         ax.plot(s, curve(s), dash, color="#555555", linewidth=1.0, zorder=1)
-    if comparison.curves and fit.omnibus() < 0.05:
-        ax.axvspan(*comparison.flat(), color=BLUE, alpha=0.08, linewidth=0, zorder=0)
+    flat = comparison.flat()
+    if flat is not None and fit.omnibus() < 0.05:
+        ax.axvspan(*flat, color=BLUE, alpha=0.08, linewidth=0, zorder=0)
     ax.set_ylabel("validation loss (nats a token)" if metric is LOSS else metric.name)
     if metric.percent:
         ax.set_ylabel("MQAR accuracy")

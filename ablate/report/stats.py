@@ -165,27 +165,25 @@ class ArmFit:
         ratio = self.arm_mean_square / self.sigma**2
         return float(stats.f.sf(ratio, len(self.arms) - 1, self.df))
 
-    def not_worse_than_best(self, lower_is_better: bool = True) -> list[str]:
-        """Arms that cannot be told from the best: never a bare argmin.
-
-        Hsu's multiple comparisons with the best: with probability `LEVEL` at least, the truly best
-        arm is in the set. An arm leaves it when some other arm is better by more than
-        the one-sided Dunnett bound that takes the arm as control. Without df: all arms.
-        """
-        if not self.df > 0 or len(self.arms) < 2:
-            return list(self.arms)
+    def worse_than_best(self, lower_is_better: bool = True) -> dict[str, float]:
+        """p-value of each arm that it is as good as the best: Hsu's multiple comparisons with the
+        best, by the arm that is better by the most standard errors and the one-sided Dunnett
+        distribution that takes the arm as control. NaN without df."""
+        if not self.df > 0 or len(self.arms) < 2 or not self.sigma > 0:
+            return dict.fromkeys(self.arms, NAN)
         values = self.means if lower_is_better else -self.means
-        kept = []
+        found = {}
         for i, arm in enumerate(self.arms):
-            bound = many_to_one_quantile(self._correlation(i), self.df, sides=1)
-            worse_by = [
-                (values[i] - values[j]) - bound * self._se(i, j)
-                for j in range(len(self.arms))
-                if j != i
-            ]
-            if max(worse_by) <= 0:
-                kept.append(arm)
-        return kept
+            others = [j for j in range(len(self.arms)) if j != i]
+            t = max((values[i] - values[j]) / self._se(i, j) for j in others)
+            found[arm] = float(1 - _inside(float(t), self._correlation(i), self.df, 1))
+        return found
+
+    def not_worse_than_best(self, lower_is_better: bool = True) -> list[str]:
+        """Arms that cannot be told from the best: never a bare argmin. With probability `LEVEL` at
+        least, the truly best arm is in the set (`worse_than_best`). Without df: all arms."""
+        p = self.worse_than_best(lower_is_better)
+        return [arm for arm in self.arms if not p[arm] < 1 - LEVEL]
 
     def equivalence(self, arm: str, reference: str, margin: float) -> Equivalence:
         """Two one-sided tests that arm and reference differ by less than `margin`."""
@@ -620,6 +618,18 @@ class Curve:
     optimum: Estimate  # the share with the lowest fitted value, inside the tested range
     flat: tuple[float, float]  # shares whose fitted value is not distinguishable from the optimum's
     lack_of_fit: float  # p-value that the arms scatter about the curve by noise alone
+    settled: bool  # few draws have the smallest scale c of the gain that is tried, or none is seen
+
+    @property
+    def doubt(self) -> str:
+        """Why the minimum and the flat range are not to be read as results; empty if they are."""
+        if not self.settled:
+            return "no arm lies where the gain happens, so that its scale is not determined"
+        if self.lack_of_fit < 1 - LEVEL:
+            return (
+                f"the arms scatter about a curve more than noise does (p = {self.lack_of_fit:.2g})"
+            )
+        return ""
 
     def __call__(self, s: ArrayLike) -> Array:
         values = np.atleast_1d(np.asarray(s, dtype=np.float64))
@@ -652,14 +662,17 @@ def fit_curve(
     optimum = float(grid[at])
     a, b, c, d = (float(v) for v in parameters[0])
     named = (a, b, c, d)
+    settled = bool(b == 0 or c > scales[0])
     if not fit.df > 0 or not fit.sigma > 0:
-        return Curve(form, named, Estimate(optimum), (NAN, NAN), NAN)
+        return Curve(form, named, Estimate(optimum), (NAN, NAN), NAN, settled)
 
     rng = np.random.default_rng(0)
     noise = rng.standard_normal((draws, len(shares))) / np.sqrt(weight)
     sigma = fit.sigma * np.sqrt(fit.df / rng.chisquare(fit.df, size=(draws, 1)))
     centre = _evaluate(form, parameters, shares)
     drawn, _ = _least_squares(form, shares, centre + sigma * noise, weight, scales)
+    lowest = (drawn[:, 1] > 0) & (drawn[:, 2] <= scales[0])
+    settled = settled and float(lowest.mean()) < 1 - LEVEL
     lines = _evaluate(form, drawn, grid)
     low, high = np.quantile(grid[lines.argmin(axis=1)], [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     excess = np.quantile(lines - lines[:, at : at + 1], 1 - LEVEL, axis=0)
@@ -674,4 +687,5 @@ def fit_curve(
         Estimate(optimum, low=float(low), high=float(high)),
         (float(grid[first]), float(grid[last])),
         fit_p,
+        settled,
     )

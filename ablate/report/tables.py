@@ -111,6 +111,7 @@ def _items(score: dict[str, Any], metric: Metric) -> tuple[np.ndarray, np.ndarra
 def equal_budgets(analysis: Analysis, metrics: pd.DataFrame) -> pd.DataFrame:
     """Validation A loss of each arm where all runs have used the same tokens, FLOPs or seconds.
 
+    Seconds are of training without the first steps, which compile, or wait for who does.
     Long: budget ('tokens', 'flops', 'seconds'), at (the most that every run used), arm, loss, low,
     high. Interpolated between validations in the logarithm of the budget. Empty where fewer than
     two validations were logged, or for a budget that some run lacks.
@@ -119,7 +120,10 @@ def equal_budgets(analysis: Analysis, metrics: pd.DataFrame) -> pd.DataFrame:
     lines = metrics[metrics["key"].isin(set(analysis.runs["key"]))]
     if "val_a_loss" not in lines or len(analysis.arms) < 2:
         return pd.DataFrame(columns=["budget", "at", "arm", "loss", "low", "high"])
+    first = analysis.runs.set_index("key")["seconds_first_step"].fillna(0.0)
     curves = {key: with_seconds(run) for key, run in lines.groupby("key")}
+    for key, track in curves.items():
+        track["seconds"] -= first[key]
     runs = analysis.runs[analysis.runs["key"].isin(set(curves))]
     for budget in ("tokens", "flops", "seconds"):
         tracks = {}

@@ -124,8 +124,15 @@ class Comparison:
     def has_interval(self) -> bool:
         return self.fit.df > 0 and self.fit.sigma > 0
 
-    def flat(self) -> tuple[float, float]:
-        """Shares not distinguishable from the best, over both forms of the curve."""
+    @property
+    def doubt(self) -> str:
+        """Why the curves decide nothing; empty where they do."""
+        return next((c.doubt for c in self.curves if c.doubt), "")
+
+    def flat(self) -> tuple[float, float] | None:
+        """Shares not distinguishable from the best, over both forms of the curve; None in doubt."""
+        if not self.curves or self.doubt:
+            return None
         low = min(min(c.flat[0], c.optimum.low) for c in self.curves)
         return low, max(max(c.flat[1], c.optimum.high) for c in self.curves)
 
@@ -508,7 +515,13 @@ def _best(analysis: Analysis, comparison: Comparison) -> list[Verdict]:
 
 
 def curve_sentence(comparison: Comparison) -> str:
-    """Where the fitted curves have their minimum: both forms, and both intervals together."""
+    """Where the fitted curves have their minimum: both forms, and both intervals together; or why
+    they do not tell."""
+    flat = comparison.flat()
+    if flat is None:
+        return (
+            f"Fitted curves do not tell which shares are as good as the best: {comparison.doubt}."
+        )
     told = []
     for curve in comparison.curves:
         o = curve.optimum
@@ -516,15 +529,10 @@ def curve_sentence(comparison: Comparison) -> str:
             f"{_percent(o.value)} (95% interval {_percent(o.low)} to {_percent(o.high)}) by "
             f"{curve.formula}"
         )
-    low, high = comparison.flat()
-    text = (
+    return (
         f"Fitted curves put the lowest loss at {' and at '.join(told)}; over both forms, shares "
-        f"from {_percent(low)} to {_percent(high)} are not distinguishable from the best"
+        f"from {_percent(flat[0])} to {_percent(flat[1])} are not distinguishable from the best."
     )
-    misfit = min(c.lack_of_fit for c in comparison.curves)
-    if misfit < 0.05:
-        text += f"; the arms scatter about a curve more than noise does (p = {_p(misfit)})"
-    return text + "."
 
 
 def _limits(analysis: Analysis) -> Iterator[str]:

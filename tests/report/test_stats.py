@@ -254,3 +254,49 @@ def test_a_curve_that_only_falls_has_its_optimum_at_the_edge() -> None:
     arms = [f"{v}" for v in s]
     curve = fit_curve(fit_arms(arms, [0] * 6, 2 - 0.1 * s), dict(zip(arms, s, strict=True)))
     assert curve.optimum.value == 0.5
+
+
+def test_a_gain_that_no_arm_shows_settles_nothing() -> None:
+    """All that attention does is done by the first share tried: how soon is not to be known."""
+    rng = np.random.default_rng(0)
+    s = np.array([0, 0.1, 0.2, 0.3, 0.4, 0.5])
+    arms = [f"{v}" for v in s] * 3
+    seeds = np.repeat([0, 1, 2], len(s))
+    loss = np.where(np.array(arms, dtype=float) > 0, 3.45, 3.5) + rng.normal(0, 0.001, len(arms))
+    curve = fit_curve(fit_arms(arms, seeds, loss), dict(zip(arms, np.tile(s, 3), strict=True)))
+    assert not curve.settled
+    assert "no arm lies where the gain happens" in curve.doubt
+
+
+def test_arms_that_scatter_about_a_curve_settle_nothing() -> None:
+    rng = np.random.default_rng(0)
+    s = np.array([0, 0.04, 0.08, 0.15, 0.25, 0.35, 0.5])
+    arms = [f"{v}" for v in s] * 3
+    seeds = np.repeat([0, 1, 2], len(s))
+    truth = 2.0 + 0.05 * np.exp(-s / 0.05) + 0.1 * s**2
+    places = dict(zip(arms, np.tile(s, 3), strict=True))
+    noise = rng.normal(0, 0.001, len(arms))
+    smooth = fit_curve(fit_arms(arms, seeds, np.tile(truth, 3) + noise), places)
+    assert smooth.doubt == ""
+    bumpy = truth + 0.01 * np.array([0, 1, -1, 1, -1, 1, 0])
+    curve = fit_curve(fit_arms(arms, seeds, np.tile(bumpy, 3) + noise), places)
+    assert "scatter about a curve" in curve.doubt
+
+
+def test_worse_than_the_best_of_two_arms_is_a_one_sided_t_test() -> None:
+    table = design(np.random.default_rng(5), 2, 6, effect=0.005)
+    p = fit(table).worse_than_best()
+    a, b = (table.loc[table["arm"] == name, "value"].to_numpy() for name in ("a0", "a1"))
+    assert p["a1"] == pytest.approx(stats.ttest_rel(b, a, alternative="greater").pvalue)
+    assert p["a0"] == pytest.approx(stats.ttest_rel(a, b, alternative="greater").pvalue)
+
+
+def test_worse_than_the_best_is_dunnetts_test_from_above() -> None:
+    table = design(np.random.default_rng(8), 4, 5)
+    table["seed"] = np.arange(len(table))  # groups without pairs, as SciPy's test has them
+    groups = {name: g.to_numpy() for name, g in table.groupby("arm")["value"]}
+    p = fit(table).worse_than_best()
+    for arm, control in groups.items():
+        others = [g for name, g in groups.items() if name != arm]
+        want = stats.dunnett(*others, control=control, alternative="less", rng=0)
+        assert p[arm] == pytest.approx(want.pvalue.min(), abs=2e-3)
