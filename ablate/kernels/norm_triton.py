@@ -296,7 +296,8 @@ def backward_kernel(
         squares, dot = tl.reduce((x * x, dn * x), 1, _add_pairs)
         scale = tl.rsqrt(squares / width + eps)
         dw += tl.sum(dy * x * scale[:, None], 0)
-        dx = scale[:, None] * dn - x * (scale * scale * scale * dot / width)[:, None]
+        pull = scale * dot / width
+        dx = scale[:, None] * (dn - x * scale[:, None] * pull[:, None])
         if HAS_DTOTAL:
             dt_offset = (row * dtotal_row * DT_ALIGN)[:, None] + column[None, :]
             dx += tl.load(dtotal_ptr + dt_offset, mask=mask, other=0.0).to(tl.float32)

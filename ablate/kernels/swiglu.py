@@ -11,14 +11,15 @@ from ablate.kernels.dispatch import use_triton
 
 def swiglu(x: Tensor, *, backend: str | None = None) -> Tensor:
     """silu(gate) * value, (..., F), of x (..., 2 F), which holds the gates first, as one projection
-    writes them; in x's dtype, arithmetic in float32 (float64 for float64).
+    writes them; in x's dtype; on a GPU the arithmetic is float32's.
 
     backend: None chooses; "triton" or "reference" insist.
     Raises ValueError where the last axis is odd.
     """
     if x.shape[-1] % 2:
         raise ValueError(f"swiglu: the last axis is {x.shape[-1]}, which has no two halves")
-    if use_triton(backend, x, supported=x.dtype != torch.float64 and x.numel() > 0):
+    supported = x.is_floating_point() and x.dtype != torch.float64 and x.numel() > 0
+    if use_triton(backend, x, supported=supported):
         from ablate.kernels.swiglu_triton import swiglu_triton
 
         return swiglu_triton(x)

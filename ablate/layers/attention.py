@@ -121,6 +121,7 @@ class Attention(ResidualLayer):
     """x + out_proj(attention(rotary(conv(qkv_proj(norm(x))))))."""
 
     ragged = True
+    fusible = False
     roles: ClassVar[dict[str, str]] = {
         "norm": "ones",
         "qkv_proj": "matrix",
@@ -140,10 +141,6 @@ class Attention(ResidualLayer):
         self.conv_bias = nn.Parameter(torch.empty(o.qkv_width)) if o.d_conv else None
         self.out_proj = nn.Parameter(torch.empty(o.d_model, o.inner))
         self.out_bias = nn.Parameter(torch.empty(o.d_model)) if o.bias else None
-
-    @property
-    def fusible(self) -> bool:
-        return False
 
     def _heads(self, qkv_BLE: Tensor, ctx: Context) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys (both rotated) and values, (B, L, H, P)."""

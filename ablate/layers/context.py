@@ -52,14 +52,12 @@ class ResidualLayer(nn.Module):
         would fuse; where there is none, compiling costs seconds and gains nothing.
     """
 
+    fusible: bool = True
+
     def __init__(self, d_model: int, norm_eps: float) -> None:
         super().__init__()
         self.eps = norm_eps
         self.norm = nn.Parameter(torch.empty(d_model))
-
-    @property
-    def fusible(self) -> bool:
-        return True
 
     def branch(self, u_BLD: Tensor, ctx: Context, state: State | None = None) -> Tensor:
         raise NotImplementedError

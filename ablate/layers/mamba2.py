@@ -113,6 +113,7 @@ class Mamba2(ResidualLayer):
     """x + out_proj(core(in_proj(norm(x)))); the projection holds z, x, B, C, dt in this order."""
 
     ragged = True
+    fusible = False
     roles: ClassVar[dict[str, str]] = {
         "norm": "ones",
         "in_proj": "matrix",
@@ -137,10 +138,6 @@ class Mamba2(ResidualLayer):
         self.gate_norm = nn.Parameter(torch.empty(o.d_inner))
         self.out_proj = nn.Parameter(torch.empty(o.d_model, o.d_inner))
         self.norm_group = o.d_inner // o.n_groups if o.norm_per_group else None
-
-    @property
-    def fusible(self) -> bool:
-        return False
 
     def branch(self, u_BLD: Tensor, ctx: Context, state: State | None = None) -> Tensor:
         o = self.options

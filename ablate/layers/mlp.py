@@ -69,14 +69,11 @@ class MLP(ResidualLayer):
     def __init__(self, options: MLPOptions, norm_eps: float) -> None:
         super().__init__(options.d_model, norm_eps)
         o = self.options = options
+        self.fusible = o.kind == "relu2"
         self.in_proj = nn.Parameter(torch.empty(o.in_width, o.d_model))
         self.in_bias = nn.Parameter(torch.empty(o.in_width)) if o.bias else None
         self.out_proj = nn.Parameter(torch.empty(o.d_model, o.d_hidden))
         self.out_bias = nn.Parameter(torch.empty(o.d_model)) if o.bias else None
-
-    @property
-    def fusible(self) -> bool:
-        return self.options.kind == "relu2"
 
     def branch(self, u_BLD: Tensor, ctx: Context, state: State | None = None) -> Tensor:
         h = F.linear(u_BLD, self.in_proj, self.in_bias)

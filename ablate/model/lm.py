@@ -100,26 +100,31 @@ class LanguageModel(nn.Module):
 
         backend: torch.compile's.
 
-        Layers of one kind share the code. Kinds of a user's own run as they are. A layer is
-        compiled once a kind, option set and shape of its input; `expected_compilations` says how
-        often that is for one shape.
+        Layers of one kind share the code. A user's own kind takes part if it is a `ResidualLayer`
+        with that class's forward, and runs as it is otherwise. A layer is compiled once a kind,
+        option set and shape of its input; `expected_compilations` says how often that is for one
+        shape.
         """
-        own = {type(layer) for layer in self.layers if isinstance(layer, ResidualLayer)}
+        residual = [layer for layer in self.layers if isinstance(layer, ResidualLayer)]
+        own = {type(x) for x in residual if type(x).forward is ResidualLayer.forward}
         fused = {type(layer) for layer in self.layers if type(layer) in own and layer.fusible}
         self._chained = {kind: kind.chained for kind in own}
         self.compiles = bool(fused)
         kinds = zip(self.layers, self.arch.letters, map(repr, self.arch.layer_options), strict=True)
         variants = {(letter, o) for layer, letter, o in kinds if type(layer) in fused}
         # what the layers of others compile is theirs
-        ours = all(isinstance(layer, ResidualLayer) for layer in self.layers)
+        ours = all(type(layer) in own for layer in self.layers)
         self.expected_compilations = len(variants) if ours else None
+        if fused or not ours:
+            from torch._inductor import config  # slow, and for those who compile
+
+            config.deterministic = torch.are_deterministic_algorithms_enabled()
         if not fused:
             return
         # Several shapes are tried when a micro-batch is searched.
         limit = MOST_SHAPES * len(variants)
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, limit)
         torch._dynamo.config.fail_on_recompile_limit_hit = True
-        torch._inductor.config.deterministic = torch.are_deterministic_algorithms_enabled()
         # Padded strides would be copied away again: our operations take rows as they are laid out.
         options: Any = {"comprehensive_padding": False} if backend == "inductor" else None
         for kind in fused:
@@ -190,7 +195,7 @@ class LanguageModel(nn.Module):
         if not (self.activation_checkpointing and torch.is_grad_enabled()):
             return function(*args)
         # Reading the random state would end a graph capture, and no layer of ours draws from it.
-        random = not isinstance(layer, ResidualLayer)
+        random = not type(layer).__module__.startswith("ablate.")
         return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=random)
 
     def _context(

@@ -56,7 +56,7 @@ def numerics(cfg: TrainConfig, device: torch.device) -> Iterator[None]:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         # Only to warn (1) would let attention's backward take its faster, varying form. (torch's
         # use_deterministic_algorithms also imports Inductor, to tell it: `compile_layers` does.)
-        torch.set_deterministic_debug_mode(2)
+        _set_deterministic(2)
         # Filling every new tensor with NaN is a debugging aid that costs a pass over memory.
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     try:
@@ -64,8 +64,14 @@ def numerics(cfg: TrainConfig, device: torch.device) -> Iterator[None]:
     finally:
         torch.set_num_threads(threads)
         torch.set_float32_matmul_precision(tf32)
-        torch.set_deterministic_debug_mode(mode)
+        _set_deterministic(mode)
         torch.utils.deterministic.fill_uninitialized_memory = fill  # type: ignore[attr-defined]
+
+
+def _set_deterministic(mode: int) -> None:
+    torch.set_deterministic_debug_mode(mode)
+    if "torch._inductor.config" in sys.modules:
+        sys.modules["torch._inductor.config"].deterministic = mode > 0  # type: ignore[attr-defined]
 
 
 def environment(cfg: TrainConfig, device: torch.device) -> dict[str, Any]:

@@ -12,6 +12,8 @@ from torch._dynamo.utils import counters
 from ablate.arch.spec import Architecture
 from ablate.config import load
 from ablate.data import Batch
+from ablate.layers.context import pre_norm
+from ablate.layers.mlp import MLP
 from ablate.model import LanguageModel, param_groups
 from ablate.train.optim import make_adamw
 from ablate.train.step import Stepper
@@ -142,6 +144,44 @@ def test_only_an_activation_without_a_kernel_is_compiled() -> None:
         net = LanguageModel(arch, seed=0)
         net.compile_layers(backend="eager")
         assert net.expected_compilations == expected, kind
+
+
+class Doubling(MLP):
+    """A user's layer that adds its branch twice."""
+
+    def forward(self, x_BLD, ctx, state=None):
+        return x_BLD + 2 * self.branch(pre_norm(x_BLD, self.norm, self.eps), ctx, state)
+
+
+class Dropping(MLP):
+    def branch(self, u_BLD, ctx, state=None):
+        return torch.nn.functional.dropout(super().branch(u_BLD, ctx, state), 0.5)
+
+
+def with_layer(kind: type[MLP]) -> LanguageModel:
+    net = model("M-*-")
+    own = kind(net.layers[1].options, net.layers[1].eps)
+    own.load_state_dict(net.layers[1].state_dict())
+    net.layers[1] = own
+    return net.train()
+
+
+def test_a_forward_of_ones_own_is_the_one_that_runs() -> None:
+    plain, chained = with_layer(Doubling), with_layer(Doubling)
+    chained.compile_layers(backend="eager")
+    want, got = loss_and_gradients(plain, False), loss_and_gradients(chained, False)
+    torch.testing.assert_close(got, want)
+    assert not torch.equal(want[0], loss_and_gradients(model("M-*-"), False)[0])
+
+
+def test_activation_checkpointing_draws_the_same_numbers_again() -> None:
+    found = []
+    for recompute in (False, True):
+        net = with_layer(Dropping)
+        net.activation_checkpointing = recompute
+        torch.manual_seed(3)
+        found.append(loss_and_gradients(net, False))
+    torch.testing.assert_close(found[1], found[0])
 
 
 def test_one_layer_a_kind_and_option_set() -> None:

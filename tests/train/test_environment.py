@@ -105,3 +105,17 @@ def test_what_computes_attention_is_said() -> None:
         {"train": {"tokens": 1, "precision": "fp32"}, "data": data | {"reset_documents": True}}
     )
     assert env.attention_forms(arch, cfg.data, cfg.train, CPU)["*"] == "blocks"
+
+
+def test_inductors_own_setting_comes_back_too() -> None:
+    from torch._inductor import config
+
+    def fails() -> None:
+        with env.numerics(cfg, torch.device("cpu")):
+            assert config.deterministic
+            raise KeyError
+
+    cfg = load({"train": {"tokens": 1, "deterministic": True}}).train
+    with pytest.raises(KeyError):
+        fails()
+    assert not config.deterministic
