@@ -21,7 +21,7 @@ from ablate.report.export import is_export
 from ablate.report.frames import load_evaluation
 from ablate.report.published import ATTENTION_SHARE, GROUPED_QUERIES, TRANSFORMER
 from ablate.report.stats import Estimate, fit_arms
-from ablate.report.verdicts import LOSS, Analysis, Comparison
+from ablate.report.verdicts import LOSS, Analysis, Comparison, p_value
 
 RESULTS = Path(__file__).parent / "results"
 NOT_RUN = "not run yet"
@@ -100,10 +100,6 @@ def signed(value: float, digits: int = 4) -> str:
     return f"{value:+.{digits}f}".replace("-", "−")
 
 
-def _p(value: float) -> str:
-    return "<0.001" if value < 0.001 else f"{value:.2g}"
-
-
 def show(e: Estimate, digits: int = 4) -> str:
     if not math.isfinite(e.low):
         return f"{signed(e.value, digits)} (no interval)"
@@ -166,7 +162,7 @@ def best_share(study: Study | None) -> Row:
     told = [analysis.short(a) for a in loss.fit.arms if a in loss.best and a != lowest]
     ours += f"; not told from the best: {', '.join(told) or 'no other'}"
     p = loss.fit.worse_than_best()
-    out = [f"{analysis.short(a)} ({_p(p[a])})" for a in loss.fit.arms if a not in loss.best]
+    out = [f"{analysis.short(a)} ({p_value(p[a])})" for a in loss.fit.arms if a not in loss.best]
     follows = f"worse than the best (p): {', '.join(out)}"
     if not out:
         follows = "decides nothing: no share is excluded"

@@ -26,6 +26,7 @@ import torch
 import torch.nn.functional as F
 
 from ablate.data.tokens import usable_cores
+from ablate.kernels.dispatch import ALIGN
 from ablate.kernels.precompile import compile_together
 
 Inputs = dict[str, Any]
@@ -337,7 +338,7 @@ def _core_inputs(batch: int, length: int, heads: int = 24) -> Inputs:
     inner, shared = 64 * heads, 128
     used = 2 * inner + 2 * shared + heads
     return {
-        "zxbcdt": _randn(batch, length, used + -used % 8),  # padded as in the layer
+        "zxbcdt": _randn(batch, length, used + -used % ALIGN),  # padded as in the layer
         "conv_weight": _randn(inner + 2 * shared, 4, scale=0.3, dtype=torch.float32),
         "conv_bias": _randn(inner + 2 * shared, scale=0.1, dtype=torch.float32),
         "dt_bias": torch.empty(heads, device="cuda").uniform_(-6.0, -2.0).requires_grad_(),

@@ -19,6 +19,8 @@ INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 
 _LIBRARY = torch.library.Library("ablate", "FRAGMENT")
 
+ALIGN = 8  # numbers of 16 bits in 16 bytes, below which matrix products on a GPU crawl
+
 
 def use_triton(backend: str | None, *tensors: torch.Tensor, supported: bool = True) -> bool:
     """True when the Triton form should run on these tensors.

@@ -16,19 +16,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ablate.kernels.dispatch import use_triton
+from ablate.kernels.dispatch import ALIGN, use_triton
 from ablate.kernels.ssd import ssd, triton_supports
-
-PADDING = 8  # columns, fewer than these
 
 
 def check_width(width_E: int, n_heads: int, head_dim: int, n_groups: int, d_state: int) -> None:
     """Raises ValueError where a projection of this width is not that of so many heads."""
     needed = 2 * n_heads * head_dim + 2 * n_groups * d_state + n_heads
-    if not needed <= width_E < needed + PADDING:
+    if not needed <= width_E < needed + ALIGN:
         raise ValueError(
             f"mamba2_core: the last axis of zxbcdt is {width_E}, but {n_heads} heads of {head_dim} "
-            f"with {n_groups} groups of state {d_state} take {needed}, and up to {PADDING - 1} "
+            f"with {n_groups} groups of state {d_state} take {needed}, and up to {ALIGN - 1} "
             "columns of padding"
         )
 

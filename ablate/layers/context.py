@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ablate.kernels import causal_conv1d, gated_rms_norm, rms_norm
+from ablate.kernels.dispatch import ALIGN
 
 State = dict[str, Tensor]  # the decoding cache of one layer
 
@@ -144,9 +145,6 @@ def gated_output(
         norm_before_gate=True,
     )
     return F.linear(y, out_proj_DE)
-
-
-ALIGN = 8  # numbers of 16 bits in 16 bytes, below which matrix products on a GPU crawl
 
 
 def padded_linear(x: Tensor, weight_ED: Tensor) -> Tensor:

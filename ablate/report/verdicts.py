@@ -392,7 +392,7 @@ def _tuning(analysis: Analysis) -> list[Verdict]:
     smooth_p = Tuning.of(tuned["fit"]).smooth_p
     if smooth_p < 0.05:
         text = "The arms' best learning rates scatter about the smooth model of them more than "
-        lines.append(Verdict("limit", f"{text}noise does (p = {_p(smooth_p)})."))
+        lines.append(Verdict("limit", f"{text}noise does (p = {p_value(smooth_p)})."))
     return lines
 
 
@@ -455,8 +455,8 @@ def _nothing(analysis: Analysis, comparison: Comparison) -> list[Verdict]:
     detect = metric.show_size(effect, effect)
     if p < 0.05:
         text = (
-            f"{metric.name}: the arms are not all equal (F test, p = {_p(p)}), but none can be "
-            f"told from the one {analysis.describe(comparison.reference)} ({_seeds(fit)})."
+            f"{metric.name}: the arms are not all equal (F test, p = {p_value(p)}), but none can "
+            f"be told from the one {analysis.describe(comparison.reference)} ({_seeds(fit)})."
         )
         return [Verdict("result", text), *_best(analysis, comparison)]
     text = (
@@ -593,7 +593,8 @@ def _percent(share: float) -> str:
     return "–" if not math.isfinite(share) else f"{100 * share:.1f}".removesuffix(".0") + "%"
 
 
-def _p(p: float) -> str:
+def p_value(p: float) -> str:
+    """As it stands in a sentence."""
     return f"{p:.2g}" if p >= 0.001 else "below 0.001"
 
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ablate.layers.context import ALIGN, aligned_linear
+from ablate.kernels.dispatch import ALIGN
+from ablate.layers.context import aligned_linear
 
 
 @pytest.mark.gpu
