@@ -142,7 +142,8 @@ def test_columns_of_padding_are_not_read_and_their_gradient_is_zero(device, back
     assert not got[1][..., -5:].any()
     got[1] = got[1][..., :-5]
     for ours, want in zip(got, plain, strict=True):
-        assert error(ours, want) < 1e-6
+        # rows that are not aligned are read in another order on a GPU: float32 rounding
+        assert error(ours, want) < 1e-5
 
 
 @pytest.mark.parametrize("device", DEVICES)
