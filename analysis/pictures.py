@@ -9,7 +9,7 @@ from findings import Study, widest
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator, PercentFormatter
 
-from ablate.report.evaluation import by_size
+from ablate.report.evaluation import SEEDS_DRAWN, by_size, draw_seeds
 from ablate.report.plots import BLUE, CYCLE, MARKERS, STYLE, VERMILLION, Plot, save
 from ablate.report.published import ATTENTION_SHARE
 from ablate.study.show import si
@@ -107,12 +107,13 @@ def recall(study: Study | None, folder: Path) -> Plot | None:
                 for arm in widest(study, kind):
                     if arm not in arms:
                         continue
-                    sizes, marks = by_size(arms[arm])
+                    sizes, marks, seeds = by_size(arms[arm])
                     y = [m.value for m in marks]
                     bars = [[max(0.0, m.value - m.low) for m in marks],
                             [max(0.0, m.high - m.value) for m in marks]]  # fmt: skip
                     ax.errorbar(sizes, y, yerr=bars, label=label, color=CYCLE[i], markersize=4,
                                 marker=MARKERS[i], linewidth=1.1, elinewidth=0.9)  # fmt: skip
+                    draw_seeds(ax, sizes, seeds, CYCLE[i])
                     values = ", ".join(f"{s}: {v:.0%}" for s, v in zip(sizes, y, strict=True))
                     told.append(f"{TASKS[task]}, {label}: {values}")
                     ax.set_xscale("log", base=2)
@@ -127,11 +128,22 @@ def recall(study: Study | None, folder: Path) -> Plot | None:
         first.set_ylabel("exact match")
         figure.legend(*first.get_legend_handles_labels(), loc="outside lower center", ncols=5)
         state = f"{study.analysis.arms['x'].max():.0f}"
+        among = _seeds({label: widest(study, k) for k, label in KINDS.items()}, study)
         caption = (
-            f"Exact match by size of the task, Mamba-2 layers with a state of {state}, seeds "
-            "together, with 95% intervals over texts."
+            f"Exact match by size of the task, Mamba-2 layers with a state of {state}, {among}, "
+            f"with 95% intervals.{SEEDS_DRAWN}"
         )
         return save(figure, folder, "recall", "; ".join(told) + ".", caption)
+
+
+def _seeds(shown: dict[str, list[str]], study: Study) -> str:
+    """'the mean of 2 seeds', with the lines that have fewer."""
+    count = study.analysis.runs.groupby("arm")["seed"].nunique()
+    own = {label: int(count[arms[0]]) for label, arms in shown.items() if arms}
+    most = max(own.values())
+    fewer = [f"{label}: {n}" for label, n in own.items() if n < most]
+    mean = f"the mean of {most} seeds" if most > 1 else "one seed"
+    return mean + (f" ({', '.join(fewer)})" if fewer else "")
 
 
 def state_size(study: Study | None, folder: Path, task: str = "phonebook") -> Plot | None:

@@ -15,6 +15,7 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator, PercentFormatter
 
@@ -103,7 +104,7 @@ class Evaluations:
             axes = figure.subplots(len(tasks), 1, squeeze=False)[:, 0]
             for ax, (task, arms) in zip(axes, tasks.items(), strict=True):
                 for arm, contents in arms.items():
-                    sizes, found = by_size(contents)
+                    sizes, found, seeds = by_size(contents)
                     y = [e.value for e in found]
                     bars = [
                         [max(0.0, e.value - e.low) if e.low == e.low else 0.0 for e in found],
@@ -118,6 +119,7 @@ class Evaluations:
                         markersize=4,
                         label=self.analysis.short(arm),
                     )
+                    draw_seeds(ax, sizes, seeds, shades[arm])
                     pairs = ", ".join(f"{s}: {v:.0%}" for s, v in zip(sizes, y, strict=True))
                     told.append(f"{task}, {self.analysis.short(arm)}: {pairs}")
                 ax.set_xscale("log", base=2)
@@ -132,7 +134,7 @@ class Evaluations:
                 figure.legend(handles, labels, loc="outside lower center", ncols=3)
             caption = (
                 "Exact match by size of the task (entries, pairs, words or tokens), with 95% "
-                "intervals over documents."
+                f"intervals over documents.{SEEDS_DRAWN}"
             )
             return save(figure, folder, "recall", "; ".join(told) + ".", caption)
 
@@ -335,19 +337,35 @@ def _noise(one: _Scores, other: _Scores) -> float:
     return math.sqrt(squares / freedom) if freedom else 0.0
 
 
-def by_size(contents: list[dict[str, Any]]) -> tuple[list[int], list[Estimate]]:
-    """Accuracy at each size of a task, cells of one size together."""
-    cells = contents[0]["cells"]
-    sizes = sorted({int(cell["x"]) for cell in cells.values()})
+SEEDS_DRAWN = " Small points are single seeds; intervals are over texts, for these models alone."
+
+
+def by_size(
+    contents: list[dict[str, Any]],
+) -> tuple[list[int], list[Estimate], list[list[float]]]:
+    """Sizes of a task, accuracy at each (cells of one size together, seeds averaged), and that of
+    every seed."""
+    sizes = sorted({int(x) for c in contents for x in c["items"]["x"]})
+    items = [pd.DataFrame({k: c["items"][k] for k in ("x", "exact_match")}) for c in contents]
+    seeds = [own.groupby("x")["exact_match"].mean() for own in items]
+    names = {name: cell["x"] for c in contents for name, cell in c["cells"].items()}
     scores = _scores(contents)
     found = []
     for size in sizes:
-        parts = [scores[name] for name, cell in cells.items() if cell["x"] == size]
+        parts = [scores[name] for name, x in names.items() if x == size]
         whole = _Scores(
             pd.concat([p.score for p in parts]), pd.concat([p.clusters for p in parts]), []
         )
         found.append(whole.mean())
-    return sizes, found
+    return sizes, found, [[float(own[s]) for own in seeds if s in own] for s in sizes]
+
+
+def draw_seeds(ax: Axes, sizes: list[int], seeds: list[list[float]], colour: str) -> None:
+    """Each seed as a small point, where there are several."""
+    if max(map(len, seeds), default=0) > 1:
+        x = [size for size, own in zip(sizes, seeds, strict=True) for _ in own]
+        y = [value for own in seeds for value in own]
+        ax.plot(x, y, "o", color=colour, markersize=2.2, alpha=0.6, linestyle="none")
 
 
 def _heat(contents: list[dict[str, Any]]) -> pd.DataFrame:
