@@ -316,14 +316,17 @@ def _report(args: list[str]) -> int:
 def _print_summary(folder: Path) -> None:
     from rich.console import Console
 
-    from ablate.report import load_study
-    from ablate.report.page import summary, verdicts
+    from ablate.report import analyse, load_study
+    from ablate.report.evaluation import Evaluations
+    from ablate.report.page import summary
+    from ablate.report.verdicts import judge
 
     frame = load_study(folder)
     console = Console()
     console.print(summary(frame))
-    for line in verdicts(frame):
-        console.print(f"• {line}", highlight=False)
+    analysis = analyse(frame)
+    for line in judge(analysis, Evaluations.read(analysis, folder).verdicts()):
+        console.print(f"• {line.text}", highlight=False)
 
 
 def _rerun(args: list[str]) -> int:

@@ -20,9 +20,16 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator, PercentFormatter
 
 from ablate.report.frames import evaluated, load_evaluation, records
-from ablate.report.plots import COLUMN, MARKERS, STYLE, Plot, colours, save
-from ablate.report.stats import NAN, Estimate, bootstrap_ratio, mcnemar, paired_items
-from ablate.report.verdicts import Analysis
+from ablate.report.plots import COLUMN, STYLE, Plot, looks, save
+from ablate.report.stats import (
+    NAN,
+    Estimate,
+    bootstrap_ratio,
+    fit_arms,
+    mcnemar,
+    paired_items,
+)
+from ablate.report.verdicts import Analysis, Verdict
 from ablate.study.show import si
 
 _OF_TRAINING = {"val_a", "val_b", "mqar"}  # shown elsewhere on the page
@@ -38,18 +45,23 @@ class Evaluations:
 
     @classmethod
     def read(cls, analysis: Analysis, path: Path) -> Evaluations:
-        """Of the runs that count in the analysis."""
-        arms = {row["key"]: str(row["arm"]) for row in records(analysis.runs)}
+        """Of the runs that count in the analysis; each file with the `seed` of its run."""
+        runs = {row["key"]: row for row in records(analysis.runs)}
         order = {str(arm): i for i, arm in enumerate(analysis.arms.index)}
         tasks: dict[str, dict[str, list[dict[str, Any]]]] = {}
         for name in evaluated(path):
             if name in _OF_TRAINING:
                 continue
             for key, content in load_evaluation(path, name).items():
-                if key in arms and "items" in content:
-                    tasks.setdefault(name, {}).setdefault(arms[key], []).append(content)
+                if key in runs and "items" in content:
+                    arm, seed = str(runs[key]["arm"]), int(runs[key]["seed"])
+                    own = tasks.setdefault(name, {}).setdefault(arm, [])
+                    own.append({**content, "seed": seed})
         ordered = {
-            name: dict(sorted(found.items(), key=lambda p: order.get(p[0], len(order))))
+            name: {
+                arm: sorted(found[arm], key=lambda content: content["seed"])
+                for arm in sorted(found, key=lambda arm: order.get(arm, len(order)))
+            }
             for name, found in sorted(tasks.items())
         }
         return cls(analysis, ordered)
@@ -74,20 +86,61 @@ class Evaluations:
                     rows.append(_row(task, cell, arm, contents, own, base, arm == reference))
         return pd.DataFrame(rows)
 
+    # --- sentences -----------------------------------------------------------------------------
+
+    def against(self, task: str, reference: str, cell: str | None = None) -> pd.DataFrame:
+        """Every arm of a recall task against another, over all its sizes or in one cell: index arm;
+        value, by_seed; p, Dunnett's test over seeds of the share of right answers, on the scale of
+        its arcsine (where the spread hangs less on the share) with the noise pooled over arms;
+        side, 'lower' or 'higher' where both this p is below 5% and the interval over texts leaves
+        zero out, else ''."""
+        arms = self.tasks[task]
+        whole = {arm: _whole(contents, cell) for arm, contents in arms.items()}
+        runs = [
+            (arm, content["seed"], math.asin(math.sqrt(value)))
+            for arm, contents in arms.items()
+            for content, value in zip(contents, whole[arm].by_seed, strict=True)
+        ]
+        fit = fit_arms(*zip(*runs, strict=True))
+        p = fit.against(reference).set_index("arm")["dunnett_p"].to_dict()
+        base, rows = whole[reference], []
+        for arm, own in whole.items():
+            shared = own.score.index.intersection(base.score.index)
+            texts = paired_items(own.score[shared], base.score[shared], own.clusters[shared])
+            side = ""
+            if p.get(arm, 1.0) < 0.05 and not texts.low <= 0 <= texts.high:
+                side = "lower" if texts.value < 0 else "higher"
+            value, by_seed = own.mean().value, own.by_seed
+            row = {"arm": arm, "value": value, "by_seed": by_seed, "p": p.get(arm, NAN)}
+            rows.append({**row, "side": side})
+        return pd.DataFrame(rows).set_index("arm")
+
+    def verdicts(self) -> list[Verdict]:
+        """A sentence a recall task: which arms can be told from the first one."""
+        return [
+            self._about(task, next(iter(arms)))
+            for task, arms in self.tasks.items()
+            if len(arms) > 1 and all("cells" in c for own in arms.values() for c in own)
+        ]
+
+    def _about(self, task: str, reference: str) -> Verdict:
+        table = self.against(task, reference)
+        told = {str(a): f"{self.analysis.short(str(a))} {v:.1%}" for a, v in table["value"].items()}
+        sides = table["side"].drop(reference)
+        parts = [told[reference]]
+        for word in ("lower", "higher"):
+            if (sides == word).any():
+                parts.append(f"{word}: {', '.join(told[a] for a in sides.index[sides == word])}")
+        if (sides == "").any():
+            same = ", ".join(told[a] for a in sides.index[sides == ""])
+            parts.append(f"not told from it: {same}")
+        text = f"{task}, exact match over all sizes: {'; '.join(parts)} (5%, Dunnett, over seeds)."
+        return Verdict("result" if (sides != "").any() else "null", text)
+
     # --- figures -------------------------------------------------------------------------------
 
     def plots(self, folder: Path) -> list[Plot | None]:
         return [self._recall(folder), self._needle(folder), self._positions(folder)]
-
-    def _shades(self) -> dict[str, str]:
-        return colours(self.analysis, [str(a) for a in self.analysis.arms.index])
-
-    def _marks(self) -> dict[str, str]:
-        """A marker a series where there are several, as colour tells the place then."""
-        series = self.analysis.arms["series"]
-        own = series if len(set(series)) > 1 else series.index.to_series()
-        names = list(dict.fromkeys(own))
-        return {str(a): MARKERS[names.index(s) % len(MARKERS)] for a, s in own.items()}
 
     def _recall(self, folder: Path) -> Plot | None:
         """Accuracy by size of the task, one panel a task, one line an arm."""
@@ -98,7 +151,7 @@ class Evaluations:
         }
         if not tasks:
             return None
-        shades, marks, told = self._shades(), self._marks(), []
+        look, told = looks(self.analysis), []
         with mpl.rc_context(STYLE):
             figure = Figure(figsize=(COLUMN, 1.9 * len(tasks) + 0.5), layout="constrained")
             axes = figure.subplots(len(tasks), 1, squeeze=False)[:, 0]
@@ -114,12 +167,13 @@ class Evaluations:
                         sizes,
                         y,
                         yerr=bars,
-                        color=shades[arm],
-                        marker=marks[arm],
+                        color=look[arm].colour,
+                        linestyle=look[arm].dash,
+                        marker=look[arm].marker,
                         markersize=4,
                         label=self.analysis.short(arm),
                     )
-                    draw_seeds(ax, sizes, seeds, shades[arm])
+                    draw_seeds(ax, sizes, seeds, look[arm].colour)
                     pairs = ", ".join(f"{s}: {v:.0%}" for s, v in zip(sizes, y, strict=True))
                     told.append(f"{task}, {self.analysis.short(arm)}: {pairs}")
                 ax.set_xscale("log", base=2)
@@ -129,7 +183,7 @@ class Evaluations:
                 ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
                 ax.set_title(task)
             axes[0].set_ylabel("exact match")
-            if len(shades) > 1:
+            if len(look) > 1:
                 handles, labels = axes[0].get_legend_handles_labels()
                 figure.legend(handles, labels, loc="outside lower center", ncols=3)
             caption = (
@@ -139,37 +193,36 @@ class Evaluations:
             return save(figure, folder, "recall", "; ".join(told) + ".", caption)
 
     def _needle(self, folder: Path) -> Plot | None:
-        """Heat maps of accuracy over length and depth, one row a task, one column an arm."""
-        tasks = [t for t in _HEAT if t in self.tasks]
-        if not tasks:
+        """Heat maps of accuracy over length and depth, one an arm, the tasks one after another."""
+        panels = [(task, arm) for task in _HEAT if task in self.tasks for arm in self.tasks[task]]
+        if not panels:
             return None
-        arms = list(self.tasks[tasks[0]])[:6]
-        told = []
+        told, columns = [], min(3, len(panels))
+        rows = math.ceil(len(panels) / columns)
         with mpl.rc_context({**STYLE, "axes.grid": False}):
-            size = (max(COLUMN, 1.5 * len(arms) + 1.0), 2.0 * len(tasks) + 0.4)
-            figure = Figure(figsize=size, layout="constrained")
-            axes = figure.subplots(len(tasks), len(arms), squeeze=False, sharey="row")
-            image = None
-            for row, task in enumerate(tasks):
-                for ax, arm in zip(axes[row], arms, strict=True):
-                    grid = _heat(self.tasks[task].get(arm, []))
-                    image = ax.imshow(
-                        grid.to_numpy(), aspect="auto", vmin=0, vmax=1, cmap="viridis"
-                    )
-                    ax.set_xticks(range(len(grid.columns)), [_size(c) for c in grid.columns])
-                    ax.set_yticks(
-                        range(len(grid.index)), [f"{float(str(d)):.0%}" for d in grid.index]
-                    )
-                    ax.set_title(self.analysis.short(arm))
-                    mean = float(np.nanmean(grid.to_numpy())) if grid.size else NAN
-                    told.append(f"{task}, {self.analysis.short(arm)}: {mean:.0%} on average")
-                axes[row, 0].set_ylabel(f"{task}: depth")
-                axes[row, -1].set_xlabel("tokens")
-            if image is not None:
-                bar = figure.colorbar(image, ax=axes, shrink=0.8)
-                bar.ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-            more = "" if len(self.tasks[tasks[0]]) <= 6 else " The first six arms."
-            caption = f"Exact match by length and depth of the needle, seeds averaged.{more}"
+            figure = Figure(figsize=(COLUMN, 1.35 * rows + 0.4), layout="constrained")
+            axes = figure.subplots(rows, columns, squeeze=False, sharey=True)
+            for ax in axes.flat[len(panels) :]:
+                ax.set_visible(False)
+            for ax, (task, arm) in zip(axes.flat, panels, strict=False):
+                grid = _heat(self.tasks[task][arm])
+                image = ax.imshow(grid.to_numpy(), aspect="auto", vmin=0, vmax=1, cmap="viridis")
+                ax.set_xticks(range(len(grid.columns)), [_size(c) for c in grid.columns])
+                depths = [f"{float(str(d)):.0%}" for d in grid.index]
+                every = max(1, math.ceil(len(depths) / 5))
+                ax.set_yticks(range(0, len(depths), every), depths[::every])
+                name = self.analysis.short(arm)
+                ax.set_title(name, fontsize=8)
+                if ax in axes[:, 0]:
+                    ax.set_ylabel(f"{task}: depth", fontsize=8)
+                mean = float(np.nanmean(grid.to_numpy())) if grid.size else NAN
+                told.append(f"{task}, {name}: {mean:.0%} on average")
+            bar = figure.colorbar(image, ax=axes, shrink=0.8)
+            bar.ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+            caption = (
+                "Exact match by length (across, tokens) and depth (down) of the needle, seeds "
+                "averaged."
+            )
             return save(figure, folder, "needle", "; ".join(told) + ".", caption)
 
     def _positions(self, folder: Path) -> Plot | None:
@@ -177,7 +230,7 @@ class Evaluations:
         arms = self.tasks.get("length")
         if not arms:
             return None
-        shades, told = self._shades(), []
+        look, told = looks(self.analysis), []
         with mpl.rc_context(STYLE):
             figure = Figure(figsize=(COLUMN, 4.4), layout="constrained")
             by_position, by_multiple = figure.subplots(2, 1)
@@ -185,14 +238,13 @@ class Evaluations:
                 places = contents[0]["by_position"]["last"]
                 losses = np.mean([c["by_position"]["loss"] for c in contents], axis=0)
                 label = self.analysis.short(arm)
-                by_position.plot(places, losses, color=shades[arm], marker="o", markersize=2.5)
+                line = {"color": look[arm].colour, "linestyle": look[arm].dash, "marker": "o"}
+                by_position.plot(places, losses, markersize=2.5, **line)
                 shared = [m for m in contents[0]["by_multiple"]
                           if all(m in c["by_multiple"] for c in contents)]  # fmt: skip
                 multiples = [int(m) for m in shared]
                 means = [np.mean([c["by_multiple"][m] for c in contents]) for m in shared]
-                by_multiple.plot(
-                    multiples, means, color=shades[arm], marker="o", markersize=3.5, label=label
-                )
+                by_multiple.plot(multiples, means, markersize=3.5, label=label, **line)
                 told.append(
                     f"{label}: "
                     + ", ".join(f"{m} times {v:.3f}" for m, v in zip(multiples, means, strict=True))
@@ -281,6 +333,17 @@ def _scores(contents: list[dict[str, Any]]) -> dict[str, _Scores]:
         by_seed = [float(items["score"].mean()) for items in own]
         found[str(cell)] = _Scores(groups["score"].mean(), groups["cluster"].first(), by_seed)
     return found
+
+
+def _whole(contents: list[dict[str, Any]], cell: str | None = None) -> _Scores:
+    """All cells of a recall task together, or one."""
+    parts = _scores(contents)
+    if cell is not None:
+        return parts[cell]
+    score = pd.concat({cell: part.score for cell, part in parts.items()})
+    clusters = pd.concat({cell: part.clusters for cell, part in parts.items()})
+    by_seed = [float(np.mean(content["items"]["exact_match"])) for content in contents]
+    return _Scores(score, clusters, by_seed)
 
 
 def _row(

@@ -58,12 +58,11 @@ from ablate.report.verdicts import (
     Verdict,
     analyse,
     judge,
-    verdicts,
 )
 from ablate.run import atomic_write
 from ablate.study.show import si
 
-__all__ = ["summary", "verdicts", "write_report"]
+__all__ = ["summary", "write_report"]
 
 _SHOWN = (RECALL, LOSS, BITS, PERPLEXITY)
 
@@ -112,7 +111,8 @@ def write_report(
     details = load_details(path)
     found = confounds(frame, details)
     plots += evaluations.plots(folder)
-    text = _page(analysis, [p for p in plots if p], found, details, tables, shown or path)
+    lines = judge(analysis, evaluations.verdicts())
+    text = _page(analysis, lines, [p for p in plots if p], found, details, tables, shown or path)
     page = folder / "index.html"
     atomic_write(page, text)
     return page
@@ -146,6 +146,7 @@ def summary(frame: pd.DataFrame) -> Table:
 
 def _page(
     analysis: Analysis,
+    lines: Sequence[Verdict],
     plots: Sequence[Plot],
     found: Sequence[Confound],
     details: pd.DataFrame,
@@ -158,7 +159,7 @@ def _page(
     css = Path(__file__).with_name("page.css").read_text()
     by_name = {plot.name: plot for plot in plots}
     sections = [
-        _verdict_section(judge(analysis)),
+        _verdict_section(lines),
         _figure(by_name.get("outcomes")),
         _section("Results", _results(analysis) + _differences(analysis, tables["differences"])),
         _section("Learning curves", _figure(by_name.get("learning_curves"))),

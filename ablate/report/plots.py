@@ -233,7 +233,7 @@ def plot_curves(analysis: Analysis, metrics: pd.DataFrame, folder: Path) -> Plot
     if not panels:
         return None
     arms = [str(a) for a in analysis.arms.index]
-    shades, dashes = colours(analysis, arms), _dashes(analysis)
+    look = looks(analysis)
     with mpl.rc_context(STYLE):
         widest = max(len(analysis.short(a)) for a in arms)
         columns = max(1, min(4, len(arms), 72 // (widest + 8)))
@@ -247,7 +247,7 @@ def plot_curves(analysis: Analysis, metrics: pd.DataFrame, folder: Path) -> Plot
                 own = lines[(lines["arm"] == arm) & lines[column].notna()]
                 if own.empty:
                     continue
-                _learning(ax, own, column, shades[arm], dashes[arm], analysis.short(arm))
+                _learning(ax, own, column, look[arm], analysis.short(arm))
             ax.set_ylabel(label)
             if column == "less":
                 _trim_first(ax, lines)
@@ -299,19 +299,19 @@ def _trim_first(ax: Axes, lines: pd.DataFrame) -> None:
         ax.set_ylim(values.min() - pad, values.max() + pad)
 
 
-def _learning(ax: Axes, own: pd.DataFrame, column: str, colour: str, dash: str, label: str) -> None:
+def _learning(ax: Axes, own: pd.DataFrame, column: str, look: Look, label: str) -> None:
     sparse = own.groupby("key").size().max() <= 30
     for _, run in own.groupby("key"):
         y = run[column] if sparse else run[column].ewm(span=len(run) / 40).mean()
-        ax.plot(run["tokens"], y, dash, color=colour, alpha=0.25, linewidth=0.7)
+        ax.plot(run["tokens"], y, look.dash, color=look.colour, alpha=0.25, linewidth=0.7)
     mean = own.groupby("tokens")[column].mean()
     if not sparse:
         mean = mean.ewm(span=len(mean) / 40).mean()
     ax.plot(
         mean.index,
         mean,
-        dash,
-        color=colour,
+        look.dash,
+        color=look.colour,
         label=label,
         marker="o" if sparse else None,
         markersize=2.5,
@@ -406,23 +406,44 @@ def _trim(ax: Axes, values: pd.Series) -> None:
         ax.set_ylim(low - 0.05 * (top - low), top + 0.05 * (top - low))
 
 
-def colours(analysis: Analysis, arms: list[str]) -> dict[str, str]:
-    """A colour an arm: of several series the place tells it, and the dash the series."""
-    places: dict[str, float] = {a: i for i, a in enumerate(arms)}
-    if analysis.axis.numeric and (analysis.arms["series"] != "").any():
-        places = {str(a): v for a, v in analysis.arms["x"].items()}
-    elif not analysis.axis.numeric and len(arms) <= len(CYCLE):
-        return {a: CYCLE[i] for i, a in enumerate(arms)}
-    values = sorted(set(places.values()))
-    shades = mpl.colormaps["viridis"](np.linspace(0.0, 0.88, len(values)))
-    shade = dict(zip(values, map(mpl.colors.to_hex, shades), strict=True))
-    return {a: shade[v] for a, v in places.items()}
+@dataclass(frozen=True)
+class Look:
+    """How an arm's line is drawn."""
+
+    colour: str
+    dash: str
+    marker: str
 
 
-def _dashes(analysis: Analysis) -> dict[str, str]:
-    names = list(dict.fromkeys(analysis.arms["series"]))
-    styles = ("-", "--", ":", "-.")
-    return {str(a): styles[names.index(s) % 4] for a, s in analysis.arms["series"].items()}
+def looks(analysis: Analysis) -> dict[str, Look]:
+    """By arm. Of several series over a number, what has more values takes the colour and the other
+    the dash: two state sizes of five architectures are dashed and solid lines in five colours."""
+    arms = [str(a) for a in analysis.arms.index]
+    series = [str(s) for s in analysis.arms["series"]]
+    names = list(dict.fromkeys(series))
+    if not analysis.axis.numeric or names == [""]:
+        shades = _shades(len(arms), few=not analysis.axis.numeric)
+        return {a: Look(shades[i], "-", MARKERS[i % 7]) for i, a in enumerate(arms)}
+    places = sorted(set(analysis.arms["x"]), reverse=True)  # the largest is drawn whole
+    found = {}
+    for arm, own, x in zip(arms, series, analysis.arms["x"], strict=True):
+        k, place = names.index(own), places.index(x)
+        if len(names) > len(places):
+            colour, dash = _shades(len(names), few=True)[k], _DASHES[place % 4]
+        else:
+            colour, dash = _shades(len(places))[-1 - place], _DASHES[k % 4]
+        found[arm] = Look(colour, dash, MARKERS[k % 7])
+    return found
+
+
+_DASHES = ("-", "--", ":", "-.")
+
+
+def _shades(n: int, *, few: bool = False) -> list[str]:
+    """Colours that are told apart by their hue where there are few, else by their lightness."""
+    if few and n <= len(CYCLE):
+        return list(CYCLE[:n])
+    return [mpl.colors.to_hex(c) for c in mpl.colormaps["viridis"](np.linspace(0.0, 0.88, n))]
 
 
 def _cut(text: str, length: int) -> str:

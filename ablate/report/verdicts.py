@@ -334,8 +334,11 @@ def verdicts(frame: pd.DataFrame) -> list[str]:
     return [v.text for v in judge(analyse(frame))]
 
 
-def judge(analysis: Analysis) -> list[Verdict]:
-    """Plain sentences: what is unfinished, what differs, what does not, what cannot be known."""
+def judge(analysis: Analysis, recalled: Sequence[Verdict] = ()) -> list[Verdict]:
+    """Plain sentences: what is unfinished, what differs, what does not, what cannot be known.
+
+    recalled: those of `evaluation.Evaluations.verdicts`, which go before the limits.
+    """
     lines = _progress(analysis)
     shown = analysis.shown(PRIMARY)
     if LOSS_A in shown:
@@ -343,7 +346,7 @@ def judge(analysis: Analysis) -> list[Verdict]:
         lines.append(Verdict("limit", text))
     for metric in shown:
         lines += _about(analysis, analysis.comparisons[metric.column])
-    return lines + [Verdict("limit", text) for text in _limits(analysis)]
+    return [*lines, *recalled, *(Verdict("limit", text) for text in _limits(analysis))]
 
 
 def _progress(analysis: Analysis) -> list[Verdict]:
@@ -468,11 +471,13 @@ def _nothing(analysis: Analysis, comparison: Comparison) -> list[Verdict]:
 
 
 def _difference(analysis: Analysis, comparison: Comparison, different: pd.DataFrame) -> Verdict:
-    """The first arm in order that differs from the reference in the direction of most of them."""
+    """The first arm along a number that differs from the reference in the strongest difference's
+    direction; the strongest where arms have no order, or several."""
     metric, fit, reference = comparison.metric, comparison.fit, comparison.reference
     strongest = different.iloc[int(different["difference"].abs().argmax())]
     same_sign = different[np.sign(different["difference"]) == np.sign(strongest["difference"])]
-    chosen = same_sign.iloc[0] if analysis.axis.numeric else strongest
+    along = analysis.axis.numeric and len(set(analysis.arms["series"])) == 1
+    chosen = same_sign.iloc[0] if along else strongest
     arm = str(chosen["arm"])
     verb = "rises" if chosen["difference"] > 0 else "falls"
     sign = np.sign(chosen["difference"])

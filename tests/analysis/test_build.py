@@ -86,7 +86,7 @@ def recall_study(path: Path) -> Path:
             for state in (16, 128) if kind != "transformer" else (16,):
                 content = synthetic.result(loss=2.3, attention=attention, layers=24)
                 content["architecture"]["state_bytes"] = 1000 * state + 50_000 * attention
-                level = 0.97 if attention else 0.2 + 0.002 * state
+                level = 0.97 if attention else 0.05 + 0.004 * state
                 sizes = {n: level * (1 if attention > 1 else 0.9**i) for i, n in enumerate((5, 20))}
                 names = ("phonebook", "phonebook_reversed", "needle")
                 found = {name: task(rng, name, sizes) for name in names}
@@ -239,17 +239,21 @@ def test_figures_of_the_table_lead_back_to_their_runs(root: Path) -> None:
     assert rows.loc["30 to 50% of the layers can be MLPs", "follows"].startswith("none found")
     assert rows.loc["Half of the layers as MLPs train faster than 5%", "ours"].startswith("+1")
     gap = rows.loc["SSMs fail the phonebook, hybrids match the Transformer"]
-    assert gap["follows"] == "agrees in all 2 seeds: Mamba-2 fails, the hybrid does not"
+    assert gap["follows"] == "agrees: Mamba-2 fails, the hybrid does not"
     one, other = (recalled(root, "mamba2, d_state=128", t) for t in BOOKS)
     first = rows.loc["Naming the query first helps SSMs, who still trail"]
     told = re.search(r"seeds (\S+), (\S+);", first["ours"].replace("−", "-"))
     by_seed = 100 * (other.mean() - one.mean())
-    assert told and [float(v) for v in told.groups()] == pytest.approx(list(by_seed), abs=0.051)
-    assert first["follows"] == "decides nothing: zero is inside"  # planted: the same accuracy
+    assert told
+    assert [float(v) for v in told.groups()] == pytest.approx(list(by_seed), abs=0.051)
+    assert (
+        first["follows"]
+        == "decides nothing: zero is between the seeds or inside the interval over texts"
+    )
     more = rows.loc["An SSM recalls more with a larger state"]
     gain = 100 * (one.mean().mean() - recalled(root, "mamba2, d_state=16", BOOKS[0]).mean().mean())
     assert f"{gain:+.1f}" in more["ours"]
-    assert more["follows"] == "agrees in all 2 seeds"
+    assert more["follows"] == "agrees"
     beyond = rows.loc["Attention without positions holds beyond the training length"]
     assert beyond["follows"] == "agrees at the longest: lower loss without RoPE"
     assert all(row["keys"] for _, row in rows.iterrows())
