@@ -41,23 +41,6 @@ def published(share: float) -> float:
     return float(np.interp(share, list(ATTENTION_SHARE), list(ATTENTION_SHARE.values())))
 
 
-def write(
-    path: Path, cells: list[tuple[str, dict[str, Any], int, dict[str, Any], dict[str, Any]]]
-) -> Path:
-    """A study of (arm, factors, seed, result, evaluations)."""
-    index = {}
-    for i, (arm, factors, seed, content, evaluations) in enumerate(cells):
-        key = f"{i:04d}".ljust(16, "b")
-        run = synthetic.write_run(path, key, seed=seed, content=content)
-        for task, evaluation in evaluations.items():
-            run.write_evaluation(task, evaluation)
-        index[key] = {"arm": arm, "factors": factors, "seed": seed}
-    factors = list(dict.fromkeys(name for cell in cells for name in cell[1]))
-    study = {"name": path.name, "question": f"What of {path.name}?", "factors": factors}
-    write_json(path / "study.json", {**study, "x": factors[0], "cells": index, "orphans": []})
-    return path
-
-
 def task(rng: np.random.Generator, name: str, sizes: dict[int, float]) -> dict[str, Any]:
     """A recall task's file: 40 documents at each size, answered with the accuracy given."""
     columns: dict[str, list[Any]] = {"cell": [], "x": [], "cluster": [], "exact_match": []}
@@ -92,7 +75,7 @@ def recall_study(path: Path) -> Path:
                 found = {name: task(rng, name, sizes) for name in names}
                 factors = {"arch.mamba2.d_state": state}
                 cells.append((f"{kind}, d_state={state}", factors, seed, content, found))
-    return write(path, cells)
+    return synthetic.write_cells(path, cells)
 
 
 def by_mlps(path: Path) -> Path:
@@ -109,7 +92,7 @@ def by_mlps(path: Path) -> Path:
             factors = {"arch.attention_share": share}
             factors |= {"arch.unit": "*-" if attention == 12 else None}
             cells.append((arm, factors, seed, content, {}))
-    return write(path, cells)
+    return synthetic.write_cells(path, cells)
 
 
 def mlps(path: Path) -> Path:
@@ -120,7 +103,7 @@ def mlps(path: Path) -> Path:
             content = synthetic.result(loss=3 + rng.normal(0, 0.003), attention=2, mlp=n, layers=24)
             content["train"]["tokens_per_second"] *= 1 + 0.015 * n + rng.normal(0, 0.004)
             cells.append((f"mlp_share={n / 24:.3g}", {"arch.mlp_share": n / 24}, seed, content, {}))
-    return write(path, cells)
+    return synthetic.write_cells(path, cells)
 
 
 def choice(path: Path, field: str, values: list[Any], evaluations: Callable[..., Any]) -> Path:
@@ -132,7 +115,7 @@ def choice(path: Path, field: str, values: list[Any], evaluations: Callable[...,
             shown = "null" if value is None else f"{value:g}"
             arm = f"{field.rpartition('.')[2]}={shown}"
             cells.append((arm, {field: value}, seed, content, evaluations(rng, value)))
-    return write(path, cells)
+    return synthetic.write_cells(path, cells)
 
 
 def lengths(rng: np.random.Generator, base: float | None) -> dict[str, Any]:

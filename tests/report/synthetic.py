@@ -316,3 +316,20 @@ def write_two_stages(
     }
     write_json(path / "study.json", content)
     return path
+
+
+def write_cells(
+    path: Path, cells: Sequence[tuple[str, dict[str, Any], int, dict[str, Any], dict[str, Any]]]
+) -> Path:
+    """A study of (arm, factors, seed, result, evaluations)."""
+    index = {}
+    for i, (arm, factors, seed, content, evaluations) in enumerate(cells):
+        key = f"{i:04d}".ljust(16, "b")
+        run = write_run(path, key, seed=seed, content=content)
+        for task, evaluation in evaluations.items():
+            run.write_evaluation(task, evaluation)
+        index[key] = {"arm": arm, "factors": factors, "seed": seed}
+    factors = list(dict.fromkeys(name for cell in cells for name in cell[1]))
+    study = {"name": path.name, "question": f"What of {path.name}?", "factors": factors}
+    write_json(path / "study.json", {**study, "x": factors[0], "cells": index, "orphans": []})
+    return path

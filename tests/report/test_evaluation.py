@@ -11,6 +11,7 @@ import pytest
 from ablate.report import load_study
 from ablate.report.evaluation import Evaluations, _Scores
 from ablate.report.page import write_report
+from ablate.report.plots import looks
 from ablate.report.stats import mcnemar, paired_items
 from ablate.report.verdicts import analyse
 from ablate.run import RunFolder, find_runs
@@ -210,3 +211,45 @@ def test_a_folder_lists_its_evaluations(tmp_path: Path):
     run.write_evaluation("b", {})
     run.write_evaluation("a", {})
     assert run.evaluations() == ["a", "b"]
+
+
+def test_arms_are_told_apart_by_seeds_and_not_by_texts_alone(evaluated: Path):
+    found = Evaluations.read(analyse(load_study(evaluated)), evaluated)
+    arms = list(found.tasks["phonebook"])
+    assert found.against("phonebook", arms[0])["side"].tolist() == ["", *["higher"] * 3]
+    assert found.against("phonebook", arms[3])["side"].tolist()[2:] == ["", ""]  # 90% and 95%
+    cell = found.against("phonebook", arms[2], "entries=20")
+    assert cell["side"][arms[0]] == "lower"
+    assert cell["value"][arms[0]] < 0.2
+    told = {v.text.split(",")[0]: v for v in found.verdicts()}
+    assert set(told) == {"phonebook", "passkey"}  # of recall tasks alone
+    assert "; higher: " in told["phonebook"].text
+    assert "lower: " not in told["phonebook"].text
+    # one seed far off: texts tell the arms apart, seeds do not
+    for content in found.tasks["phonebook"][arms[1]]:
+        low = content["seed"] == 0
+        content["items"]["exact_match"] = [0.0 if low else 1.0] * 80
+    alone = found.against("phonebook", arms[0])
+    assert alone["value"][arms[1]] == 0.5
+    assert alone["side"].tolist() == ["", "", "", ""]
+
+
+def test_what_has_more_values_takes_the_colour(synthetic, tmp_path: Path):
+    arms = {f"{kind}, d_state={n}": n for kind in ("a", "b", "c") for n in (16, 128)}
+    cells = [
+        (
+            arm,
+            {"arch.mamba2.d_state": n, "arch.attention_share": "abc".index(arm[0]) / 10},
+            seed,
+            synthetic.result(loss=2.0),
+            {},
+        )
+        for seed in (0, 1)
+        for arm, n in arms.items()
+    ]
+    look = looks(analyse(load_study(synthetic.write_cells(tmp_path / "study", cells))))
+    assert len({own.colour for own in look.values()}) == 3
+    for kind in "abc":
+        small, large = look[f"{kind}, d_state=16"], look[f"{kind}, d_state=128"]
+        assert (small.colour, small.marker) == (large.colour, large.marker)
+        assert (small.dash, large.dash) == ("--", "-")
