@@ -26,6 +26,7 @@ import torch
 import torch.nn.functional as F
 
 from ablate.data.tokens import usable_cores
+from ablate.errors import UserError
 from ablate.kernels.dispatch import ALIGN
 from ablate.kernels.precompile import compile_together
 
@@ -612,14 +613,27 @@ def _measure(case: Case, who: str, fn: Function, milliseconds: int, tune: bool =
     return row
 
 
+def _chosen(only: str) -> list[Case]:
+    """Raises UserError where a word is in no case."""
+    every = _cases()
+    words = [word.strip() for word in only.split(",") if word.strip()]
+    for word in words:
+        if not any(word in f"{c.operation} {c.size}" for c in every):
+            known = ", ".join(dict.fromkeys(c.operation for c in every))
+            raise UserError(f"--only is '{word}', which is in no operation and no size of {known}")
+    named = [c for c in every if any(word in f"{c.operation} {c.size}" for word in words)]
+    return named if words else every
+
+
 def bench_kernels(
     only: str = "", peers: str = "all", milliseconds: int = 100, tune: bool = False
 ) -> Iterator[Row]:
-    """Measures the cases whose operation contains `only`; yields one row at a time, ours first.
+    """Measures the cases whose operation or size contains a word of `only`, separated by commas;
+    yields one row at a time, ours first.
 
     peers: "all", "none", or names separated by commas. tune: wait for those that tune themselves.
     """
-    cases = [c for c in _cases() if not only or any(w in c.operation for w in only.split(","))]
+    cases = _chosen(only)
     _compile_ahead(cases)
     for case in cases:
         yield _measure(case, "ours", case.ours, milliseconds)
@@ -677,7 +691,9 @@ def run(args: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="ablate bench kernels", description="Our kernels beside every installed peer."
     )
-    parser.add_argument("--only", default="", help="operations, separated by commas (conv,norm)")
+    parser.add_argument(
+        "--only", default="", help="words of operations or sizes (conv,norm,window)"
+    )
     parser.add_argument("--peers", default="all", help="all, none, or names (fla,liger,compile)")
     parser.add_argument("--ms", type=int, default=100, help="time spent on each figure")
     parser.add_argument(
