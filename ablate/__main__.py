@@ -27,6 +27,7 @@ and read what the difference does to loss and recall.
   report    FOLDER...      tables, plots and one page from run folders
   evaluate  RUN_FOLDER     recall, benchmarks and loss over length of a trained model
   rerun     RUN_FOLDER     train one trial again and compare its losses
+  import    EXPORT...      run folders of a study that was exported, to go on with it
   bench     data | kernels | train | decode   speed of the loader, kernels, training, decoding
 
   python -m ablate +sweep=attn_ratio             what share of the layers should be attention?
@@ -103,6 +104,16 @@ Trains a finished trial again from its own config.yaml, in a temporary folder, a
 losses. Exit code 0 when they agree within the stated tolerance, 1 when not. The tolerance is zero
 where train.deterministic is true and all else is equal; where it is false, the spread of five
 reruns. Comparisons are kept in RUN_FOLDER/evaluation/rerun.json.
+""",
+    "import": """\
+usage: python -m ablate import EXPORT... [study.folder=DIR]
+
+Makes runs/<name>/ from a study that `report export=DIR` wrote (analysis/results/attn_ratio), with
+the configs, figures, curves and scores of its finished trials, without weights. The study's command
+(in EXPORT/README.md) then trains what is missing beside them: more seeds, arms or points of a grid.
+`rerun` trains one of them again. What is there already stays.
+
+  study.folder=DIR   instead of runs/
 """,
     "evaluate": """\
 usage: python -m ablate evaluate RUN_FOLDER | MODEL [name=value ...]
@@ -279,7 +290,7 @@ def _cost(args: list[str]) -> int:
 
 def _folders(args: list[str], verb: str) -> list[Path]:
     if not args:
-        raise UserError(f"{verb} needs a folder: python -m ablate {verb} runs/NAME")
+        raise UserError(f"{verb} needs a folder: python -m ablate {verb} FOLDER")
     folders = [Path(a) for a in args]
     for folder in folders:
         if not folder.is_dir():
@@ -327,6 +338,18 @@ def _print_summary(folder: Path) -> None:
     analysis = analyse(frame)
     for line in judge(analysis, Evaluations.read(analysis, folder).verdicts()):
         console.print(f"• {line.text}", highlight=False)
+
+
+def _import(args: list[str]) -> int:
+    from ablate.study.imported import import_study
+
+    parents = [a.partition("=")[2] for a in args if a.startswith("study.folder=")]
+    if len(parents) > 1 or "" in parents:
+        raise UserError("import takes one study.folder=DIR, such as study.folder=runs")
+    folders = [a for a in args if not a.startswith("study.folder=")]
+    for folder in _folders(folders, "import"):
+        import_study(folder, Path(parents[0] if parents else "runs"))
+    return 0
 
 
 def _rerun(args: list[str]) -> int:
@@ -385,6 +408,7 @@ _VERBS: dict[str, Callable[[list[str]], int]] = {
     "report": _report,
     "evaluate": _evaluate,
     "rerun": _rerun,
+    "import": _import,
     "bench": _bench,
 }
 

@@ -1,0 +1,110 @@
+"""An exported study goes on: its trials count as done, and one of them trains again the same."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ablate.__main__ import main
+from ablate.report import load_study
+from ablate.report.export import export_study
+from ablate.run import RunFolder, find_runs, read_json, write_json
+from ablate.study.imported import import_study
+from ablate.study.rerun import compare
+from ablate.study.supervisor import run_study
+
+COMMITTED = Path(__file__).parents[2] / "analysis" / "results"
+
+
+@pytest.fixture
+def trained(make: Any, text: Path, console: Any, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """A study of two rates and a seed, its text named by a relative path."""
+    monkeypatch.chdir(text.parent)
+    rates = {"study.grid": {"train.lr": [1e-3, 3e-3]}, "study.seeds": [0]}
+    tree = make(**{"data.path": text.name, **rates})
+    assert run_study(tree, console=console).exit_code == 0
+    return tree
+
+
+def test_a_study_goes_on_from_its_export(
+    trained: dict[str, Any], console: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = Path(trained["study"]["folder"]) / "tiny"
+    exported = export_study(first, tmp_path / "results")
+    assert main(["import", str(exported), f"study.folder={tmp_path / 'elsewhere'}"]) == 0
+    study = tmp_path / "elsewhere" / "tiny"
+    assert capsys.readouterr().out.endswith("2 finished trials\n")
+    old = {run.key: run.result() for run in find_runs(first)}
+    assert {run.key: run.result()["val_b"]["loss"] for run in find_runs(study)} == {
+        key: result["val_b"]["loss"] for key, result in old.items()
+    }
+    again = compare(study / min(old))
+    assert again.old == again.new
+
+    more = {**trained["study"], "folder": str(study.parent), "seeds": [0, 1]}
+    outcome = run_study({**trained, "study": more}, console=console)
+    assert outcome.exit_code == 0
+    assert len(outcome.done) == 4
+    new = set(outcome.done) - set(old)
+    assert len(new) == 2
+    for run in find_runs(study):
+        assert bool(run.status().get("imported")) == (run.key not in new)
+    assert import_study(exported, study.parent) == study
+    assert capsys.readouterr().out.endswith("0 finished trials, 2 were there\n")
+    assert len(load_study(study)) == 4
+
+
+def test_absolute_paths_of_text_cannot_be_gone_on_with(
+    make: Any, console: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tree = make()
+    assert run_study(tree, console=console).exit_code == 0
+    exported = export_study(Path(tree["study"]["folder"]) / "tiny", tmp_path / "results")
+    assert main(["import", str(exported), f"study.folder={tmp_path / 'elsewhere'}"]) == 2
+    assert "An export shortens absolute paths of text" in capsys.readouterr().err
+    assert not (tmp_path / "elsewhere").exists()
+
+
+@pytest.mark.parametrize("name", ["attn_ratio", "recall"])
+def test_what_is_committed_is_the_same_once_imported_and_exported(
+    name: str, tmp_path: Path
+) -> None:
+    study = import_study(COMMITTED / name, tmp_path / "runs")
+    again = export_study(study, tmp_path / "results")
+    for file in ("trials.csv", "curves.csv", "configs.yaml", "scores.json", "study.json"):
+        assert (again / file).read_bytes() == (COMMITTED / name / file).read_bytes()
+    for path in (COMMITTED / name / "scores").iterdir():
+        assert (again / "scores" / path.name).read_bytes() == path.read_bytes()
+
+
+def test_what_had_not_finished_is_trained(
+    trained: dict[str, Any], console: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = Path(trained["study"]["folder"]) / "tiny"
+    run = next(find_runs(first))
+    (run.path / "result.json").unlink()
+    write_json(run.path / "status.json", {"state": "failed", "generation": 1, "cause": "a disk"})
+    exported = export_study(first, tmp_path / "results")
+    study = import_study(exported, tmp_path / "elsewhere")
+    assert capsys.readouterr().out.endswith("1 finished trials; 1 had not finished\n")
+    assert RunFolder(study / run.key).config() is None
+    assert run.key in read_json(study / "study.json")["cells"]
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ([], "import needs a folder"),
+        (["."], "'.' is no exported study"),
+        ([".", "study.folder="], "import takes one study.folder=DIR"),
+    ],
+)
+def test_wrong_words(
+    words: list[str], told: str, capsys: pytest.CaptureFixture[str], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    assert main(["import", *words]) == 2
+    assert told in capsys.readouterr().err
