@@ -80,7 +80,9 @@ def _write(
     run.write_environment(json.loads(row["environment"]))
     run.rewind_metrics(-1)
     for line in curve:
-        whole = {name: int(line[name]) for name in ("step", "tokens") if name in line}
+        whole: dict[str, Any] = {
+            name: int(line[name]) for name in ("step", "tokens") if name in line
+        }
         run.append_metrics({**line, **whole})
     for task, content in evaluations.items():
         run.write_evaluation(task, content)
