@@ -5,19 +5,22 @@ BIN := .venv/bin
 FIND_LINKS := $(shell $(PYTHON) -m pip config get global.find-links 2>/dev/null)
 INSTALL = $(if $(FIND_LINKS),UV_FIND_LINKS="$(FIND_LINKS)") $(BIN)/uv pip install -q --compile-bytecode --python $(BIN)/python -c constraints.txt
 
+# A process a core, each with one thread: most tests wait for a process of their own.
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
+
 .PHONY: sweep test compile-triton36 analysis lint format clean
 
 sweep: .venv/run.stamp
 	$(BIN)/python -m ablate +sweep=attn_ratio
 
 test: .venv/dev.stamp
-	$(BIN)/python -m pytest
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m interpret tests/kernels
+	$(PYTEST)
+	TRITON_INTERPRET=1 $(PYTEST) -m interpret tests/kernels
 
 # The kernels of another Triton than the one installed, as torch 2.11 brings it, assembled.
 compile-triton36: .venv/dev.stamp
 	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --upgrade --target .venv/triton36 triton==3.6.0
-	PYTHONPATH=.venv/triton36 $(BIN)/python -m pytest -m compile tests/kernels
+	PYTHONPATH=.venv/triton36 $(PYTEST) -m compile tests/kernels
 
 # Every page, picture, notebook and table again, from the frames in analysis/results alone.
 analysis: .venv/dev.stamp

@@ -341,7 +341,7 @@ def _print_summary(folder: Path) -> None:
 
 
 def _import(args: list[str]) -> int:
-    from ablate.study.imported import import_study
+    from ablate.report.imported import import_study
 
     parents = [a.partition("=")[2] for a in args if a.startswith("study.folder=")]
     if len(parents) > 1 or "" in parents:
