@@ -10,8 +10,8 @@ import pytest
 from ablate.__main__ import main
 from ablate.report import load_study
 from ablate.report.export import export_study
-from ablate.run import RunFolder, find_runs, read_json, write_json
 from ablate.report.imported import import_study
+from ablate.run import RunFolder, find_runs, read_json, write_json
 from ablate.study.rerun import compare
 from ablate.study.supervisor import run_study
 
