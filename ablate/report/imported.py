@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from filelock import Timeout
+
 from ablate import config
 from ablate.arch.spec import Architecture
 from ablate.errors import UserError
@@ -44,16 +46,19 @@ def import_study(folder: Path, parent: Path) -> Path:
     new = 0
     for row in trials:
         run = RunFolder(study / row["key"])
-        with run.lock():
-            if run.result() is None:
-                evaluations = {t: c[run.key] for t, c in contents.items() if run.key in c}
-                _write(run, row, curves.get(run.key, []), evaluations)
-                new += 1
+        try:
+            with run.lock():
+                if run.result() is None:
+                    evaluations = {t: c[run.key] for t, c in contents.items() if run.key in c}
+                    _write(run, row, curves.get(run.key, []), evaluations)
+                    new += 1
+        except Timeout:  # another process trains it, or imports it too
+            continue
     if not (study / "study.json").is_file():
         write_json(study / "study.json", read_json(folder / "study.json") or {})
     for plan in folder.glob("plan*.txt"):
         shutil.copy(plan, study / plan.name)
-    there = f", {len(trials) - new} were there" if new < len(trials) else ""
+    there = f", {len(trials) - new} were there or under way" if new < len(trials) else ""
     left = f"; {len(index) - len(trials)} had not finished" if len(index) > len(trials) else ""
     print(f"imported: {study}: {new} finished trials{there}{left}")
     return study

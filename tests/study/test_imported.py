@@ -52,7 +52,7 @@ def test_a_study_goes_on_from_its_export(
     for run in find_runs(study):
         assert bool(run.status().get("imported")) == (run.key not in new)
     assert import_study(exported, study.parent) == study
-    assert capsys.readouterr().out.endswith("0 finished trials, 2 were there\n")
+    assert capsys.readouterr().out.endswith("0 finished trials, 2 were there or under way\n")
     assert len(load_study(study)) == 4
 
 
@@ -108,3 +108,16 @@ def test_wrong_words(
     monkeypatch.chdir(tmp_path)
     assert main(["import", *words]) == 2
     assert told in capsys.readouterr().err
+
+
+def test_a_trial_that_another_process_has_is_left_to_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = load_study(COMMITTED / "recall")["key"][0]
+    held = RunFolder(tmp_path / "recall" / first)
+    with held.lock():
+        import_study(COMMITTED / "recall", tmp_path)
+    assert "15 finished trials, 1 were there or under way" in capsys.readouterr().out
+    assert held.config() is None
+    import_study(COMMITTED / "recall", tmp_path)
+    assert held.result() is not None
