@@ -124,8 +124,16 @@ class Evaluations:
         ]
 
     def _about(self, task: str, reference: str) -> Verdict:
+        cells = [
+            c for own in self.tasks[task].values() for one in own for c in one["cells"].values()
+        ]
+        ends = {cell.get("verdict") for cell in cells}
+        if ends in ({"floor"}, {"ceiling"}):
+            return Verdict("null", f"{task}: every arm is at {ends.pop()}, which tells nothing.")
         table = self.against(task, reference)
-        told = {str(a): f"{self.analysis.short(str(a))} {v:.1%}" for a, v in table["value"].items()}
+        told = {
+            str(a): f"{self.analysis.short(str(a))}: {v:.1%}" for a, v in table["value"].items()
+        }
         sides = table["side"].drop(reference)
         parts = [told[reference]]
         for word in ("lower", "higher"):

@@ -225,6 +225,12 @@ def test_arms_are_told_apart_by_seeds_and_not_by_texts_alone(evaluated: Path):
     assert set(told) == {"phonebook", "passkey"}  # of recall tasks alone
     assert "; higher: " in told["phonebook"].text
     assert "lower: " not in told["phonebook"].text
+    for own in found.tasks["passkey"].values():
+        for content in own:
+            content["cells"] = {k: {**c, "verdict": "floor"} for k, c in content["cells"].items()}
+    told = {v.text.partition(":")[0]: v for v in found.verdicts()}
+    assert told["passkey"].text == "passkey: every arm is at floor, which tells nothing."
+    assert told["passkey"].kind == "null"
     # one seed far off: texts tell the arms apart, seeds do not
     for content in found.tasks["phonebook"][arms[1]]:
         low = content["seed"] == 0
