@@ -108,7 +108,8 @@ class Evaluations:
             shared = own.score.index.intersection(base.score.index)
             texts = paired_items(own.score[shared], base.score[shared], own.clusters[shared])
             side = ""
-            if p.get(arm, 1.0) < 0.05 and not texts.low <= 0 <= texts.high:
+            beyond = texts.low > 0 or texts.high < 0  # neither where there is no interval
+            if p.get(arm, 1.0) < 0.05 and beyond:
                 side = "lower" if texts.value < 0 else "higher"
             value, by_seed = own.mean().value, own.by_seed
             row = {"arm": arm, "value": value, "by_seed": by_seed, "p": p.get(arm, NAN)}
