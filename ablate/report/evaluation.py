@@ -94,27 +94,37 @@ class Evaluations:
         its arcsine (where the spread hangs less on the share) with the noise pooled over arms;
         side, 'lower' or 'higher' where both this p is below 5% and the interval over texts leaves
         zero out, else ''."""
-        arms = self.tasks[task]
-        whole = {arm: _whole(contents, cell) for arm, contents in arms.items()}
-        runs = [
-            (arm, content["seed"], math.asin(math.sqrt(value)))
-            for arm, contents in arms.items()
-            for content, value in zip(contents, whole[arm].by_seed, strict=True)
-        ]
+        named = {arm: [_cells(c) for c in own] for arm, own in self.tasks[task].items()}
+        if cell is None:  # alone what every run was asked
+            asked = [set(cells) for own in named.values() for cells in own]
+            shared = set.intersection(*asked) if asked else set()
+        else:
+            shared = {cell}
+        whole, runs = {}, []
+        for arm, contents in self.tasks[task].items():
+            own = [c for c in contents if shared and shared <= set(_cells(c))]
+            scores = _whole(own, shared) if own else _NONE
+            if own and np.isfinite(scores.by_seed).all():
+                whole[arm] = scores
+                right = [math.asin(math.sqrt(value)) for value in scores.by_seed]
+                runs += [(arm, c["seed"], v) for c, v in zip(own, right, strict=True)]
+        columns = ["arm", "value", "by_seed", "p", "side"]
+        if reference not in whole:
+            return pd.DataFrame(columns=columns).set_index("arm")
         fit = fit_arms(*zip(*runs, strict=True))
-        p = fit.against(reference).set_index("arm")["dunnett_p"].to_dict()
+        found = fit.against(reference).set_index("arm") if len(whole) > 1 else pd.DataFrame()
         base, rows = whole[reference], []
-        for arm, own in whole.items():
-            shared = own.score.index.intersection(base.score.index)
-            texts = paired_items(own.score[shared], base.score[shared], own.clusters[shared])
-            side = ""
-            beyond = texts.low > 0 or texts.high < 0  # neither where there is no interval
-            if p.get(arm, 1.0) < 0.05 and beyond:
-                side = "lower" if texts.value < 0 else "higher"
-            value, by_seed = own.mean().value, own.by_seed
-            row = {"arm": arm, "value": value, "by_seed": by_seed, "p": p.get(arm, NAN)}
-            rows.append({**row, "side": side})
-        return pd.DataFrame(rows).set_index("arm")
+        for arm, scores in whole.items():
+            p, sign, side = NAN, 0.0, ""
+            if arm != reference:
+                p, sign = found["dunnett_p"][arm], math.copysign(1, found["difference"][arm])
+                texts = paired_items(
+                    scores.score, base.score.reindex(scores.score.index), scores.clusters
+                )
+                if p < 0.05 and min(sign * texts.low, sign * texts.high) > 0:
+                    side = "lower" if sign < 0 else "higher"
+            rows.append((arm, scores.mean().value, scores.by_seed, p, side))
+        return pd.DataFrame(rows, columns=columns).set_index("arm")
 
     def verdicts(self) -> list[Verdict]:
         """A sentence a recall task: which arms can be told from the first one."""
@@ -136,6 +146,9 @@ class Evaluations:
             str(a): f"{self.analysis.short(str(a))}: {v:.1%}" for a, v in table["value"].items()
         }
         sides = table["side"].drop(reference)
+        if not np.isfinite(table["p"].drop(reference)).any():
+            text = f"{task}, exact match over all sizes: {'; '.join(told.values())}; "
+            return Verdict("null", f"{text}one seed an arm, or no spread between seeds: no test.")
         parts = [told[reference]]
         for word in ("lower", "higher"):
             if (sides == word).any():
@@ -344,14 +357,13 @@ def _scores(contents: list[dict[str, Any]]) -> dict[str, _Scores]:
     return found
 
 
-def _whole(contents: list[dict[str, Any]], cell: str | None = None) -> _Scores:
-    """All cells of a recall task together, or one."""
-    parts = _scores(contents)
-    if cell is not None:
-        return parts[cell]
+def _whole(contents: list[dict[str, Any]], cells: set[str]) -> _Scores:
+    """Some cells of a recall task together; every one of `contents` has them."""
+    parts = {cell: part for cell, part in _scores(contents).items() if cell in cells}
     score = pd.concat({cell: part.score for cell, part in parts.items()})
     clusters = pd.concat({cell: part.clusters for cell, part in parts.items()})
-    by_seed = [float(np.mean(content["items"]["exact_match"])) for content in contents]
+    items = [pd.DataFrame({k: c["items"][k] for k in ("cell", "exact_match")}) for c in contents]
+    by_seed = [float(own.loc[own["cell"].isin(cells), "exact_match"].mean()) for own in items]
     return _Scores(score, clusters, by_seed)
 
 

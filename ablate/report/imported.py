@@ -37,40 +37,65 @@ def import_study(folder: Path, parent: Path) -> Path:
             "makes one"
         )
     study = parent / folder.resolve().name
+    if study.resolve() == folder.resolve():
+        raise UserError(f"study.folder is '{parent}', where the export itself lies: give another")
+    if parent.exists() and not parent.is_dir():
+        raise UserError(f"study.folder is '{parent}', which is a file: give a folder")
     index = export.read_index(folder, tuple(FIGURES))
     trials = [row for row in records(index) if row["state"] == "done" and not row["cause"]]
     for row in trials:
         _check_key(row, folder)
-    contents = {task: export.read_evaluation(folder, task) for task in export.tasks_of(folder)}
-    curves = export.read_curves(folder)
+    there = read_json(study / "study.json")
+    if there is not None and not {row["key"] for row in trials} & set(there.get("cells") or {}):
+        raise UserError(
+            f"'{study}' is another study, with none of these trials: give study.folder=DIR"
+        )
+    contents, curves, cells = _read(folder)
     new = 0
     for row in trials:
         run = RunFolder(study / row["key"])
         try:
             with run.lock():
-                if run.result() is None:
+                if run.config() is None:  # or else it is there, whole or begun
                     evaluations = {t: c[run.key] for t, c in contents.items() if run.key in c}
                     _write(run, row, curves.get(run.key, []), evaluations)
                     new += 1
         except Timeout:  # another process trains it, or imports it too
             continue
     if not (study / "study.json").is_file():
-        write_json(study / "study.json", read_json(folder / "study.json") or {})
+        write_json(study / "study.json", cells)
     for plan in folder.glob("plan*.txt"):
-        shutil.copy(plan, study / plan.name)
-    there = f", {len(trials) - new} were there or under way" if new < len(trials) else ""
+        if not (study / plan.name).exists():
+            shutil.copy(plan, study / plan.name)
+    already = f", {len(trials) - new} were there or under way" if new < len(trials) else ""
     left = f"; {len(index) - len(trials)} had not finished" if len(index) > len(trials) else ""
-    print(f"imported: {study}: {new} finished trials{there}{left}")
+    print(f"imported: {study}: {new} finished trials{already}{left}")
     return study
+
+
+def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """Scores by task and key, curves by key, study.json; UserError where a file is damaged."""
+    try:
+        index, cells = (json.loads((folder / n).read_text()) for n in ("scores.json", "study.json"))
+        contents = {task: export.read_evaluation(folder, task) for task in index}
+        for task, runs in contents.items():
+            if any(own.get("items") == {} for own in runs.values()):
+                raise ValueError(f"scores/{task}.parquet lacks items")
+        return contents, export.read_curves(folder), cells
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(
+            f"'{folder}' is an exported study that cannot be read ({type(error).__name__}: "
+            f"{error}); export it again from its run folders"
+        ) from None
 
 
 def _check_key(row: dict[str, Any], folder: Path) -> None:
     cfg = config.load(json.loads(row["config"]))
     if key(cfg, Architecture.from_config(cfg.arch, vocabulary(cfg))) != row["key"]:
         raise UserError(
-            f"'{folder}': the config of trial {row['key']} gives another key. An export shortens "
-            "absolute paths of text, and other versions may have had other fields: such a study "
-            "can be read and not gone on with"
+            f"'{folder}': the config of trial {row['key']} gives another key: made by a version "
+            "with other fields, or with an absolute path of text, which an export shortens, "
+            "it can be read and not gone on with"
         )
 
 
@@ -98,8 +123,8 @@ def _write(
         for parent in parents:
             part = part.setdefault(parent, {})
         part[name] = value
-    run.end("done", generation, imported=True)
     run.write_result(result, generation)
+    run.end("done", generation, imported=True)
 
 
 def _figures(row: dict[str, Any]) -> Iterator[tuple[str, Any]]:

@@ -236,7 +236,7 @@ def test_figures_of_the_table_lead_back_to_their_runs(root: Path) -> None:
     more = rows.loc["An SSM recalls more with a larger state"]
     gain = 100 * (one.mean().mean() - recalled(root, "mamba2, d_state=16", BOOKS[0]).mean().mean())
     assert f"{gain:+.1f}" in more["ours"]
-    assert more["follows"] == "agrees"
+    assert more["follows"].startswith("phonebook: agrees; needle: ")
     beyond = rows.loc["Attention without positions holds beyond the training length"]
     assert beyond["follows"] == "agrees at the longest: lower loss without RoPE"
     assert all(row["keys"] for _, row in rows.iterrows())

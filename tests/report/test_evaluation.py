@@ -259,3 +259,27 @@ def test_what_has_more_values_takes_the_colour(synthetic, tmp_path: Path):
         small, large = look[f"{kind}, d_state=16"], look[f"{kind}, d_state=128"]
         assert (small.colour, small.marker) == (large.colour, large.marker)
         assert (small.dash, large.dash) == ("--", "-")
+
+
+def test_where_nothing_can_be_tested_nothing_is_claimed(evaluated: Path):
+    found = Evaluations.read(analyse(load_study(evaluated)), evaluated)
+    arms = list(found.tasks["phonebook"])
+    for arm, own in found.tasks["phonebook"].items():
+        for content in own:
+            content["items"]["exact_match"] = [float(arm != arms[0])] * 80
+    told = {v.text.split(",")[0]: v for v in found.verdicts()}["phonebook"]
+    assert told.kind == "null"
+    assert told.text.endswith("no spread between seeds: no test.")
+
+
+def test_only_what_every_run_was_asked_counts(evaluated: Path):
+    found = Evaluations.read(analyse(load_study(evaluated)), evaluated)
+    arms = list(found.tasks["phonebook"])
+    content = found.tasks["phonebook"][arms[3]][0]
+    del content["cells"]["entries=20"]
+    content["items"] = {name: values[:40] for name, values in content["items"].items()}
+    whole, five = (found.against("phonebook", arms[0], c) for c in (None, "entries=5"))
+    assert whole.equals(five)
+    twenty = found.against("phonebook", arms[0], "entries=20")
+    assert [len(seeds) for seeds in twenty["by_seed"]] == [2, 2, 2, 1]
+    assert found.against("phonebook", "nobody").empty

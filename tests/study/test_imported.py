@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from ablate.__main__ import main
+from ablate.errors import UserError
 from ablate.report import load_study
 from ablate.report.export import export_study
 from ablate.report.imported import import_study
@@ -63,7 +65,7 @@ def test_absolute_paths_of_text_cannot_be_gone_on_with(
     assert run_study(tree, console=console).exit_code == 0
     exported = export_study(Path(tree["study"]["folder"]) / "tiny", tmp_path / "results")
     assert main(["import", str(exported), f"study.folder={tmp_path / 'elsewhere'}"]) == 2
-    assert "An export shortens absolute paths of text" in capsys.readouterr().err
+    assert "with an absolute path of text, which an export shortens" in capsys.readouterr().err
     assert not (tmp_path / "elsewhere").exists()
 
 
@@ -119,5 +121,27 @@ def test_a_trial_that_another_process_has_is_left_to_it(
         import_study(COMMITTED / "recall", tmp_path)
     assert "15 finished trials, 1 were there or under way" in capsys.readouterr().out
     assert held.config() is None
+    held.create({"begun": True})
+    import_study(COMMITTED / "recall", tmp_path)
+    assert held.result() is None  # begun here: `run` ends it
+    (held.path / "config.yaml").unlink()
     import_study(COMMITTED / "recall", tmp_path)
     assert held.result() is not None
+
+
+def test_another_study_and_damaged_files_are_told(tmp_path: Path) -> None:
+    write_json(tmp_path / "runs" / "recall" / "study.json", {"cells": {"other": {}}})
+    with pytest.raises(UserError, match="is another study, with none of these trials"):
+        import_study(COMMITTED / "recall", tmp_path / "runs")
+    with pytest.raises(UserError, match="where the export itself lies"):
+        import_study(COMMITTED / "recall", COMMITTED)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="which is a file"):
+        import_study(COMMITTED / "recall", tmp_path / "file")
+    for name in ("scores.json", "study.json", "curves.csv", "scores/phonebook.parquet"):
+        copy = Path(shutil.copytree(COMMITTED / "recall", tmp_path / "copies" / "recall"))
+        (copy / name).write_text("{") if name.endswith("json") else (copy / name).unlink()
+        with pytest.raises(UserError, match="is an exported study that cannot be read"):
+            import_study(copy, tmp_path / "new")
+        assert not (tmp_path / "new").exists()
+        shutil.rmtree(copy)
