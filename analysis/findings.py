@@ -219,7 +219,12 @@ def longer(study: Study | None) -> Row:
 
 def widest(study: Study, kind: str) -> list[str]:
     """The arm of a kind with the largest state."""
-    return sorted(study.arms(name=kind), key=lambda a: study.analysis.arms["state_bytes"][a])[-1:]
+    return by_state(study, kind)[-1:]
+
+
+def by_state(study: Study, kind: str) -> list[str]:
+    """The arms of a kind, the smallest state first."""
+    return sorted(study.arms(name=kind), key=lambda a: study.analysis.arms["state_bytes"][a])
 
 
 def copy_gap(study: Study | None) -> Row:
@@ -247,16 +252,15 @@ def copy_gap(study: Study | None) -> Row:
         )
 
     ours = f"{cell}: " + ", ".join(told(a) for a in arms)
-    table = study.evaluations.against("phonebook", arms[0], cell)
-    apart = table["side"]
+    apart = study.evaluations.against("phonebook", arms[0], cell)
     if not able:
         follows = "decides nothing: the Transformer does not learn the task"
-    elif not math.isfinite(table["p"][arms[2]]):
+    elif not math.isfinite(apart["p"][arms[2]]):
         follows = "decides nothing: one seed, or no spread between seeds"
-    elif apart[arms[2]] != "lower":
+    elif apart["side"][arms[2]] != "lower":
         follows = "decides nothing: Mamba-2 cannot be told from the Transformer"
     else:
-        kept = "is between" if apart[arms[1]] == "lower" else "does not"
+        kept = "is between" if apart["side"][arms[1]] == "lower" else "does not"
         follows = f"agrees: Mamba-2 fails, the hybrid {kept}"
     return Row(claim, published, ours, follows, study.name, "; ".join(arms), study.keys(arms))
 
@@ -293,10 +297,8 @@ def query_first(study: Study | None) -> Row:
     arms = [a for kind in ("mamba2", "transformer") for a in widest(study, kind) or [""]]
     first, other = (right(study, arm, "phonebook_reversed") for arm in arms)
     last = right(study, arms[0], "phonebook")
-    if first.empty or last.empty or other.empty:
-        return Row(claim, published, "its arms are not finished", study=study.name)
     both = first.columns.intersection(last.columns)  # seeds that were asked both
-    if both.empty:
+    if both.empty or other.empty:
         return Row(claim, published, "its arms are not finished", study=study.name)
     first, last = first[both], last[both]
     found, gained = points(first, last), (first - last).mean()
@@ -325,8 +327,7 @@ def more_state(study: Study | None) -> Row:
     published = "direction alone (Arora et al. 2024)"
     if study is None:
         return Row(claim, published)
-    sizes = study.analysis.arms["state_bytes"]
-    arms = sorted(study.arms(name="mamba2"), key=lambda a: sizes[a])
+    arms = by_state(study, "mamba2")
     arms = [arms[0], arms[-1]] if len(arms) > 1 else ["", ""]
     told, said = [], []
     for task in ("phonebook", "needle"):

@@ -94,12 +94,7 @@ class Evaluations:
         its arcsine (where the spread hangs less on the share) with the noise pooled over arms;
         side, 'lower' or 'higher' where both this p is below 5% and the interval over texts leaves
         zero out, else ''."""
-        named = {arm: [_cells(c) for c in own] for arm, own in self.tasks[task].items()}
-        if cell is None:  # alone what every run was asked
-            asked = [set(cells) for own in named.values() for cells in own]
-            shared = set.intersection(*asked) if asked else set()
-        else:
-            shared = {cell}
+        shared = {cell} if cell is not None else self._asked_of_all(task)
         whole, runs = {}, []
         for arm, contents in self.tasks[task].items():
             own = [c for c in contents if shared and shared <= set(_cells(c))]
@@ -125,6 +120,10 @@ class Evaluations:
                     side = "lower" if sign < 0 else "higher"
             rows.append((arm, scores.mean().value, scores.by_seed, p, side))
         return pd.DataFrame(rows, columns=columns).set_index("arm")
+
+    def _asked_of_all(self, task: str) -> set[str]:
+        """Cells that every run of a task has."""
+        return set.intersection(*(set(_cells(c)) for own in self.tasks[task].values() for c in own))
 
     def verdicts(self) -> list[Verdict]:
         """A sentence a recall task: which arms can be told from the first one."""

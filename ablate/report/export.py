@@ -46,6 +46,13 @@ def is_export(folder: Path) -> bool:
 # --- reading -------------------------------------------------------------------------------------
 
 
+def unreadable(folder: Path, error: Exception) -> UserError:
+    return UserError(
+        f"'{folder}' is an exported study that cannot be read ({type(error).__name__}: {error}); "
+        "export it again from its run folders"
+    )
+
+
 def read_index(folder: Path, figures: Sequence[str]) -> pd.DataFrame:
     """The frame that `frames` makes of run folders: key, path, state, cause, texts, figures,
     commit, hardware, config and environment (JSON)."""
@@ -64,10 +71,7 @@ def read_index(folder: Path, figures: Sequence[str]) -> pd.DataFrame:
         index["config"] = [json.dumps(configs[key]) for key in table["key"]]
         index["environment"] = [json.dumps(environments[key]) for key in table["key"]]
     except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
-        raise UserError(
-            f"'{folder}' is an exported study that cannot be read ({type(error).__name__}: "
-            f"{error}); export it again from its run folders"
-        ) from None
+        raise unreadable(folder, error) from None
     return index
 
 

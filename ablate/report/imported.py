@@ -83,10 +83,7 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]
                 raise ValueError(f"scores/{task}.parquet lacks items")
         return contents, export.read_curves(folder), cells
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(
-            f"'{folder}' is an exported study that cannot be read ({type(error).__name__}: "
-            f"{error}); export it again from its run folders"
-        ) from None
+        raise export.unreadable(folder, error) from None
 
 
 def _check_key(row: dict[str, Any], folder: Path) -> None:

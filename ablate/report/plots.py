@@ -423,16 +423,16 @@ def looks(analysis: Analysis) -> dict[str, Look]:
     names = list(dict.fromkeys(series))
     if not analysis.axis.numeric or names == [""]:
         shades = _shades(len(arms), few=not analysis.axis.numeric)
-        return {a: Look(shades[i], "-", MARKERS[i % 7]) for i, a in enumerate(arms)}
+        return {a: Look(shades[i], "-", MARKERS[i % len(MARKERS)]) for i, a in enumerate(arms)}
     places = sorted(set(analysis.arms["x"]), reverse=True)  # the largest is drawn whole
     found = {}
     for arm, own, x in zip(arms, series, analysis.arms["x"], strict=True):
         k, place = names.index(own), places.index(x)
         if len(names) > len(places):
-            colour, dash = _shades(len(names), few=True)[k], _DASHES[place % 4]
+            colour, dash = _shades(len(names), few=True)[k], _DASHES[place % len(_DASHES)]
         else:
-            colour, dash = _shades(len(places))[-1 - place], _DASHES[k % 4]
-        found[arm] = Look(colour, dash, MARKERS[k % 7])
+            colour, dash = _shades(len(places))[-1 - place], _DASHES[k % len(_DASHES)]
+        found[arm] = Look(colour, dash, MARKERS[k % len(MARKERS)])
     return found
 
 
