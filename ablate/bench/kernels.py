@@ -74,6 +74,8 @@ class Row:
     floor: tuple[float | None, float | None] = (None, None)
     must: tuple[float | None, float | None] = (None, None)
     failed: str = ""
+    no_backward: str = ""
+    """why there is a figure of the forward pass alone"""
 
 
 def _randn(*shape: int, scale: float = 1.0, dtype: Any = torch.bfloat16) -> torch.Tensor:
@@ -576,10 +578,21 @@ def _compile_ahead(cases: Sequence[Case]) -> None:
 
 
 def _measure(case: Case, who: str, fn: Function, milliseconds: int, tune: bool = False) -> Row:
+    backward = tune or who not in case.tuning
+    row = _timed(case, who, fn, milliseconds, backward)
+    if row.failed and backward:
+        # fla refuses the gated delta rule's backward pass where Triton gets it wrong; what its
+        # forward pass takes is still worth knowing
+        refused, row = row.failed, _timed(case, who, fn, milliseconds, backward=False)
+        if not row.failed:
+            row.no_backward = refused
+    return row
+
+
+def _timed(case: Case, who: str, fn: Function, milliseconds: int, backward: bool) -> Row:
     from triton.testing import do_bench
 
     row = Row(case.operation, case.size, who, floor=case.floor, must=case.must)
-    backward = tune or who not in case.tuning
     try:
         # torch's own, of which a second shape would compile twice, and attention without a window
         if who != "compile" and not who.startswith("full"):
@@ -664,6 +677,8 @@ def table(rows: list[Row]) -> str:
             return " / ".join(_number(a / b, 2) if a and b else "-" for a, b in pairs)
 
         error = "-" if r.error is None else f"{r.error:.1e} ({r.worst_gradient})"
+        if r.no_backward:
+            error += f"; no backward pass: {r.no_backward}"
         lines.append(
             f"| {r.operation} | {r.size} | {r.who} | {_number(r.forward)} / {_number(r.both)} "
             f"| {_number(r.forward_device)} / {_number(r.both_device)} | {ratio(r.floor)} "

@@ -118,6 +118,11 @@ def _parts(
         yield (
             f"memory, where not measured: {estimates.STATE_BYTES} bytes a parameter and roughly "
             f"{estimates.ACTIVATION_BYTES} (bf16) a token, layer and channel of a micro-batch"
+            + (
+                "; train.micro_batch=auto cuts a batch that does not fit"
+                if cfg.train.micro_batch == "auto"
+                else ""
+            )
         )
     yield from _certificates(arms)
     for stage, cells in stages.items():

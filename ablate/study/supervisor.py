@@ -148,6 +148,7 @@ class _Supervisor:
     repeats: int = 0
     start_failures: int = 0
     seconds: dict[str, float] = field(default_factory=dict)  # key -> what the trial took
+    training: dict[str, float] = field(default_factory=dict)  # key -> how much of that was steps
     arms: list[Cell] = field(default_factory=list)  # of a study that tunes: at their own rate
     tuned: dict[str, Any] | None = None  # what the first stage came to, as study.json has it
 
@@ -410,7 +411,9 @@ class _Supervisor:
         self.done.add(cell.key)
         self.causes.pop(cell.key, None)
         phases = (run.result() or {}).get("seconds") or {}
-        self.seconds[cell.key] = sum(v for v in phases.values() if isinstance(v, int | float))
+        known = {name: s for name, s in phases.items() if isinstance(s, int | float)}
+        self.seconds[cell.key] = sum(known.values())
+        self.training[cell.key] = known.get("train", 0.0)
 
     def _may_propose(self) -> bool:
         n_trials = self.cfg.study.n_trials
@@ -498,14 +501,23 @@ class _Supervisor:
         return estimate is None or estimate <= left
 
     def _estimate(self, cell: Cell) -> float | None:
-        """Seconds that a trial takes at the slowest pace seen so far; None: nothing is known."""
+        """Seconds that a trial takes at the slowest pace seen so far; None: nothing is known.
+
+        Training grows with a trial's work; starting and evaluating cost what they cost.
+        """
         work = {c.key: _work_of(c) for c in self.cells}
-        paces = [s / work[k] for k, s in self.seconds.items() if s and k in work]
+        paces = [s / work[k] for k, s in self.training.items() if s and k in work]
+        beside = [s - self.training[k] for k, s in self.seconds.items()]
         for child in self.children:
-            if child.cell is not None and child.running and child.running.share > 0.05:
-                spent = time.monotonic() - child.running.started
-                paces.append(spent / child.running.share / work[child.cell.key])
-        own = _work_of(cell) * max(paces) if paces else None
+            run = child.running
+            if child.cell is None or run is None or not 0.05 < run.share < 1:
+                continue
+            left = run.row.get("seconds_left")
+            if left is not None:
+                training = left / (1 - run.share)
+                paces.append(training / work[child.cell.key])
+                beside.append(max(0.0, time.monotonic() - run.started - run.share * training))
+        own = _work_of(cell) * max(paces) + max(beside) if paces else None
         floor = cell.trial.config.train.seconds
         return max(own or 0.0, floor or 0.0) or None
 

@@ -229,6 +229,7 @@ def _follow(cfg: Config, ranks: Ranks) -> dict[str, Any]:
             with _batches(stream, device, first, sys.maxsize, pool) as batches:
                 while (lr := ranks.awaited()) is not None:
                     stepper(next(batches), lr)
+            stepper.release()
         result = ranks.agree(None)
     if result is None:
         raise TrialFailed("rank 0 ended without a result, and says why in the run folder")
@@ -398,7 +399,10 @@ class _Run:
                 self.describe(surroundings)
                 self.share_state()
             self.interrupts.deferred = True
-            self.loop(pool)
+            try:
+                self.loop(pool)
+            finally:
+                self.stepper.release()  # evaluation may need the memory
         result = self.final()
         self.interrupts.deferred = False
         return result

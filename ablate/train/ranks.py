@@ -130,6 +130,7 @@ class Ranks:
             if told:
                 dist.broadcast(torch.tensor([_END, 0.0], dtype=torch.float64), 0)
                 self.agree(result)
+                dist.destroy_process_group()  # NCCL's ends on all ranks together or on none
                 for process in self.started:
                     process.wait(GRACE)
         except (RuntimeError, subprocess.TimeoutExpired) as error:
@@ -138,7 +139,8 @@ class Ranks:
             for process in self.started:
                 process.kill()
                 process.wait()
-            if told or not torch.cuda.is_available():  # NCCL would wait for those that are gone
+            # NCCL would wait for those that are gone
+            if dist.is_initialized() and not torch.cuda.is_available():
                 dist.destroy_process_group()
 
     def leave(self) -> None:
@@ -179,7 +181,7 @@ def launch(cfg: Config, lost: Callable[[str], None]) -> Ranks:
     started = []
     for rank in range(1, world):
         process = subprocess.Popen(
-            [sys.executable, "-m", "ablate.train.ranks"],
+            [sys.executable, "-c", "from ablate.train import ranks; ranks.main()"],
             stdin=subprocess.PIPE,
             env={**os.environ, **place, "RANK": str(rank), "LOCAL_RANK": str(rank)},
         )
@@ -255,7 +257,3 @@ def main() -> None:
     except Exception as error:
         traceback.print_exc()
         os._exit(_NO_MEMORY if is_out_of_memory(error) else 1)
-
-
-if __name__ == "__main__":
-    main()

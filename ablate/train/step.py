@@ -123,6 +123,14 @@ class Stepper:
             self._graph = self.captured(functools.partial(self._work, self._batch))
         self._graph.replay()
 
+    def release(self) -> None:
+        """Give back what a captured step holds: its memory, and NCCL's communicator, which ends
+        after the last graph that uses it. A step after that is captured anew."""
+        if self._graph is not None:
+            self._graph.reset()
+            self._graph, self.taken = None, 0
+            torch.cuda.empty_cache()
+
     def _load(self, batch: Batch) -> None:
         """Copy a batch to where the graph reads it."""
         if self._batch is None:

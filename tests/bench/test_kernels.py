@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from ablate.bench.kernels import _chosen
+from ablate.bench import kernels
 from ablate.errors import UserError
 
 
 def chosen(only: str) -> list[tuple[str, str]]:
-    return [(case.operation, case.size) for case in _chosen(only)]
+    return [(case.operation, case.size) for case in kernels._chosen(only)]
 
 
 def test_a_word_of_an_operation_or_of_a_size_chooses():
@@ -22,4 +22,20 @@ def test_a_word_of_an_operation_or_of_a_size_chooses():
 
 def test_a_word_of_none_is_told_with_what_there_is():
     with pytest.raises(UserError, match=r"--only is 'windov', .*attention"):
-        _chosen("gla,windov")
+        kernels._chosen("gla,windov")
+
+
+def test_a_peer_that_refuses_its_backward_pass_keeps_its_forward_time(monkeypatch):
+    def timed(case, who, fn, milliseconds, backward):
+        row = kernels.Row(case.operation, case.size, who)
+        if backward:
+            row.failed = "RuntimeError: wrong on this GPU"
+        else:
+            row.forward, row.forward_device, row.error = 0.824, 0.810, 4.4e-3
+        return row
+
+    monkeypatch.setattr(kernels, "_timed", timed)
+    case = next(c for c in kernels._cases() if c.operation == "gated_delta_rule")
+    line = kernels.table([kernels._measure(case, "fla", case.ours, 10)]).splitlines()[-1]
+    assert "| 0.824 / - | 0.810 / - |" in line
+    assert "no backward pass: RuntimeError: wrong on this GPU" in line

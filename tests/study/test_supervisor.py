@@ -16,6 +16,7 @@ from optuna.trial import TrialState
 
 from ablate import config
 from ablate.errors import UserError
+from ablate.study import space, supervisor
 from ablate.study.folder import StudyFolder
 from ablate.study.status import frame
 from ablate.study.store import Store
@@ -230,6 +231,17 @@ def test_no_trial_starts_that_cannot_end_before_the_deadline(make: Any, console:
     assert outcome.exit_code == 1
     assert len(outcome.unfinished) == 1
     assert len([c for c in calls(tree) if c[2] == "begins"]) == 1
+
+
+def test_what_evaluation_takes_does_not_grow_with_tokens(make: Any, console: Any) -> None:
+    tree = make(**{"study.grid": {"train.tokens": [640, 2560]}})
+    cfg, cells = config.load(tree), space.cells(tree)
+    study = supervisor._Supervisor(space.full(tree), cfg, cells, console, FAKE)
+    short, long = sorted(cells, key=lambda cell: cell.trial.tokens)
+    study.seconds[short.key], study.training[short.key] = 60.0, 10.0
+    times = long.trial.flops / short.trial.flops
+    assert study._estimate(long) == pytest.approx(10 * times + 50)
+    assert times > 3
 
 
 def test_at_the_deadline_trials_checkpoint(make: Any, console: Any) -> None:
