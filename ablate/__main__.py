@@ -200,6 +200,8 @@ def _run(args: list[str]) -> int:
             os.environ.pop(name, None)
     if any(a.split("=")[0] in _HYDRA_FLAGS for a in args):
         return _hydra_multirun(args)
+    from rich.console import Console
+
     from ablate.compose import compose
     from ablate.report.page import write_report
     from ablate.study.supervisor import run_study
@@ -209,8 +211,7 @@ def _run(args: list[str]) -> int:
         print(note)
     outcome = run_study(composed.tree, words=args)
     if outcome.exit_code != 2 and outcome.folder.exists():
-        page = write_report(outcome.folder)
-        _print_summary(outcome.folder)
+        page = write_report(outcome.folder, console=Console())
         print(f"report: {page}")
     if outcome.exit_code == 130:
         print("stopped; the same command continues where it left off")
@@ -308,6 +309,8 @@ def _status(args: list[str]) -> int:
 
 
 def _report(args: list[str]) -> int:
+    from rich.console import Console
+
     from ablate.report.export import export_study
     from ablate.report.page import write_report
 
@@ -318,26 +321,9 @@ def _report(args: list[str]) -> int:
         if exports:
             folder = export_study(folder, Path(exports[0]))
             print(f"exported: {folder}")
-        page = write_report(folder)
-        _print_summary(folder)
+        page = write_report(folder, console=Console())
         print(f"report: {page}")
     return 0
-
-
-def _print_summary(folder: Path) -> None:
-    from rich.console import Console
-
-    from ablate.report import analyse, load_study
-    from ablate.report.evaluation import Evaluations
-    from ablate.report.page import summary
-    from ablate.report.verdicts import judge
-
-    frame = load_study(folder)
-    console = Console()
-    console.print(summary(frame))
-    analysis = analyse(frame)
-    for line in judge(analysis, Evaluations.read(analysis, folder).verdicts()):
-        console.print(f"• {line.text}", highlight=False)
 
 
 def _import(args: list[str]) -> int:

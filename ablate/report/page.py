@@ -28,6 +28,7 @@ from typing import Any
 
 import pandas as pd
 from rich import box
+from rich.console import Console
 from rich.table import Table
 
 from ablate.arch.certificate import QUANTITIES
@@ -73,13 +74,15 @@ def write_report(
     reference: str | None = None,
     say: Callable[[str], object] = print,
     shown: Path | None = None,
+    console: Console | None = None,
 ) -> Path:
     """Write `<path>/report/` from the run folders at `path`; returns the page's path.
 
     Works on an unfinished study and says what is missing. `reference`: the arm that the others are
     compared with (default: the lowest on a numeric axis, else the first). `say` gets one line where
-    Parquet files cannot be written; `shown`: how the page calls the folder, if not `path`. Raises
-    UserError where no run folder is.
+    Parquet files cannot be written; `shown`: how the page calls the folder, if not `path`;
+    `console`: where the arms and the sentences are printed too. Raises UserError where no run
+    folder is.
     """
     path = Path(path)
     frame = load_study(path)
@@ -115,12 +118,15 @@ def write_report(
     text = _page(analysis, lines, [p for p in plots if p], found, details, tables, shown or path)
     page = folder / "index.html"
     atomic_write(page, text)
+    if console is not None:
+        console.print(summary(analysis))
+        for line in lines:
+            console.print(f"• {line.text}", highlight=False)
     return page
 
 
-def summary(frame: pd.DataFrame) -> Table:
+def summary(analysis: Analysis) -> Table:
     """The arms as a table for a terminal: runs, recall, loss, bits a byte, parameters."""
-    analysis = analyse(frame)
     metrics = [analysis.comparisons[m.column] for m in analysis.shown(_SHOWN)]
     title = analysis.study.get("question") or analysis.study.get("name") or None
     note = _interval_note(metrics)
@@ -590,7 +596,9 @@ def _interval_note(metrics: Sequence[Comparison]) -> str:
             "± is half of a 95% t interval of the arm's mean over seeds like these, with one "
             "variance pooled over arms."
         )
-    return "One seed an arm: no interval can be given." if metrics else "No finished run yet."
+    if not metrics:
+        return "No finished run yet."
+    return f"{metrics[0].too_few}: no interval can be given."
 
 
 def _mean(comparison: Comparison, arm: str) -> str:

@@ -88,7 +88,7 @@ def plot_outcomes(analysis: Analysis, folder: Path) -> Plot | None:
             "Seeds are paired, so arms can be told apart although these intervals overlap: "
             "the table of differences decides."
             if first.has_interval
-            else "One seed an arm: single runs, without intervals."
+            else f"{first.too_few}: single runs, without intervals."
         )
         if first.curves:
             caption += f" Dashed: {first.curves[0].formula}; dotted: {first.curves[1].formula}."

@@ -125,6 +125,12 @@ class Comparison:
         return self.fit.df > 0 and self.fit.sigma > 0
 
     @property
+    def too_few(self) -> str:
+        """Why there is no noise to go by, where `has_interval` is false for want of seeds."""
+        several = max(self.fit.counts) > 1
+        return "Too few seeds that arms share" if several else "One seed an arm"
+
+    @property
     def doubt(self) -> str:
         """Why the curves decide nothing; empty where they do."""
         return next((c.doubt for c in self.curves if c.doubt), "")
@@ -445,8 +451,8 @@ def _without_interval(analysis: Analysis, comparison: Comparison) -> Verdict:
         )
     else:
         text = (
-            f"{metric.name} ranges between {told}. One seed an arm: no interval can be given, and "
-            "a difference may be noise."
+            f"{metric.name} ranges between {told}. {comparison.too_few}: no interval can be given, "
+            "and a difference may be noise."
         )
     return Verdict("null", text)
 

@@ -170,7 +170,7 @@ def test_nothing_finished_yet(synthetic: ModuleType, tmp_path: Path) -> None:
     page = Page(write_report(path))
     assert "Incomplete: 0 of 2 runs" in page.text
     assert "out of memory" in page.text
-    assert summary(load_study(path)).row_count == 0
+    assert summary(analyse(load_study(path))).row_count == 0
 
 
 def test_one_seed_shows_no_interval_and_says_so(synthetic: ModuleType, tmp_path: Path) -> None:
@@ -399,7 +399,7 @@ def test_without_pyarrow_one_line_and_csv_only_and_words_are_escaped(
 
 def test_the_summary_fits_a_terminal(study: Path) -> None:
     out = StringIO()
-    Console(file=out, width=100).print(summary(load_study(study)))
+    Console(file=out, width=100).print(summary(analyse(load_study(study))))
     assert "16.7%" in out.getvalue()
     assert "±" in out.getvalue()
     assert "96k" not in out.getvalue()
@@ -412,3 +412,15 @@ def test_the_summary_fits_a_terminal(study: Path) -> None:
 )
 def test_numbers_for_people(value: float, unit: str, text: str) -> None:
     assert si(value, unit) == text
+
+
+def test_an_arm_with_several_seeds_beside_one_with_one(
+    synthetic: ModuleType, tmp_path: Path
+) -> None:
+    path = synthetic.write_study(tmp_path / "uneven", shares=[0.0, 0.25], seeds=[0, 1])
+    analysis = analyse(load_study(path))
+    last = analysis.runs.loc[analysis.runs["seed"] == 1, "key"].iloc[-1]
+    shutil.rmtree(path / last)
+    text = Page(write_report(path)).text
+    assert "Too few seeds that arms share: no interval can be given" in text
+    assert "One seed" not in text
