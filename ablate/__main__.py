@@ -161,6 +161,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `ablate cost | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        if error.errno is None:
+            raise
+        # a full or read-only disk, a file where a folder should be: what was trained stays
+        where = f"'{error.filename}': " if error.filename else ""
+        print(f"ablate: {where}{error.strerror}", file=sys.stderr)
+        return 1
 
 
 def _main(args: list[str]) -> int:
@@ -171,7 +178,8 @@ def _main(args: list[str]) -> int:
             raise UserError(
                 f"'{verb}' is not a verb{did_you_mean(verb, _VERBS)}; there are {', '.join(_VERBS)}"
             )
-    if any(a in ("-h", "--help", "--hydra-help") for a in args):
+    helps = any(a in ("-h", "--help", "--hydra-help") for a in args)
+    if helps and not (verb == "bench" and args[0] in _BENCHES):  # which have options of their own
         print(_help(verb if verb != "run" or "run" in sys.argv[1:2] else None), end="")
         return 0
     if "--version" in args:
@@ -204,15 +212,18 @@ def _run(args: list[str]) -> int:
 
     from ablate.compose import compose
     from ablate.report.page import write_report
+    from ablate.run import find_runs
     from ablate.study.supervisor import run_study
 
     composed = compose(args)
     for note in composed.notes:
         print(note)
     outcome = run_study(composed.tree, words=args)
-    if outcome.exit_code != 2 and outcome.folder.exists():
+    if outcome.exit_code != 2 and any(find_runs(outcome.folder)):
         page = write_report(outcome.folder, console=Console())
         print(f"report: {page}")
+    elif outcome.exit_code == 1:
+        print("no trial has begun: study.deadline left no time for one", file=sys.stderr)
     if outcome.exit_code == 130:
         print("stopped; the same command continues where it left off")
     return outcome.exit_code
@@ -224,9 +235,11 @@ def _hydra_multirun(args: list[str]) -> int:
     from omegaconf import DictConfig, OmegaConf
 
     from ablate.compose import compose, register_sweeps, shipped
+    from ablate.config import load
     from ablate.study.supervisor import run_study
 
-    compose([a for a in args if "=" in a and "," not in a])  # mistakes in one sentence, first
+    plain = [a for a in args if "=" in a and "," not in a]
+    load(compose(plain).tree)  # mistakes in one sentence, first
     register_sweeps()
 
     @hydra.main(version_base="1.3", config_path=str(shipped("conf")), config_name="config")
@@ -293,6 +306,11 @@ def _folders(args: list[str], verb: str) -> list[Path]:
     if not args:
         raise UserError(f"{verb} needs a folder: python -m ablate {verb} FOLDER")
     folders = [Path(a) for a in args]
+    for word, folder in zip(args, folders, strict=True):
+        name, given, _ = word.partition("=")
+        if given and not folder.exists():
+            known = did_you_mean(name, _WORDS.get(verb, ()))
+            raise UserError(f"{verb} does not take '{name}='{known}; `{verb} --help` says what")
     for folder in folders:
         if not folder.is_dir():
             near = sorted(p.name for p in folder.parent.glob("*") if p.is_dir())
@@ -301,9 +319,12 @@ def _folders(args: list[str], verb: str) -> list[Path]:
 
 
 def _status(args: list[str]) -> int:
+    from ablate.report.export import is_export
     from ablate.study.status import show
 
     for folder in _folders(args, "status"):
+        if is_export(folder):
+            raise UserError(f"'{folder}' is an exported study: `report` shows its trials")
         show(folder)
     return 0
 
@@ -385,6 +406,8 @@ def _bench(args: list[str]) -> int:
     raise UserError(f"bench has 'data', 'kernels', 'train' and 'decode', got '{what}'")
 
 
+_BENCHES = ("data", "kernels", "decode", "train")
+_WORDS = {"report": ("export",), "import": ("study.folder",), "rerun": ("times",)}
 _VERBS: dict[str, Callable[[list[str]], int]] = {
     "run": _run,
     "plan": _plan,

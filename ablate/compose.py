@@ -93,6 +93,16 @@ def compose(overrides: Sequence[str]) -> Composed:
         words = [w for w in words if not w.startswith("scale=")] + [f"scale={scale}"]
         notes.append(f"scale auto: {scale} ({why})")
     tree, choices = _compose(words)
+    by_word = any(w.startswith(("match=", "match.by=")) for w in words)
+    arms_by_word = any(w.startswith("match.arms=") for w in words)
+    match = tree.get("match")
+    if (
+        by_word
+        and not arms_by_word
+        and isinstance(match, dict)
+        and match.get("arms") == "unmatched"
+    ):
+        match["arms"] = "both"  # a scale that matches nothing does so where nobody asks for it
     if auto:
         choices["scale_auto"] = "yes"
     return Composed(tree, choices, notes)
@@ -140,7 +150,7 @@ def _compose(words: list[str]) -> tuple[dict[str, Any], dict[str, str]]:
             OmegaConf.set_struct(cfg, False)
             del cfg["hydra"]
             tree = OmegaConf.to_container(cfg, resolve=True)
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
         raise UserError(_sentence(error, words)) from None
     assert isinstance(tree, dict)
     assert isinstance(choices, dict)
@@ -166,6 +176,10 @@ def _check_word(word: str) -> None:
         raise UserError(f"'{word}' has no value: settings are written name=value")
     if name == "sweep" and not word.startswith("+"):
         raise UserError(f"'{word}' needs a plus sign: +{word}")
+    value = word.partition("=")[2]
+    if name in GROUPS and re.fullmatch(r"[+-]?[\d._]+(e[+-]?\d+)?|true|false", value):
+        known = ", ".join(choices_of(name))
+        raise UserError(f"{name} is '{value}', and must be one of {known}: fields are {name}.…=")
 
 
 def _sentence(error: Exception, words: list[str]) -> str:

@@ -31,7 +31,7 @@ def operational(default: Any, description: str, **constraints: Any) -> Any:
 class Section(BaseModel):
     """A part of the tree: frozen, strict about types, closed to unknown names."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
     @model_validator(mode="before")
     @classmethod
@@ -62,7 +62,7 @@ class ArchConfig(Section):
     against the kind's own dataclass in `ablate/layers/`, so a user's kind has its place here too.
     """
 
-    model_config = ConfigDict(extra="allow", frozen=True, strict=True)
+    model_config = ConfigDict(extra="allow", frozen=True, strict=True, allow_inf_nan=False)
 
     name: str | None = Field(None, description="a published architecture's name, for the report")
     pattern: str | None = Field(
@@ -400,7 +400,10 @@ class TuneConfig(Section):
     """The first of two stages: learning rates of each arm on validation A, the best one fitted."""
 
     points: int = Field(
-        0, ge=0, description="rates an arm, around its own train.lr; 0: one shared rate, not tuned"
+        0,
+        ge=0,
+        le=101,
+        description="rates an arm, around its own train.lr; 0: one shared rate, not tuned",
     )
     octaves: float = Field(
         1.0, gt=0, le=3, description="distance between neighbouring rates, in doublings"
@@ -423,7 +426,10 @@ class TuneConfig(Section):
 
 class StudyConfig(Section):
     name: str = Field(
-        "single", pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", description="folder under runs/"
+        "single",
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$",
+        max_length=100,
+        description="folder under runs/",
     )
     question: str = Field("", description="what the study asks, in a sentence")
     finding: str | None = Field(None, description="id of the published finding that it tests")
@@ -465,6 +471,8 @@ class StudyConfig(Section):
     def _cross(self) -> StudyConfig:
         if self.search and self.n_trials is None:
             raise ValueError("'n_trials' must be given with 'search'")
+        if self.n_trials is not None and not self.search:
+            raise ValueError("'n_trials' is of a 'search', and there is none")
         if self.search and (self.grid or self.arms):
             raise ValueError("'search' stands alone, without 'grid' and 'arms'")
         if self.tune.points:

@@ -35,6 +35,7 @@ PHASES = (  # of a run, whose seconds stand in its result
     *("start_up", "data", "build", "first_step"),
     *("train", "validation", "evaluation", "checkpoint"),
 )
+NO_RESULT = "its result.json is missing or damaged; the same command trains it again"
 
 _UMASK = os.umask(0)  # it can only be read by setting it, which threads would notice later on
 os.umask(_UMASK)
@@ -66,12 +67,15 @@ def write_json(path: Path, value: Any) -> None:
     atomic_write(path, json.dumps(_finite(value), indent=1, allow_nan=False) + "\n")
 
 
-def read_json(path: Path) -> Any:
-    """Parsed JSON, or None where the file is missing or damaged."""
+def read_json(path: Path) -> dict[str, Any] | None:
+    """A JSON object, or None where the file is missing, damaged or something else."""
     try:
-        return json.loads(path.read_text())
-    except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError, UnicodeDecodeError):
+        content = json.loads(path.read_text())
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
         return None
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError):
+        return None
+    return content if isinstance(content, dict) else None
 
 
 def python_path() -> str:
@@ -133,9 +137,10 @@ class RunFolder:
 
     def config(self) -> dict[str, Any] | None:
         try:
-            return load_yaml((self.path / "config.yaml").read_text())
-        except (OSError, yaml.YAMLError):
+            content = load_yaml((self.path / "config.yaml").read_text())
+        except (OSError, UnicodeDecodeError, yaml.YAMLError):
             return None
+        return content if isinstance(content, dict) else None
 
     def environment(self) -> dict[str, Any]:
         return read_json(self.path / "environment.json") or {}
@@ -148,11 +153,16 @@ class RunFolder:
             return None
 
     def status(self) -> dict[str, Any]:
-        return read_json(self.path / "status.json") or {"state": "created", "generation": 0}
+        """State, generation and cause. Done is only what has a result that can be read."""
+        content = read_json(self.path / "status.json") or {}
+        status = {"state": "created", "generation": 0, **content}
+        if status["state"] == "done" and self.result() is None:
+            status |= {"state": "interrupted", "cause": NO_RESULT}
+        return status
 
     def result(self) -> dict[str, Any] | None:
-        """Final figures, or None while the run is not finished."""
-        return read_json(self.path / "result.json")
+        """Final figures, or None while the run is not finished or where they cannot be read."""
+        return read_json(self.path / "result.json") or None
 
     def metrics(self) -> list[dict[str, Any]]:
         """Logged steps in order; a line torn by a crash is skipped."""
@@ -163,9 +173,11 @@ class RunFolder:
             return []
         for line in lines:
             try:
-                rows.append(json.loads(line))
+                row = json.loads(line)
             except json.JSONDecodeError:
                 continue
+            if isinstance(row, dict):
+                rows.append(row)
         return rows
 
     def stamp(self) -> str:
@@ -229,7 +241,7 @@ class RunFolder:
 
     def check(self, generation: int) -> None:
         """`StaleWriter` unless `generation` is the newest."""
-        newest = int(self.status().get("generation", 0))
+        newest = int((read_json(self.path / "status.json") or {}).get("generation", 0))
         if newest != generation:
             raise StaleWriter(f"run {self.key}: generation {generation} was replaced by {newest}")
 

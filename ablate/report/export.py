@@ -17,6 +17,7 @@ shortened to file names, host names and accounts are left out, and the finished 
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import math
@@ -33,6 +34,7 @@ from ablate.errors import UserError
 from ablate.run import atomic_write, dump_yaml, find_runs, load_yaml, read_json, write_json
 
 TRIALS, CURVES = "trials.csv", "curves.csv"
+SUMS = "SHA256SUMS"  # `sha256sum -c` reads it too
 CONFIGS, ENVIRONMENTS = "configs.yaml", "environments.yaml"
 _LEFT_OUT = {"response", "target", "others", "position", "loglikelihoods"}  # no figure needs them
 _PRIVATE = {"host", "platform", "entity", "project", "storage", "pid"}
@@ -40,7 +42,8 @@ _PATH = re.compile(r"(?<![\w.$/:~-])(?:~|/|[A-Za-z]:\\)(?:[\w.@+ -]*[\\/])*([\w.
 
 
 def is_export(folder: Path) -> bool:
-    return (folder / TRIALS).is_file() and (folder / CONFIGS).is_file()
+    files = (folder / TRIALS).is_file() and (folder / CONFIGS).is_file()
+    return files and not any(find_runs(folder))
 
 
 # --- reading -------------------------------------------------------------------------------------
@@ -53,9 +56,40 @@ def unreadable(folder: Path, error: Exception) -> UserError:
     )
 
 
+def _sums(folder: Path) -> dict[str, str]:
+    """Digest by name of what an export consists of."""
+    named = [TRIALS, CURVES, CONFIGS, ENVIRONMENTS, "scores.json", "study.json"]
+    files = [*(folder / name for name in named), *sorted((folder / "scores").glob("*.parquet"))]
+    return {
+        str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in files
+    }
+
+
+def verify(folder: Path) -> None:
+    """UserError where a file of an export is missing or is not as it was written."""
+    try:
+        lines = (folder / SUMS).read_text().splitlines()
+    except FileNotFoundError:  # made before there were sums
+        return
+    except (OSError, UnicodeDecodeError) as error:
+        raise unreadable(folder, error) from None
+    for digest, name in (line.split(maxsplit=1) for line in lines if len(line.split()) == 2):
+        try:
+            found = hashlib.sha256((folder / name).read_bytes()).hexdigest()
+        except OSError as error:
+            raise unreadable(folder, error) from None
+        if found != digest:
+            raise UserError(
+                f"'{folder / name}' is damaged or was changed since it was exported; export the "
+                "study again from its run folders"
+            )
+
+
 def read_index(folder: Path, figures: Sequence[str]) -> pd.DataFrame:
     """The frame that `frames` makes of run folders: key, path, state, cause, texts, figures,
     commit, hardware, config and environment (JSON)."""
+    verify(folder)
     try:
         text = (folder / TRIALS).read_text()
         table = pd.read_csv(io.StringIO(text), dtype=str, keep_default_na=False)
@@ -113,6 +147,11 @@ def export_study(path: Path, parent: Path) -> Path:
     folder = parent / path.resolve().name
     if is_export(path):
         raise UserError(f"'{path}' is an exported study already; export from its run folders")
+    if any(find_runs(folder)):
+        raise UserError(
+            f"export={parent} would write into '{folder}', which has run folders: give a folder "
+            "of its own, such as export=analysis/results"
+        )
     frame = frames.load_study(path)
     _keep_what_is_there(folder, frame, path)
     runs = list(find_runs(path))
@@ -154,6 +193,7 @@ def export_study(path: Path, parent: Path) -> Path:
         atomic_write(folder / plan.name, _clean(plan.read_text()))
     atomic_write(folder / "README.md", _clean(_readme(folder, study, trials)))
     _check(folder, runs)
+    atomic_write(folder / SUMS, "".join(f"{d}  {name}\n" for name, d in _sums(folder).items()))
     return folder
 
 
@@ -161,7 +201,9 @@ def _keep_what_is_there(folder: Path, frame: pd.DataFrame, path: Path) -> None:
     if not is_export(folder):
         return
     old = pd.read_csv(folder / TRIALS, dtype=str, keep_default_na=False)
-    lost = set(old.loc[old["state"] == "done", "key"]) - set(frame["key"])
+    done = (frame["state"] == "done") & (frame["cause"] == "")
+    lost = set(old.loc[(old["state"] == "done") & (old["cause"] == ""), "key"])
+    lost -= set(frame.loc[done, "key"])
     if lost:
         raise UserError(
             f"'{folder}' has {len(lost)} finished trials that '{path}' lacks, such as "

@@ -82,7 +82,7 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]
             if any(own.get("items") == {} for own in runs.values()):
                 raise ValueError(f"scores/{task}.parquet lacks items")
         return contents, export.read_curves(folder), cells
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise export.unreadable(folder, error) from None
 
 

@@ -61,7 +61,8 @@ class Metric:
 
     def show_range(self, low: float, high: float) -> str:
         if self.percent:  # accuracies differ by 100 points at most, whatever the t interval says
-            return f"{100 * max(low, -1):.0f} to {100 * min(high, 1):.0f}"
+            decimals = 0 if high - low >= 0.1 else 1
+            return f"{100 * max(low, -1):.{decimals}f} to {100 * min(high, 1):.{decimals}f}"
         digits = self.digits((high - low) / 2)
         return f"{low:.{digits}f} to {high:.{digits}f}"
 

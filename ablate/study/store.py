@@ -296,7 +296,7 @@ def _open_storage(folder: StudyFolder, url: str | None) -> optuna.storages.BaseS
                 return optuna.storages.JournalStorage(
                     JournalFileBackend(str(folder.journal), lock_obj=lock)
                 )
-        except (ValueError, KeyError) as error:
+        except (ValueError, KeyError, TypeError) as error:
             if attempt == 2:
                 raise
             # Nothing in it is needed: the run folders and study.json say the same.

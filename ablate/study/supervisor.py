@@ -410,6 +410,9 @@ class _Supervisor:
     def _count_done(self, cell: Cell, run: RunFolder) -> None:
         self.done.add(cell.key)
         self.causes.pop(cell.key, None)
+        if run.config() is None:  # lost since; without it a report would not see the run
+            with contextlib.suppress(OSError):
+                run.create(cell.trial.config.model_dump(mode="json"))
         phases = (run.result() or {}).get("seconds") or {}
         known = {name: s for name, s in phases.items() if isinstance(s, int | float)}
         self.seconds[cell.key] = sum(known.values())

@@ -126,8 +126,48 @@ def test_an_export_never_loses_finished_trials(copy, exported, tmp_path, capsys)
 def test_a_damaged_export_is_told_in_one_sentence(exported, tmp_path):
     folder = Path(shutil.copytree(exported, tmp_path / "attn_ratio"))
     (folder / "configs.yaml").write_text("runs: [")
+    with pytest.raises(UserError, match=r"configs\.yaml' is damaged or was changed since"):
+        load_study(folder)
+    (folder / "SHA256SUMS").unlink()  # as of an export made before there were sums
     with pytest.raises(UserError, match="is an exported study that cannot be read"):
         load_study(folder)
+
+
+@pytest.mark.parametrize(
+    "name", ["trials.csv", "curves.csv", "scores.json", "scores/val_b.parquet"]
+)
+def test_a_part_of_an_export_is_not_taken_for_the_whole(exported, tmp_path, name, capsys):
+    folder = Path(shutil.copytree(exported, tmp_path / "attn_ratio"))
+    file = folder / name
+    if not file.exists():
+        file = next((folder / "scores").glob("*.parquet"))
+    content = file.read_bytes()
+    file.write_bytes(content[: len(content) // 2])
+    for words in (
+        ["report", str(folder)],
+        ["import", str(folder), f"study.folder={tmp_path / 'r'}"],
+    ):
+        assert main(words) == 2
+        assert f"{file.name}' is damaged" in capsys.readouterr().err
+    file.unlink()
+    assert main(["import", str(folder), f"study.folder={tmp_path / 'r'}"]) == 2
+    assert not (tmp_path / "r").exists()
+
+
+def test_an_export_never_overwrites_a_study_that_runs(copy, capsys):
+    assert main(["report", str(copy), f"export={copy.parent}"]) == 2
+    assert "which has run folders" in capsys.readouterr().err
+    assert not (copy / "trials.csv").exists()
+
+
+def test_trials_that_are_no_longer_finished_are_not_exported_over_finished_ones(copy, exported):
+    results = copy.parent / "results"
+    shutil.copytree(exported, results / "attn_ratio")
+    run = next(find_runs(copy))
+    (run.path / "result.json").write_text("{")
+    with pytest.raises(UserError, match="has 1 finished trials that"):
+        export_study(copy, results)
+    assert (load_study(results / "attn_ratio")["state"] == "done").all()
 
 
 def test_a_text_that_names_the_machine_is_refused(copy, tmp_path):

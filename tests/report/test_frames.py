@@ -10,10 +10,12 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from ablate.__main__ import main
 from ablate.errors import UserError
 from ablate.report import frames
 from ablate.report.frames import load_details, load_metrics, load_study, missing_cells
 from ablate.run import RunFolder
+from ablate.study import status
 
 
 def test_one_row_a_run_with_its_factors_and_figures(study: Path) -> None:
@@ -147,3 +149,32 @@ def test_factors_that_are_lists_or_mixed_stay_readable(synthetic, tmp_path: Path
     values = load_study(path)["arch.positions"].tolist()
     assert values[0] == "[1, 3]"
     assert pd.isna(values[1])
+
+
+@pytest.mark.parametrize("content", [b"[1]", b"5", b"null", b"\xff\xfe", b"{", None])
+@pytest.mark.parametrize(
+    "name",
+    ["config.yaml", "status.json", "result.json", "environment.json", "metrics.jsonl",
+     "evaluation/val_b.json"],
+)  # fmt: skip
+def test_a_damaged_file_costs_its_own_run_at_most(
+    study: Path, name: str, content: bytes | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """content: None makes a folder of the file's name."""
+    file = study / "0100aaaaaaaa" / name
+    file.parent.mkdir(exist_ok=True)
+    file.unlink(missing_ok=True)
+    if content is None:
+        file.mkdir()
+    else:
+        file.write_bytes(content)
+    for verb in ("report", "status"):
+        assert main([verb, str(study)]) == 0, capsys.readouterr().err
+    frame = load_study(study)
+    frame = frame[frame["key"] != "0100aaaaaaaa"]
+    assert len(frame) == 7
+    assert (frame["state"] == "done").all()
+    if name == "result.json":
+        states = status.frame(study).set_index("key")
+        assert states.loc["0100aaaaaaaa", "state"] == "interrupted"
+        assert "result.json is missing or damaged" in states.loc["0100aaaaaaaa", "cause"]
