@@ -9,6 +9,7 @@
         environments.yaml      versions, commit and hardware, in the same form
         scores/<task>.parquet  every item that a task scored: what paired tests need
         scores.json            the rest of each task's file
+        SHA256SUMS             of the files above, so that a part is never taken for the whole
         plan*.txt              what `plan` printed, where it was kept in the study's folder
 
 `report` reads such a folder as it reads run folders. Nothing in it names a machine: paths are

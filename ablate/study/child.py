@@ -85,6 +85,7 @@ class Channel:
         self.assignments: queue.Queue[tuple[dict[str, Any], float]] = queue.Queue()
         self._answers: queue.Queue[bool] = queue.Queue()
         self._stopped = False
+        self._loading = True
         self._lock = threading.Lock()
         threading.Thread(target=self._listen, name="parent", daemon=True).start()
 
@@ -106,11 +107,21 @@ class Channel:
             return False
 
     def stop(self) -> None:
-        """Interrupt the training, once: it checkpoints on the first signal, not on a second."""
+        """Interrupt the training, once: it checkpoints on the first signal, not on a second.
+
+        Not while libraries load: one that is cut short in its import, and swallows that, leaves a
+        process whose trial would fail."""
         with self._lock:
-            if not self._stopped:
-                self._stopped = True
+            if not self._stopped and not self._loading:
                 os.kill(os.getpid(), signal.SIGINT)
+            self._stopped = True
+
+    def loaded(self) -> None:
+        """All is imported: KeyboardInterrupt if the parent has said to stop meanwhile."""
+        with self._lock:
+            self._loading = False
+            if self._stopped:
+                raise KeyboardInterrupt
 
     def _listen(self) -> None:
         rest = b""
@@ -149,6 +160,7 @@ def main(train: Train | None = None) -> None:
         train, loaded = imported, process_age()
     channel.send("ready")
     try:
+        channel.loaded()
         while True:
             assignment, came = channel.assignments.get()
             if loaded is not None:

@@ -138,6 +138,7 @@ def _lead(cfg: Config, folder: RunFolder, ranks: Ranks, hooks: Hooks) -> dict[st
         tracker = Tracker(cfg, folder)
         run: _Run | None = None
         smaller: dict[str, Any] | None = None
+        interrupts = Interrupts()
 
         def lost(cause: str) -> None:
             log.error("%s", cause)
@@ -147,7 +148,7 @@ def _lead(cfg: Config, folder: RunFolder, ranks: Ranks, hooks: Hooks) -> dict[st
             os._exit(1)
 
         try:
-            with Interrupts() as interrupts:
+            with interrupts:
                 if ranks.world == 1:
                     begun = time.perf_counter()
                     ranks = launch(cfg, lost)
@@ -193,6 +194,9 @@ def _lead(cfg: Config, folder: RunFolder, ranks: Ranks, hooks: Hooks) -> dict[st
             _end(folder, "failed", generation, str(error), run)
             raise
         except Exception as error:
+            if interrupts.raised:  # swallowed by a library, in the middle of its import
+                _end(folder, "interrupted", generation, None, run)
+                raise KeyboardInterrupt from error
             cause = ranks.lost(patience=1.0) or cause_of(error)
             if run is not None and ranks.world > 1:
                 run.shrink(cause)

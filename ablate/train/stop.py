@@ -60,6 +60,7 @@ class Interrupts:
     def __init__(self) -> None:
         self.deferred = False
         self.pending = False
+        self.raised = False  # by a signal; what fails after that fails because of it
         self._old: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Interrupts:
@@ -76,6 +77,7 @@ class Interrupts:
         if self.deferred and not self.pending:
             self.pending = True
             return
+        self.raised = True
         raise KeyboardInterrupt
 
     def check(self) -> None:

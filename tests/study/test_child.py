@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 from ablate import config
-from ablate.run import RunFolder
+from ablate.run import RunFolder, python_path
 from ablate.study import space
 from ablate.study.child import child_environment
 from ablate.study.supervisor import _Supervisor, run_study
@@ -127,3 +128,19 @@ def test_a_trial_counts_the_loading_it_waited_for(make: Any, tmp_path: Path, ear
     assert result is not None, said
     counted = result["seconds"]["start_up"]
     assert counted > 0.6 * loading if early else counted < 0.6 * loading, (counted, loading)
+
+
+def test_a_stop_while_libraries_load_waits_for_them() -> None:
+    child = subprocess.Popen(
+        [sys.executable, "-m", "ablate.study.child"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": python_path()},
+    )  # fmt: skip
+    assert child.stdin is not None
+    assert child.stdout is not None
+    child.stdin.write(b'{"stop": true}\n')
+    child.stdin.flush()
+    lines = [json.loads(line) for line in child.stdout if line.strip()]
+    assert lines == [{"event": "ready"}, {"event": "end", "state": "interrupted", "cause": None}]
+    assert child.wait() == 0

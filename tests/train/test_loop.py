@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -430,3 +432,19 @@ def test_a_torn_line_is_dropped_and_logged_again(tiny: Make, tmp_path: Path) -> 
         file.write('{"step": 7, "tok')
     train(tiny(), broken)
     assert curve(broken.metrics()) == curve(unbroken.metrics())
+
+
+def test_what_fails_after_a_library_has_swallowed_an_interrupt_is_interrupted(
+    tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def half_imported(self: Any) -> None:
+        with contextlib.suppress(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(5)
+        raise AttributeError("module 'numpy' has no attribute 'matrix'")
+
+    monkeypatch.setattr(loop._Run, "build", half_imported)
+    folder = RunFolder(tmp_path / "run")
+    with pytest.raises(KeyboardInterrupt):
+        train(tiny(), folder)
+    assert folder.status()["state"] == "interrupted"
