@@ -418,6 +418,29 @@ def rows(found: dict[str, Study]) -> list[Row]:
     ]  # fmt: skip
 
 
+def benchmarks(study: Study) -> str:
+    """Of a study over training tokens, which benchmarks show the most of them: by more than three
+    times the noise of seeds, and more than nothing over texts. Empty for another study."""
+    table = study.scores[study.scores["task"].str.endswith("shot")]
+    if study.analysis.axis.field != "train.tokens" or table.empty:
+        return ""
+    most = study.analysis.arms["x"].idxmax()
+    own = table[(table["arm"] == most) & table["difference"].notna()]
+    clear = (own["difference_low"] > 0) & ~(own["over_noise"] < 3)
+
+    def told(r: pd.Series) -> str:
+        points, times = signed(100 * r["difference"], 1), r["over_noise"]
+        noise = f"{times:.0f} times the noise" if math.isfinite(times) else "seeds do not differ"
+        return f"{r['task'].rpartition('-')[0]} ({points} points, {noise})"
+
+    shown = "; ".join(told(r) for _, r in own[clear].iterrows()) or "none"
+    hidden = ", ".join(task.rpartition("-")[0] for task in own.loc[~clear, "task"])
+    text = f"More tokens show in {shown}." + (f" They do not in {hidden}." if hidden else "")
+    if min(len(seeds(r)) for _, r in table.iterrows()) < 2:
+        text += " One of the arms has one seed so far, which decides nothing."
+    return text
+
+
 def table(found: dict[str, Study]) -> pd.DataFrame:
     """`rows` as a frame, with the keys of the runs that each figure is from."""
     return pd.DataFrame([vars(row) for row in rows(found)])

@@ -265,3 +265,25 @@ def test_notebooks_run_with_and_without_studies(root: Path, tmp_path: Path, full
         assert ("image/png" in outputs) == full
         assert (missing in outputs) == (not full)
         assert str(tmp_path) not in outputs
+
+
+def test_benchmarks_that_show_more_tokens_are_named_with_their_noise(root: Path) -> None:
+    code = """
+from types import SimpleNamespace as N
+rows = [
+    ("blimp-0shot", 0.098, 0.094, 5.2, "0.67 0.68"),
+    ("piqa-0shot", 0.009, -0.01, 1.7, "0.51 0.52"),
+    ("arc_easy-0shot", 0.04, 0.02, 2.0, "0.29 0.30"),
+    ("lambada-0shot", 0.03, 0.02, math.nan, "0.03 0.03"),
+]
+scores = pd.DataFrame([dict(task=t, arm="whole", difference=d, difference_low=low, over_noise=n,
+                            by_seed=s) for t, d, low, n, s in rows])
+arms = pd.DataFrame({"x": {"quarter": 1.0, "whole": 4.0}})
+for field in ("train.tokens", "train.lr"):
+    print(findings.benchmarks(N(scores=scores, analysis=N(axis=N(field=field), arms=arms))))
+"""
+    said = build(root, f"exec({code!r})")
+    assert said.stdout == (
+        "More tokens show in blimp (+9.8 points, 5 times the noise); lambada (+3.0 points, seeds "
+        "do not differ). They do not in piqa, arc_easy.\n\n"
+    ), said.stderr
