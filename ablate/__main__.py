@@ -403,10 +403,10 @@ def _bench(args: list[str]) -> int:
         from ablate.compose import compose
 
         return train.run(args[1:], tree_of=lambda words: compose(words).tree)
-    raise UserError(f"bench has 'data', 'kernels', 'train' and 'decode', got '{what}'")
+    raise UserError(f"bench has {', '.join(_BENCHES)}, got '{what}'")
 
 
-_BENCHES = ("data", "kernels", "decode", "train")
+_BENCHES = ("data", "kernels", "train", "decode")
 _WORDS = {"report": ("export",), "import": ("study.folder",), "rerun": ("times",)}
 _VERBS: dict[str, Callable[[list[str]], int]] = {
     "run": _run,

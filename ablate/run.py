@@ -241,7 +241,7 @@ class RunFolder:
 
     def check(self, generation: int) -> None:
         """`StaleWriter` unless `generation` is the newest."""
-        newest = int((read_json(self.path / "status.json") or {}).get("generation", 0))
+        newest = int(self.status().get("generation", 0))
         if newest != generation:
             raise StaleWriter(f"run {self.key}: generation {generation} was replaced by {newest}")
 

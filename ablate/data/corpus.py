@@ -196,8 +196,7 @@ def fingerprint(source: Source, cache: Path) -> str:
     """
     listing = "\n".join(str(file.absolute()) for file in source.files)
     index_path = cache / "files" / f"{_hex(listing.encode())}.json"
-    index = read_json(index_path)
-    known: dict[str, Any] = index if isinstance(index, dict) else {}
+    known = read_json(index_path) or {}
 
     def entry(file: Path) -> tuple[str, list[int], str, bool]:
         try:

@@ -157,7 +157,7 @@ def _hash(value: Any) -> str:
 def _open(folder: Path, tokenizer: Tokenizer, fingerprint: str) -> TokenSet | str:
     """The token set of a folder, or what is wrong with it."""
     meta = read_json(folder / "meta.json")
-    if not isinstance(meta, dict) or meta.pop("check", None) != _hash(meta):
+    if meta is None or meta.pop("check", None) != _hash(meta):
         return "meta.json is missing or torn"
     for name, (size, check) in meta["files"].items():
         path = folder / name

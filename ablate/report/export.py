@@ -61,10 +61,11 @@ def _sums(folder: Path) -> dict[str, str]:
     """Digest by name of what an export consists of."""
     named = [TRIALS, CURVES, CONFIGS, ENVIRONMENTS, "scores.json", "study.json"]
     files = [*(folder / name for name in named), *sorted((folder / "scores").glob("*.parquet"))]
-    return {
-        str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest()
-        for file in files
-    }
+    return {str(file.relative_to(folder)): _digest(file) for file in files}
+
+
+def _digest(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def verify(folder: Path) -> None:
@@ -77,7 +78,7 @@ def verify(folder: Path) -> None:
         raise unreadable(folder, error) from None
     for digest, name in (line.split(maxsplit=1) for line in lines if len(line.split()) == 2):
         try:
-            found = hashlib.sha256((folder / name).read_bytes()).hexdigest()
+            found = _digest(folder / name)
         except OSError as error:
             raise unreadable(folder, error) from None
         if found != digest:

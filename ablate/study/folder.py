@@ -63,8 +63,7 @@ class StudyFolder:
 
     def index(self) -> dict[str, Any]:
         """The content of study.json; empty where there is none."""
-        content = read_json(self.path / "study.json")
-        return content if isinstance(content, dict) else {}
+        return read_json(self.path / "study.json") or {}
 
     def write_index(self, index: dict[str, Any]) -> None:
         write_json(self.path / "study.json", index)

@@ -139,5 +139,4 @@ class Shape:
         stepper.warm_up(batch)
 
     def _kept(self) -> dict[str, Any]:
-        content = read_json(self.path)
-        return content if isinstance(content, dict) else {}
+        return read_json(self.path) or {}
