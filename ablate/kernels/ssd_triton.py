@@ -233,10 +233,10 @@ def _dx_kernel(
 ):  # fmt: skip
     """dx of one chunk and group, and the gradient of B C^T summed over the group's heads.
 
-    Pair matrices are [s, t], source before target. Of the gradients of dt and D it leaves parts,
-    each (B, H, padded L): what pairs that end at a position contribute (0) and those that start
-    there (1), the direct part of dt from what leaves with the state (2) and what stays (3), and
-    <x, dy> (4).
+    Pair matrices are [s, t], source before target. Of the gradients of dt and D it leaves parts:
+    (B, H, padded L, 4) of what pairs that start at a position contribute, the direct part of dt
+    from what leaves with the state and what stays, and <x, dy>; then, (B, H, padded L), what pairs
+    that end at a position contribute. Four in one piece are one exchange between threads.
     """
     SPLITS: tl.constexpr = H // G // HEADS
     chunk = tl.program_id(0) // SPLITS
@@ -256,7 +256,8 @@ def _dx_kernel(
     dy_ptr += (b * length + wide) * (H * P)
     dx_ptr += b * dx_stride_b * DX_UNIT + wide * DX_STRIDE_L
     dts_ptr += b * H * padded + start
-    parts_ptr += b * H * padded + start
+    ends_ptr = parts_ptr + 4 * plane + b * H * padded + start
+    parts_ptr += 4 * (b * H * padded + start)
     dstates_ptr += (b * n_chunks + chunk) * (H * P * N)
 
     B = load_tile(b_ptr, rows, n, left, N, B_STRIDE_L, FULL, FULL_N)
@@ -271,7 +272,6 @@ def _dx_kernel(
         x = load_tile(x_ptr + h * P, rows, p, left, P, X_STRIDE_L, FULL, FULL_P)
         dy = load_tile(dy_ptr + h * P, rows, p, left, P, H * P, FULL, FULL_P)
         dstate = load_tile(dstates_ptr + h * (P * N), p, n, P, N, N, FULL_P, FULL_N)
-        out = parts_ptr + h * padded + rows
         dt = tl.load(dts_ptr + h * padded + rows)
         cum = tl.load(dts_ptr + plane + h * padded + rows)
         cum_last = tl.load(dts_ptr + plane + h * padded + Q - 1)
@@ -282,19 +282,21 @@ def _dx_kernel(
         weight = pairs * decay
 
         xdy = tl.dot(x, tl.trans(dy), input_precision=PREC)
+        own = dt * 0.0
         if D_RANK == 1:
-            own = tl.where(rows[:, None] == rows[None, :], xdy, 0.0)
-            tl.store(out + 4 * plane, tl.sum(own, axis=1))
-        xdy *= dt[:, None]
-        # a pair of a position with itself spans no decay
-        spans = tl.where(rows[:, None] < rows[None, :], xdy * weight, 0.0)
-        tl.store(out, tl.sum(spans, axis=0))
-        tl.store(out + plane, -tl.sum(spans, axis=1))
+            own = tl.sum(tl.where(rows[:, None] == rows[None, :], xdy, 0.0), axis=1)
+        # a pair of a position with itself spans no decay: left in, it would cancel, with an error
+        spans = tl.where(rows[:, None] < rows[None, :], xdy * dt[:, None] * weight, 0.0)
+        tl.store(ends_ptr + h * padded + rows, tl.sum(spans, axis=0))
+        begins = -tl.sum(spans, axis=1)
         x32 = x.to(tl.float32)
         dx = tl.dot(B, tl.trans(dstate), input_precision=PREC) * leaves[:, None]
-        tl.store(out + 2 * plane, tl.sum(dx * x32, axis=1))
+        leaving = tl.sum(dx * x32, axis=1)
         within = tl.dot(weight.to(x.dtype), dy, input_precision=PREC)
-        tl.store(out + 3 * plane, tl.sum(within * x32, axis=1))
+        staying = tl.sum(within * x32, axis=1)
+        four = tl.join(tl.join(begins, staying), tl.join(leaving, own))
+        at = 4 * (h * padded + rows)[:, None] + tl.arange(0, 4)[None, :]
+        tl.store(parts_ptr + at, tl.reshape(four, (Q, 4)))
         dx = (dx + within) * dt[:, None]
         if D_RANK == 1:
             dx += tl.load(d_ptr + h).to(tl.float32) * dy.to(tl.float32)
@@ -316,25 +318,29 @@ def _bc_grad_kernel(
     BP: tl.constexpr, BN: tl.constexpr, Q: tl.constexpr,
     HAS_DOC: tl.constexpr, FULL: tl.constexpr, PREC: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """dB and dC of one chunk and group; for the gradient of dt, what came with the state to each
-    position (part 5) and what the state carries through the whole chunk, (B, c, H)."""
-    chunk = tl.program_id(0)
+    """dB and dC of one chunk, group and BN columns of the state; for the gradient of dt, what came
+    with these columns to each position (a part from 5 on) and what they carry through the whole
+    chunk, (columns / BN, B, c, H, BP): to be summed over BP."""
+    BLOCKS: tl.constexpr = (N + BN - 1) // BN
+    chunk = tl.program_id(0) // BLOCKS
+    block = tl.program_id(0) % BLOCKS
     b = (tl.program_id(1) // G).to(tl.int64)
     group = tl.program_id(1) % G
     padded = n_chunks * Q
     start = chunk * Q
     left = length - start
     wide = start.to(tl.int64)
-    rows, p, n = tl.arange(0, Q), tl.arange(0, BP), tl.arange(0, BN)
+    rows, p, n = tl.arange(0, Q), tl.arange(0, BP), block * BN + tl.arange(0, BN)
     FULL_P: tl.constexpr = P == BP
-    FULL_N: tl.constexpr = N == BN
+    FULL_N: tl.constexpr = N % BN == 0
     PER_GROUP: tl.constexpr = H // G
     b_ptr += b * b_stride_b * UNIT + wide * B_STRIDE_L + group * N
     c_ptr += b * c_stride_b * UNIT + wide * C_STRIDE_L + group * N
     x_ptr += b * x_stride_b * UNIT + wide * X_STRIDE_L
     dy_ptr += (b * length + wide) * (H * P)
     dts_ptr += b * H * padded + start
-    parts_ptr += b * H * padded + start
+    parts_ptr += (5 + block) * plane + b * H * padded + start
+    through_ptr += ((block * (tl.num_programs(1) // G) + b) * n_chunks + chunk) * (H * BP)
     states_ptr += (b * n_chunks + chunk) * (H * P * N)
     dstates_ptr += (b * n_chunks + chunk) * (H * P * N)
 
@@ -369,11 +375,11 @@ def _bc_grad_kernel(
         dC_h = tl.dot(dy, state, input_precision=PREC) * seen[:, None]
         dC += dC_h
         came = tl.sum(dC_h * C.to(tl.float32), axis=1)
-        tl.store(parts_ptr + 5 * plane + h * padded + rows, came)
+        tl.store(parts_ptr + h * padded + rows, came)
         # <state, dstate> as the trace of a product: elementwise it costs more registers than time
         both = tl.dot(state, tl.trans(dstate), input_precision=PREC)
-        passed = tl.sum(tl.where(p[:, None] == p[None, :], both, 0.0)) * keep
-        tl.store(through_ptr + (b * n_chunks + chunk) * H + h, passed)
+        passed = tl.sum(tl.where(p[:, None] == p[None, :], both, 0.0), axis=1)
+        tl.store(through_ptr + h * BP + p, passed * keep)
     pairs = tl.where(allowed, dpairs, 0.0).to(C.dtype)
     B = load_tile(b_ptr, rows, n, left, N, B_STRIDE_L, FULL, FULL_N)
     dB = tl.dot(pairs, C, dB, input_precision=PREC)
@@ -387,7 +393,8 @@ def _bc_grad_kernel(
 def _dt_grad_kernel(
     parts_ptr, dts_ptr, through_ptr, A_ptr, ddt_ptr, sums_ptr, ddt_stride_b, length, plane,
     DDT_STRIDE_L: tl.constexpr, H: tl.constexpr, BH: tl.constexpr, Q: tl.constexpr,
-    SOFTPLUS: tl.constexpr, HAS_D: tl.constexpr, LOG_A: tl.constexpr,
+    BLOCKS: tl.constexpr, BP: tl.constexpr, SOFTPLUS: tl.constexpr, HAS_D: tl.constexpr,
+    LOG_A: tl.constexpr,
 ):  # fmt: skip
     """Gradient of dt as given, and of A (or log(-A)), bias and D (H,) as sums over the chunk:
     (B * c, 3, H)."""
@@ -398,17 +405,21 @@ def _dt_grad_kernel(
     heads = tl.program_id(2) * BH + tl.arange(0, BH)
     at = (b * H + heads[:, None]) * padded + c * Q + rows[None, :]
     mask = (heads[:, None] < H) & (rows[None, :] >= 0)
-    ends = tl.load(parts_ptr + at, mask=mask, other=0.0)
-    ends += tl.load(parts_ptr + plane + at, mask=mask, other=0.0)
-    ends += tl.load(parts_ptr + 5 * plane + at, mask=mask, other=0.0)
+    ends = tl.load(parts_ptr + 4 * at, mask=mask, other=0.0)
+    ends += tl.load(parts_ptr + 4 * plane + at, mask=mask, other=0.0)
     dt = tl.load(dts_ptr + at, mask=mask, other=0.0)
-    direct = tl.load(parts_ptr + 2 * plane + at, mask=mask, other=0.0)
+    direct = tl.load(parts_ptr + 4 * at + 1, mask=mask, other=0.0)
     leaves = direct * dt
-    direct += tl.load(parts_ptr + 3 * plane + at, mask=mask, other=0.0)
+    direct += tl.load(parts_ptr + 4 * at + 2, mask=mask, other=0.0)
     A = tl.load(A_ptr + heads, mask=heads < H, other=0.0).to(tl.float32)
     if LOG_A:
         A = -tl.exp(A)
-    passed = tl.load(through_ptr + (b * n_chunks + c) * H + heads, mask=heads < H, other=0.0)
+    passed = tl.zeros((BH,), tl.float32)
+    for block in tl.static_range(BLOCKS):
+        ends += tl.load(parts_ptr + (5 + block) * plane + at, mask=mask, other=0.0)
+        through = through_ptr + ((block * tl.num_programs(1) + b) * n_chunks + c) * (H * BP)
+        through += heads[:, None] * BP + tl.arange(0, BP)[None, :]
+        passed += tl.sum(tl.load(through, mask=heads[:, None] < H, other=0.0), axis=1)
     # a position's dt A lies in every span that begins before it and ends at it or later
     spans = tl.cumsum(ends, axis=1, reverse=True) + (tl.cumsum(leaves, axis=1) - leaves)
     spans += passed[:, None]
@@ -428,7 +439,7 @@ def _dt_grad_kernel(
     tl.store(sums, dA, mask=heads < H)
     tl.store(sums + H, tl.sum(ddt, axis=1), mask=heads < H)
     if HAS_D:
-        own = tl.load(parts_ptr + 4 * plane + at, mask=mask, other=0.0)
+        own = tl.load(parts_ptr + 4 * at + 3, mask=mask, other=0.0)
         tl.store(sums + 2 * H, tl.sum(own, axis=1), mask=heads < H)
 
 
@@ -438,7 +449,7 @@ CONFIGS: dict[tuple[str, int], tuple[int, int, int | None]] = {
     ("state", 2): (4, 3, None),
     ("scan", 2): (4, 3, None),
     ("dx", 2): (4, 3, None),
-    ("bc_grad", 2): (8, 3, None),
+    ("bc_grad", 2): (4, 3, None),
     ("state", 4): (4, 2, None),
     ("scan", 4): (4, 2, None),
     ("dx", 4): (4, 1, None),
@@ -565,8 +576,10 @@ def gradients(
     b, length, n_heads, head_dim = x.shape
     groups, n_state = B.shape[2:]
     n_chunks = states.shape[1]
-    parts = dts.new_empty((6, *dts.shape[1:]))
-    through = dts.new_empty((b * n_chunks, n_heads))
+    block_n = min(64, _blocks(n_state))
+    blocks = triton.cdiv(n_state, block_n)
+    parts = dts.new_empty((5 + blocks, *dts.shape[1:]))
+    through = dts.new_empty((blocks, b * n_chunks, n_heads, _blocks(head_dim)))
     unit = batch_unit(x, B, C)
     strides = (x.stride(0) // unit, B.stride(0) // unit, C.stride(0) // unit)
     numbers = (length, dts[0].numel(), n_chunks)
@@ -587,10 +600,10 @@ def gradients(
     options = _options("bc_grad", x, n_state)
     if n_state <= 16:  # 8 warps on float32 tiles this narrow read out of bounds (Triton 3.6)
         options["num_warps"] = 4
-    _bc_grad_kernel[(n_chunks, b * groups)](
+    _bc_grad_kernel[(n_chunks * blocks, b * groups)](
         x, dy, B, C, dts, doc, states, dstates, dB, dC, parts, through,
         *strides, dB.stride(0) // db_unit, *numbers,
-        **constants, DB_UNIT=db_unit, DB_STRIDE_L=dB.stride(1), **options,
+        **constants | {"BN": block_n}, DB_UNIT=db_unit, DB_STRIDE_L=dB.stride(1), **options,
     )  # fmt: skip
     return parts, through
 
@@ -602,13 +615,13 @@ def step_size_gradients(
     """Writes ddt (B, L, H) and returns (3, H): the gradients of A, of the bias and, if has_d, of
     D (H,)."""
     b, length, n_heads = ddt.shape
-    n_chunks = through.shape[0] // b
+    blocks, n_chunks = through.shape[0], through.shape[1] // b
     sums = dts.new_empty((b * n_chunks, 3, n_heads))
     block = min(8, triton.next_power_of_2(n_heads))
     _dt_grad_kernel[(n_chunks, b, triton.cdiv(n_heads, block))](
         parts, dts, through, A, ddt, sums, ddt.stride(0), length, dts[0].numel(),
-        DDT_STRIDE_L=ddt.stride(1), H=n_heads, BH=block, Q=Q, SOFTPLUS=softplus, HAS_D=has_d,
-        LOG_A=log_a, num_warps=2,
+        DDT_STRIDE_L=ddt.stride(1), H=n_heads, BH=block, Q=Q, BLOCKS=blocks, BP=through.shape[3],
+        SOFTPLUS=softplus, HAS_D=has_d, LOG_A=log_a, num_warps=2,
     )  # fmt: skip
     return sum_rows(sums.view(b * n_chunks, 3 * n_heads), torch.float32).view(3, n_heads)
 
