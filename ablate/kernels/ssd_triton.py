@@ -42,6 +42,7 @@ from ablate.kernels.tiles_triton import (
 )
 
 Q = 64
+COLUMNS = 64  # of a state, for one program of a kernel that splits them
 
 
 @triton.jit
@@ -520,7 +521,7 @@ def chunk_states(
     n_chunks = triton.cdiv(length, Q)
     states = x.new_empty((b, n_chunks, n_heads, head_dim, n_state))
     last = x.new_empty((b, n_heads, head_dim, n_state), dtype=torch.float32)
-    block_n = min(64, _blocks(n_state))
+    block_n = min(COLUMNS, _blocks(n_state))
     n_tiles = triton.cdiv(n_state, block_n)
     segments = max(1, min(STATE_PROGRAMS // (n_tiles * n_heads * b), n_chunks // 8, 32))
     per_segment = triton.cdiv(n_chunks, segments)
@@ -576,7 +577,7 @@ def gradients(
     b, length, n_heads, head_dim = x.shape
     groups, n_state = B.shape[2:]
     n_chunks = states.shape[1]
-    block_n = min(64, _blocks(n_state))
+    block_n = min(COLUMNS, _blocks(n_state))
     blocks = triton.cdiv(n_state, block_n)
     parts = dts.new_empty((5 + blocks, *dts.shape[1:]))
     through = dts.new_empty((blocks, b * n_chunks, n_heads, _blocks(head_dim)))
