@@ -108,12 +108,13 @@ def _link(study: str) -> str:
 def _best(study: Study) -> str:
     """The arm with the lowest loss of a study that no claim is about."""
     done = study.analysis.frame
-    means = done[done["state"] == "done"].groupby("arm")["val_b_loss"].mean()
+    done = done[done["state"] == "done"]
+    means = done.groupby("arm")["val_b_loss"].mean()
     if means.empty:
         return "No trial has ended."
     if told := findings.benchmarks(study):
         return told
-    seeds = done["seed"].nunique()
+    seeds = findings.seed_counts(done)
     if len(set(done["lr"])) > 1 and len(set(done["pattern"])) > 1:
         best = done.loc[done.groupby("pattern")["val_b_loss"].idxmin()].sort_values(
             "attention_of_layers"
@@ -121,11 +122,10 @@ def _best(study: Study) -> str:
         at = [f"{r.attention_of_layers:.1%}: {r.lr:g}" for r in best.itertuples()]
         return (
             f"Of {done['lr'].nunique()} rates the one with the lowest loss, by share: "
-            f"{', '.join(at)} ({seeds} seed{'s' if seeds > 1 else ', no interval'})."
+            f"{', '.join(at)} ({seeds})."
         )
     return (
-        f"Lowest loss: {means.min():.3f} nats at {means.idxmin()}, of {len(means)} arms "
-        f"({seeds} seed{'s' if seeds > 1 else ', no interval'})."
+        f"Lowest loss: {means.min():.3f} nats at {means.idxmin()}, of {len(means)} arms ({seeds})."
     )
 
 
@@ -155,7 +155,9 @@ def _costs(found: dict[str, Study]) -> str:
             noise, own = f"{study.loss.fit.total_sigma():.4f}", study.loss.fit.seed_correlation()
             if math.isfinite(own.value):
                 shared = f"{own.value:.2f} ({own.low:.2f} to {own.high:.2f})".replace("-", "−")
-        cells = [study.name, str(len(done)), f"{done['tokens'].median():,.0f}"]
+        fewest, most = done["tokens"].min(), done["tokens"].max()
+        tokens = f"{fewest:,.0f}" + (f" to {most:,.0f}" if most > fewest else "")
+        cells = [study.name, str(len(done)), tokens]
         cells += [f"{done['trial_seconds'].median() / 60:.1f}", f"{gpu_hours(frame):.2f}"]
         cells += [", ".join(sorted(set(done["hardware"]))), noise, shared]
         lines.append(f"| {' | '.join(cells)} |")

@@ -418,6 +418,15 @@ def rows(found: dict[str, Study]) -> list[Row]:
     ]  # fmt: skip
 
 
+def seed_counts(done: pd.DataFrame) -> str:
+    """'3 seeds', or '4 to 6 seeds' where arms have different numbers, of a frame of done runs."""
+    counts = done.groupby("arm")["seed"].nunique()
+    fewest, most = int(counts.min()), int(counts.max())
+    if most == 1:
+        return "1 seed, no interval"
+    return f"{most} seeds" if fewest == most else f"{fewest} to {most} seeds"
+
+
 def benchmarks(study: Study) -> str:
     """Of a study over training tokens, which benchmarks show the most of them: by more than three
     times the noise of seeds, and more than nothing over texts. Empty for another study."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import matplotlib as mpl
-from findings import Study, widest
+from findings import Study, seed_counts, widest
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator, PercentFormatter
 
@@ -88,7 +88,7 @@ def _size(study: Study) -> str:
     return (
         f"{done['n_layers'].max():.0f} layers, "
         f"{si(done['non_embedding_params'].median())} parameters beside the embedding, "
-        f"{si(done['tokens'].median())} tokens a trial, {done['seed'].nunique()} seeds"
+        f"{si(done['tokens'].median())} tokens a trial, {seed_counts(done)}"
     )
 
 

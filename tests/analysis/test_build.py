@@ -17,6 +17,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from ablate.evaluate.suites import SUITES
 from ablate.report import analyse, load_study
 from ablate.report.export import export_study
 from ablate.report.published import ATTENTION_SHARE
@@ -287,3 +288,20 @@ for field in ("train.tokens", "train.lr"):
         "More tokens show in blimp (+9.8 points, 5 times the noise); lambada (+3.0 points, seeds "
         "do not differ). They do not in piqa, arc_easy.\n\n"
     ), said.stderr
+
+
+def test_the_small_suite_is_what_the_measured_benchmarks_show() -> None:
+    table = pd.read_csv(ROOT / "analysis/results/signal/report/evaluation.csv")
+    own = table[table["task"].str.endswith("shot") & table["difference"].notna()]
+    clear = own[(own["difference_low"] > 0) & (own["over_noise"] > 3)]
+    assert len(own) >= 10
+    assert {entry.name for entry in SUITES["small"]} == set(clear["task"])
+
+
+def test_seeds_are_counted_by_arm(root: Path) -> None:
+    code = """
+for arms, seeds in (("ab", "00"), ("abab", "0011"), ("aba", "001")):
+    print(findings.seed_counts(pd.DataFrame({"arm": list(arms), "seed": list(seeds)})))
+"""
+    said = build(root, f"exec({code!r})")
+    assert said.stdout == "1 seed, no interval\n2 seeds\n1 to 2 seeds\n", said.stderr
