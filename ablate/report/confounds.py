@@ -193,8 +193,8 @@ def _shared_rate(runs: pd.DataFrame, factors: set[str]) -> list[Confound]:
     if "train.lr" in factors or len(rates) != 1:
         return []
     text = (
-        f"one learning rate, {rates[0]:.3g}, serves all arms and was tuned for none of them: "
-        "an arm that would like another is at a disadvantage"
+        f"one learning rate, {rates[0]:.3g}, serves all arms and was not tuned for each of them "
+        "here: an arm that would like another is at a disadvantage"
     )
     return [Confound("learning rate", text, True)]
 

@@ -494,7 +494,8 @@ def _difference(analysis: Analysis, comparison: Comparison, different: pd.DataFr
         f"{metric.name} {verb} from {metric.show_mean(fit.mean(reference))} "
         f"{analysis.describe(reference)} to {metric.show_mean(fit.mean(arm))} "
         f"{analysis.describe(arm)}; difference {metric.show_size(chosen['difference'], half)}, "
-        f"95% interval {metric.show_range(*ends)}{_simultaneous(fit)}, {_seeds(fit)}."
+        f"95% interval {metric.show_range(*ends)}{_simultaneous(fit)}, "
+        f"{_seeds(fit, reference, arm)}."
     )
     return Verdict("result", text)
 
@@ -553,16 +554,17 @@ def _limits(analysis: Analysis) -> Iterator[str]:
     if runs.empty:
         return
     reasons = []
-    params, tokens = runs["non_embedding_params"].median(), runs["tokens"].median()
-    text_tokens = runs["text_tokens"].median()
-    budget = text_tokens if math.isfinite(text_tokens) else tokens
+    params = runs["non_embedding_params"].median()
+    text = runs["text_tokens"].notna().all()
+    budgets = runs["text_tokens" if text else "tokens"]
+    budget = budgets.max()
     if params < 1e6:
         reasons.append(f"the models have {si(params)} parameters beside the embedding (below 1M)")
     if params > 0 and budget / params < 20:
-        kind = "text tokens" if math.isfinite(text_tokens) else "tokens"
-        rate = budget / params
-        much = "below one" if rate < 1 else "a compute-optimal run has about 20"
-        reasons.append(f"they saw {rate:.2g} {kind} a parameter ({much})")
+        kind = "text tokens" if text else "tokens"
+        rates = list(dict.fromkeys(f"{n / params:.2g}" for n in (budgets.min(), budget)))
+        much = "below one" if budget < params else "a compute-optimal run has about 20"
+        reasons.append(f"they saw {' to '.join(rates)} {kind} a parameter ({much})")
     mixed = runs["mqar_share"].max()
     if mixed > 0:
         reasons.append(f"{100 * mixed:.0f}% of the training rows are recall rows, not text")
@@ -584,14 +586,16 @@ def _limits(analysis: Analysis) -> Iterator[str]:
             "study.seeds at least two."
         )
     elif seeds == 2 and len(analysis.arms) > 1:
-        yield "Two seeds only: intervals rest on the assumption that all arms are equally noisy."
+        most = max(max(c.fit.counts) for c in analysis.comparisons.values())
+        few = "Two seeds only" if most == 2 else "Some arms have two seeds or one"
+        yield f"{few}: intervals rest on the assumption that all arms are equally noisy."
 
 
-def _seeds(fit: ArmFit) -> str:
-    if len(set(fit.counts)) == 1:
-        n = str(fit.counts[0])
-    else:
-        n = f"{min(fit.counts)} to {max(fit.counts)}"
+def _seeds(fit: ArmFit, *arms: str) -> str:
+    """'n = 3 paired seeds', of these arms or of all."""
+    own = dict(zip(fit.arms, fit.counts, strict=True))
+    counts = [own[arm] for arm in arms or fit.arms]
+    n = f"{min(counts)} to {max(counts)}" if len(set(counts)) > 1 else str(counts[0])
     kind = "paired seeds" if fit.paired else "seeds"
     return f"n = {n} {kind if n != '1' else 'seed'}"
 
