@@ -20,7 +20,7 @@ from ablate.report import analyse, load_study
 from ablate.report.evaluation import Evaluations
 from ablate.report.export import is_export
 from ablate.report.frames import load_evaluation
-from ablate.report.published import ATTENTION_SHARE, GROUPED_QUERIES, TRANSFORMER
+from ablate.report.published import ATTENTION_SHARE, GROUPED_QUERIES, ROUNDING, TRANSFORMER
 from ablate.report.stats import Estimate, fit_arms, paired_items
 from ablate.report.verdicts import LOSS, Analysis, Comparison, p_value
 
@@ -94,8 +94,6 @@ class Row:
     keys: str = ""
 
 
-ROUNDING = 0.0012  # nats: of a published difference of two perplexities with two decimals
-
 # --- figures and rules ---------------------------------------------------------------------------
 
 
@@ -144,14 +142,15 @@ def of_loss(
         return Row(claim, published, "its arms are not finished", study=study.name)
     arms = [one[0], other[0]]
     found = study.loss.fit.difference(*arms)
-    follows = verdict(found, size, "a cost above {} nats", ROUNDING)
+    limit = "a cost above {} nats"
+    follows = verdict(found, size, limit, ROUNDING)
     ours = f"{show(found)} nats"
     # Seeds are not all that an interval should hold: other documents may tell another size.
     runs = study.analysis.runs.dropna(subset=["val_a_loss"])
     if set(arms) <= set(runs["arm"]):
         fit = fit_arms(runs["arm"].tolist(), runs["seed"].tolist(), runs["val_a_loss"])
         other_text = fit.difference(*arms)
-        if verdict(other_text, size, "a cost above {} nats", ROUNDING) != follows:
+        if verdict(other_text, size, limit, ROUNDING) != follows:
             direction = "same direction; its size is" if found.value * size > 0 else "is"
             follows = f"{direction} not settled: {show(other_text)} on validation A"
     return Row(claim, published, ours, follows, study.name, "; ".join(arms), study.keys(arms))

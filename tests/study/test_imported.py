@@ -8,6 +8,7 @@ from typing import Any
 
 import pandas as pd
 import pytest
+import yaml
 
 from ablate.__main__ import main
 from ablate.errors import UserError
@@ -80,17 +81,27 @@ def finished(name: str) -> set[str]:
 def test_what_is_committed_is_the_same_once_imported_and_exported(
     name: str, tmp_path: Path
 ) -> None:
-    done = finished(name)
-    again = export_study(import_study(COMMITTED / name, tmp_path / "runs"), tmp_path / "results")
+    committed, done = COMMITTED / name, finished(name)
+    again = export_study(import_study(committed, tmp_path / "runs"), tmp_path / "results")
     for file in ("trials.csv", "curves.csv"):
-        header, *rows = (COMMITTED / name / file).read_text().splitlines()
+        header, *rows = (committed / file).read_text().splitlines()
         kept = [row for row in rows if row.partition(",")[0] in done]
         assert (again / file).read_text().splitlines() == [header, *kept]
-    assert read_json(again / "study.json") == read_json(COMMITTED / name / "study.json")
-    for path in (COMMITTED / name / "scores").iterdir():
-        committed = pd.read_parquet(path)
-        committed = committed[committed["key"].isin(done)].reset_index(drop=True)
-        pd.testing.assert_frame_equal(pd.read_parquet(again / "scores" / path.name), committed)
+    configs = yaml.safe_load((committed / "configs.yaml").read_text())
+    configs["runs"] = {key: own for key, own in configs["runs"].items() if key in done}
+    assert yaml.safe_load((again / "configs.yaml").read_text()) == configs
+    scores = read_json(committed / "scores.json")
+    scores = {t: {k: v for k, v in by.items() if k in done} for t, by in scores.items()}
+    assert read_json(again / "scores.json") == scores
+    assert (again / "study.json").read_bytes() == (committed / "study.json").read_bytes()
+    for path in (committed / "scores").iterdir():
+        frame = pd.read_parquet(path)
+        frame = frame[frame["key"].isin(done)].reset_index(drop=True)
+        pd.testing.assert_frame_equal(pd.read_parquet(again / "scores" / path.name), frame)
+    if len(pd.read_csv(committed / "trials.csv")) == len(done):  # then to the byte
+        files = ("trials.csv", "curves.csv", "configs.yaml", "scores.json")
+        for file in (*files, *(f"scores/{path.name}" for path in (committed / "scores").iterdir())):
+            assert (again / file).read_bytes() == (committed / file).read_bytes()
 
     third = export_study(import_study(again, tmp_path / "runs_again"), tmp_path / "third")
     files = [path for path in again.rglob("*") if path.is_file() and "report" not in path.parts]
