@@ -68,7 +68,7 @@ def _forward_fake(
         zxbcdt.new_empty((b, length, channels)),
         zxbcdt.new_empty((b, length, n_heads, head_dim)),
         zxbcdt.new_empty((b, n_chunks, n_heads, head_dim, n_state)),
-        zxbcdt.new_empty((2, b, n_heads, n_chunks * ssd.Q), dtype=torch.float32),
+        zxbcdt.new_empty((3, b, n_heads, n_chunks * ssd.Q), dtype=torch.float32),
     )
 
 

@@ -51,7 +51,8 @@ def _dt_kernel(
     DT_STRIDE_L: tl.constexpr, H: tl.constexpr, BH: tl.constexpr, Q: tl.constexpr,
     HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr, LOG_A: tl.constexpr,
 ):  # fmt: skip
-    """dts[0] = dt, dts[1] = log2(e) * sums of dt A within the chunk; both (B, H, padded L)."""
+    """dts[0] = dt, dts[1] = log2(e) * sums of dt A within the chunk, dts[2] = the weight with which
+    a position enters the state after the chunk, without resets; each (B, H, padded L)."""
     c, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
     padded = tl.num_programs(0) * Q
     rows = tl.arange(0, Q)
@@ -73,10 +74,13 @@ def _dt_kernel(
     rate = tl.load(A_ptr + heads, mask=heads < H, other=0.0).to(tl.float32)
     if LOG_A:
         rate = -tl.exp(rate)
-    cum = tl.cumsum(dt * (rate * 1.4426950408889634)[None, :], axis=0)
+    step = dt * (rate * 1.4426950408889634)[None, :]
+    cum = tl.cumsum(step, axis=0)
+    leaves = tl.exp2(tl.minimum(tl.sum(step, axis=0)[None, :] - cum, 0.0)) * dt
     out = dts_ptr + (b * H + heads[:, None]) * padded + c * Q + rows[None, :]
     tl.store(out, tl.trans(dt), mask=heads[:, None] < H)
     tl.store(out + plane, tl.trans(cum), mask=heads[:, None] < H)
+    tl.store(out + 2 * plane, tl.trans(leaves), mask=heads[:, None] < H)
 
 
 @triton.jit
@@ -127,21 +131,25 @@ def _state_kernel(
         start = c * Q
         left = length - start
         wide = start.to(tl.int64)
-        x = load_tile(x_ptr + wide * X_STRIDE_L, rows, p, left, P, X_STRIDE_L, FULL, FULL_P)
+        # Transposed as it comes: the product then takes what is weighted out of registers.
+        xs = x_ptr + wide * X_STRIDE_L + rows[None, :] * X_STRIDE_L + p[:, None]
+        if FULL and FULL_P:
+            x = tl.load(xs)
+        else:
+            x = tl.load(xs, mask=(rows[None, :] < left) & (p[:, None] < P), other=0.0)
         m = load_tile(b_ptr + wide * B_STRIDE_L, rows, n, left, N, B_STRIDE_L, FULL, FULL_N)
-        cum = tl.load(dts_ptr + plane + start + rows)
-        cum_last = tl.load(dts_ptr + plane + start + Q - 1)
-        keep = tl.exp2(cum_last)
+        keep = tl.exp2(tl.load(dts_ptr + plane + start + Q - 1))
         if HAS_DOC:
             doc_last = tl.load(doc_ptr + tl.minimum(start + Q, length) - 1)
             keep = tl.where(doc_last < start, keep, 0.0)
         if REVERSE:
-            weight = tl.exp2(cum)
+            weight = tl.exp2(tl.load(dts_ptr + plane + start + rows))
             if HAS_DOC:
                 doc = tl.load(doc_ptr + start + rows, mask=rows < left, other=0)
                 weight = tl.where(doc < start, weight, 0.0)
         else:
-            weight = tl.exp2(tl.minimum(cum_last - cum, 0.0)) * tl.load(dts_ptr + start + rows)
+            # Out of one load: a scalar in it would send the product's operand through memory.
+            weight = tl.load(dts_ptr + 2 * plane + start + rows)
             if HAS_DOC:
                 weight = tl.where(start + rows >= doc_last, weight, 0.0)
         if PASS != 1:
@@ -150,8 +158,8 @@ def _state_kernel(
                 tl.store(out + tile, state.to(states_ptr.dtype.element_ty))
             else:
                 tl.store(out + tile, state.to(states_ptr.dtype.element_ty), mask=inside)
-        weighted = (x.to(tl.float32) * weight[:, None]).to(x.dtype)
-        state = tl.dot(tl.trans(weighted), m, state * keep, input_precision=PREC)
+        weighted = (x.to(tl.float32) * weight[None, :]).to(x.dtype)
+        state = tl.dot(weighted, m, state * keep, input_precision=PREC)
         total = total * keep
     if PASS == 1:
         at = (b * H + h) * n_segments + segment
@@ -497,11 +505,11 @@ def _splits(per_group: int, programs: int) -> int:
 def step_sizes(
     dt: Tensor, A: Tensor, bias: Tensor | None, softplus: bool, log_a: bool = False
 ) -> Tensor:
-    """(2, B, H, padded L): dt, and the sums of dt A within chunks in units of log2; A may come as
-    log(-A)."""
+    """(3, B, H, padded L): dt, the sums of dt A within chunks in units of log2, and the weights of
+    `_dt_kernel`; A may come as log(-A)."""
     b, length, n_heads = dt.shape
     n_chunks = triton.cdiv(length, Q)
-    dts = dt.new_empty((2, b, n_heads, n_chunks * Q), dtype=torch.float32)
+    dts = dt.new_empty((3, b, n_heads, n_chunks * Q), dtype=torch.float32)
     block = min(8, triton.next_power_of_2(n_heads))
     _dt_kernel[(n_chunks, b, triton.cdiv(n_heads, block))](
         dt, bias, A, dts, dt.stride(0), length, dts[0].numel(),
@@ -648,7 +656,7 @@ def _forward_fake(
         x.new_empty(x.shape),
         x.new_empty((b, *state), dtype=torch.float32),
         x.new_empty((b, n_chunks, *state)),
-        x.new_empty((2, b, n_heads, n_chunks * Q), dtype=torch.float32),
+        x.new_empty((3, b, n_heads, n_chunks * Q), dtype=torch.float32),
     )
 
 
