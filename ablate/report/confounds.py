@@ -15,6 +15,8 @@ from typing import Any
 import pandas as pd
 
 from ablate.report.frames import operational_fields, usable, varies
+from ablate.report.stats import ALPHA, interaction
+from ablate.report.verdicts import p_value
 from ablate.study.show import si
 
 # Set by the study for every run, by the seed, or of no influence on what is computed.
@@ -49,8 +51,9 @@ _NAMES = {
 class Confound:
     """Something besides the factors that is not the same everywhere.
 
-    `between_arms`: arms differ in it, so a difference between them may come from it (red on the
-    page). Otherwise only seeds differ in it: it widens the noise and favours no arm.
+    `between_arms`: arms differ in it, or their differences change with it, so that a difference may
+    come from it (red on the page). Otherwise only seeds differ in it: it widens the noise and
+    favours no arm.
     """
 
     name: str
@@ -117,11 +120,27 @@ def _difference(table: pd.DataFrame, column: str, name: str) -> list[Confound]:
     arms = values.groupby(table["arm"]).agg(lambda v: " and ".join(sorted(set(v))))
     between = bool((within > 1).any()) or varies(arms)
     if not between:
-        return [Confound(name, f"{name} differs between seeds: {_list(values)}", False)]
+        text = f"{name} differs between seeds: {_list(values)}"
+        p = _changes_with(table, values)
+        if p < ALPHA:
+            text += f"; differences between arms are not the same in each (p = {p_value(p)})"
+        elif p >= ALPHA:
+            text += f"; no sign that differences between arms change with it (p = {p_value(p)})"
+        return [Confound(name, text, p < ALPHA)]
     if varies(arms):
         parts = [f"{v} in {_names(g.index)}" for v, g in arms.groupby(arms, sort=False)]
         return [Confound(name, f"{name} differs between arms: {'; '.join(parts)}", True)]
     return [Confound(name, f"{name} differs between runs of a seed: {_list(values)}", True)]
+
+
+def _changes_with(table: pd.DataFrame, values: pd.Series) -> float:
+    scored = table[table["val_b_loss"].notna()]
+    return interaction(
+        scored["arm"].tolist(),
+        scored["seed"].tolist(),
+        values[scored.index].tolist(),
+        scored["val_b_loss"],
+    )
 
 
 def _size(runs: pd.DataFrame) -> list[Confound]:

@@ -288,6 +288,30 @@ def _connected(a: NDArray[np.int_], s: NDArray[np.int_], n_arms: int, n_seeds: i
     return bool((np.linalg.matrix_power(links, n_arms) > 0).all())
 
 
+def interaction(
+    arm: Sequence[Any], seed: Sequence[Any], group: Sequence[Any], value: ArrayLike
+) -> float:
+    """p of the F test that differences between arms are the same in every group of seeds (those
+    of one GPU type, say); NaN where a group's seeds do not link its arms, or no noise is left.
+
+    A model in which they are not is an additive one for each group on its own.
+    """
+    runs = pd.DataFrame({"arm": arm, "seed": seed, "group": group, "value": value})
+    parts = [
+        fit_arms(part["arm"].tolist(), part["seed"].tolist(), part["value"])
+        for _, part in runs.groupby("group")
+    ]
+    whole = fit_arms(runs["arm"].tolist(), runs["seed"].tolist(), runs["value"])
+    df = sum(part.df for part in parts)
+    if not whole.paired or not all(part.paired for part in parts) or not 0 < df < whole.df:
+        return NAN
+    apart = sum(part.df * part.sigma**2 for part in parts if part.df > 0)
+    if not apart > 0:
+        return NAN
+    extra = max(0.0, whole.df * whole.sigma**2 - apart) / (whole.df - df)
+    return float(stats.f.sf(extra / (apart / df), whole.df - df, df))
+
+
 # --- many comparisons ----------------------------------------------------------------------------
 
 

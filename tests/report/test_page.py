@@ -305,6 +305,30 @@ def test_confounds_are_found_in_configs_results_and_environments(
     assert '<li class="red">train.batch_size differs between arms' in html
 
 
+@pytest.mark.parametrize("shift", [0.0, 0.01])
+def test_what_differs_between_seeds_is_tested_against_the_arms(
+    synthetic: ModuleType, tmp_path: Path, shift: float
+) -> None:
+    path, cells = tmp_path / "batches", {}
+    noise = iter(np.random.default_rng(0).normal(0, 0.001, 12))
+    for i in range(2):
+        for seed in range(6):
+            key = f"{i}{seed}0000000000"
+            changes = {"arch.attention_share": 0.25 * i}
+            late = seed > 2
+            content = synthetic.result(loss=2.3 + shift * i * late + next(noise), attention=i)
+            environment = {"commit": ("a" if late else "b") * 40}
+            synthetic.write_run(
+                path, key, changes=changes, seed=seed, content=content, environment=environment
+            )
+            cells[key] = {"arm": f"arm{i}", "factors": changes, "seed": seed}
+    study = {"name": "b", "factors": ["arch.attention_share"], "cells": cells}
+    write_json(path / "study.json", study)
+    (commit,) = (c for c in confounds(load_study(path), load_details(path)) if c.name == "commit")
+    assert commit.between_arms == bool(shift)
+    assert ("are not the same in each" if shift else "no sign that differences") in commit.text
+
+
 @pytest.mark.parametrize("forms", ["alike", "apart"])
 def test_what_computes_attention_is_compared_where_there_is_some(
     synthetic: ModuleType, tmp_path: Path, forms: str

@@ -21,6 +21,7 @@ from ablate.report.stats import (
     equivalence,
     fit_arms,
     fit_curve,
+    interaction,
     many_to_one_quantile,
     minimum_detectable_effect,
 )
@@ -61,6 +62,24 @@ def test_differences_are_those_of_least_squares(arms: int, seeds: int, drop: int
         assert (estimate.low, estimate.high) == pytest.approx(tuple(model.conf_int().loc[name]))
         assert estimate.p == pytest.approx(model.pvalues[name])
     assert ours.omnibus() == pytest.approx(anova_lm(model, typ=2).loc["C(arm)", "PR(>F)"])
+
+
+@pytest.mark.filterwarnings("ignore:The design matrix is rank-deficient")  # groups hold seeds
+@pytest.mark.parametrize("drop", [0, 3])
+def test_interaction_is_the_f_test_of_nested_models(drop: int) -> None:
+    table = design(np.random.default_rng(drop), 4, 7, drop)
+    table["group"] = np.where(table["seed"] < 3, "one", "other")
+    table.loc[(table["arm"] == "a2") & (table["group"] == "one"), "value"] += 0.02
+    reduced = smf.ols("value ~ C(arm) + C(seed)", table).fit()
+    full = smf.ols("value ~ C(arm) * C(group) + C(seed)", table).fit()
+    ours = interaction(*(table[c].tolist() for c in ("arm", "seed", "group", "value")))
+    assert ours == pytest.approx(anova_lm(reduced, full).loc[1, "Pr(>F)"])
+
+
+def test_interaction_needs_seeds_enough_in_the_groups() -> None:
+    table = design(np.random.default_rng(0), 3, 2)
+    columns = (table[c].tolist() for c in ("arm", "seed", "seed", "value"))
+    assert np.isnan(interaction(*columns))
 
 
 def test_two_arms_are_the_paired_t_test() -> None:
