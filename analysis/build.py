@@ -15,7 +15,7 @@ from pathlib import Path
 import findings
 import pandas as pd
 import pictures
-from findings import Study
+from findings import Study, signed
 
 from ablate.errors import UserError
 from ablate.report.export import gpu_hours
@@ -176,7 +176,7 @@ def _reruns(found: dict[str, Study]) -> str:
                 old, new = again["old"].get("val_b"), again["new"].get("val_b")
                 if old is not None and new is not None:
                     lines.append(
-                        f"| {study.name} | `{key}` | {old:.6f} | {new:.6f} | {new - old:+.2g} | "
+                        f"| {study.name} | `{key}` | {old:.6f} | {new:.6f} | {signed(new - old)} | "
                         f"{again['tolerance']:g}: {again['why']} |"
                     )
     return "\n".join(lines) + "\n" if len(lines) > 2 else "No trial has been rerun yet.\n"

@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator, PercentFormatter
 
 from ablate.report.evaluation import SEEDS_DRAWN, by_size, draw_seeds
+from ablate.report.frames import load_details
 from ablate.report.plots import BLUE, CYCLE, MARKERS, STYLE, VERMILLION, Plot, save
 from ablate.report.published import ATTENTION_SHARE
 from ablate.study.show import si
@@ -128,10 +129,12 @@ def recall(study: Study | None, folder: Path) -> Plot | None:
         first.set_ylabel("exact match")
         figure.legend(*first.get_legend_handles_labels(), loc="outside lower center", ncols=5)
         state = f"{study.analysis.arms['x'].max():.0f}"
+        taught = f"{load_details(study.path)['config.data.recall.share'].mean():.0%}"
         among = _seeds({label: widest(study, k) for k, label in KINDS.items()}, study)
         caption = (
             f"Exact match by size of the task, Mamba-2 layers with a state of {state}, {among}, "
-            f"with 95% intervals.{SEEDS_DRAWN}"
+            f"with 95% intervals.{SEEDS_DRAWN} Of the rows that they were trained "
+            f"on, {taught} hold such documents, in other templates."
         )
         return save(figure, folder, "recall", "; ".join(told) + ".", caption)
 

@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator, PercentFormatter
 
 from ablate.report.frames import evaluated, load_evaluation, records
-from ablate.report.plots import COLUMN, STYLE, Plot, looks, save
+from ablate.report.plots import COLUMN, STYLE, Plot, cut, looks, save
 from ablate.report.stats import (
     NAN,
     Estimate,
@@ -233,7 +233,8 @@ class Evaluations:
                 every = max(1, math.ceil(len(depths) / 5))
                 ax.set_yticks(range(0, len(depths), every), depths[::every])
                 name = self.analysis.short(arm)
-                ax.set_title(name, fontsize=8)
+                size = 8 if columns < 3 else 7
+                ax.set_title(cut(name, 60 // columns), fontsize=size, fontweight="normal")
                 if ax in axes[:, 0]:
                     ax.set_ylabel(f"{task}: depth", fontsize=8)
                 mean = float(np.nanmean(grid.to_numpy())) if grid.size else NAN

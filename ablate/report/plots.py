@@ -73,14 +73,18 @@ def plot_outcomes(analysis: Analysis, folder: Path) -> Plot | None:
     lay = _Layout(analysis)
     with mpl.rc_context(STYLE):
         figure = Figure(
-            figsize=(COLUMN, 2.05 * len(metrics) + 0.35 + lay.extra), layout="constrained"
+            figsize=(COLUMN, 2.05 * len(metrics) + 0.35 + lay.extra + lay.legend),
+            layout="constrained",
         )
         axes = figure.subplots(len(metrics), 1, sharex=True, squeeze=False)[:, 0]
         for ax, metric in zip(axes, metrics, strict=True):
             _outcome(ax, analysis, analysis.comparisons[metric.column], lay)
         lay.finish(axes[-1])
-        if lay.names != [""]:
+        if len(lay.names) <= 3 and lay.names != [""]:
             axes[0].legend(loc="best")
+        elif len(lay.names) > 3:
+            handles, labels = axes[0].get_legend_handles_labels()
+            figure.legend(handles, labels, loc="outside lower center", ncols=4)
         alt = _outcome_alt(analysis, metrics)
         first = analysis.comparisons[metrics[0].column]
         caption = (
@@ -109,7 +113,7 @@ class _Layout:
         )
         self.x: dict[str, float] = {str(a): float(v) for a, v in places.items()}
         self.series: dict[str, str] = {str(a): str(v) for a, v in arms["series"].items()}
-        values = sorted(set(self.x.values()))
+        values = self.values = sorted({v for v in self.x.values() if math.isfinite(v)})
         gap = float(np.diff(values).min()) if len(values) > 1 else 1.0
         self.log = numeric and self.axis.log and values[0] > 0
         self.gap = 0.0 if self.log else gap
@@ -117,6 +121,7 @@ class _Layout:
         longest = max((len(label) for label in self.labels), default=0)
         self.tilted = not numeric and longest * len(self.labels) > 48
         self.extra = 0.05 * min(longest, 30) if self.tilted else 0.0
+        self.legend = 0.25 * math.ceil(len(self.names) / 4) if len(self.names) > 3 else 0.0
 
     def at(self, arm: str) -> float:
         """Series stand side by side, a little apart, so that error bars do not hide each other."""
@@ -130,14 +135,13 @@ class _Layout:
             turn: dict[str, Any] = (
                 {"rotation": 35, "ha": "right", "rotation_mode": "anchor"} if self.tilted else {}
             )
-            ax.set_xticklabels([_cut(label, 30) for label in self.labels], **turn)
+            ax.set_xticklabels([cut(label, 30) for label in self.labels], **turn)
             ax.set_xlim(-0.5, len(self.labels) - 0.5)
         elif self.axis.share:
             ax.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
         elif self.log:
             ax.set_xscale("log", base=10 if self.axis.field == "train.lr" else 2)
-            ticks = sorted(set(self.x.values()))
-            ax.set_xticks(ticks, [f"{t:.4g}" if t < 1e4 else si(t) for t in ticks])
+            ax.set_xticks(self.values, [f"{t:.4g}" if t < 1e4 else si(t) for t in self.values])
             ax.xaxis.set_minor_locator(NullLocator())
 
 
@@ -149,6 +153,14 @@ def _outcome(ax: Axes, analysis: Analysis, comparison: Comparison, lay: _Layout)
         if not arms:
             continue
         colour, marker = CYCLE[k % len(CYCLE)], MARKERS[k % len(MARKERS)]
+        for arm in [a for a in arms if math.isnan(lay.x[a])]:  # the axis is of layers it lacks
+            mean = fit.mean(arm)
+            ax.axhline(mean.value, color=colour, linestyle="-.", linewidth=1.1, label=name)
+            if comparison.has_interval:
+                ax.axhspan(mean.low, mean.high, color=colour, alpha=0.12, linewidth=0, zorder=0)
+        arms = [a for a in arms if math.isfinite(lay.x[a])]
+        if not arms:
+            continue
         for arm in arms:
             single = runs.loc[runs["arm"] == arm, metric.column].dropna()
             ax.update_datalim([(lay.at(arm), float(v)) for v in single])
@@ -229,7 +241,7 @@ def plot_curves(analysis: Analysis, metrics: pd.DataFrame, folder: Path) -> Plot
         panels = [p for p in panels if p[0] != "loss"]
         lines, reference = _less_reference(analysis, lines)
         if reference is not None:
-            panels.insert(1, ("less", f"less that of {_cut(analysis.short(reference), 18)}"))
+            panels.insert(1, ("less", f"less that of {cut(analysis.short(reference), 18)}"))
     if not panels:
         return None
     arms = [str(a) for a in analysis.arms.index]
@@ -338,7 +350,7 @@ def plot_rates(analysis: Analysis, folder: Path) -> Plot | None:
         for ax, arm in zip(axes.flat, arms, strict=False):
             _rates(ax, runs[runs["arm"] == arm], fits.get(arm))
             size, length = ((9, 60), (8, 28), (7, 20))[columns - 1]
-            ax.set_title(_cut(_known(analysis, arm), length), fontsize=size)
+            ax.set_title(cut(_known(analysis, arm), length), fontsize=size)
         for ax in axes.flat[len(arms) :]:
             ax.set_visible(False)
         last = axes[-1, 0]
@@ -424,10 +436,10 @@ def looks(analysis: Analysis) -> dict[str, Look]:
     if not analysis.axis.numeric or names == [""]:
         shades = _shades(len(arms), few=not analysis.axis.numeric)
         return {a: Look(shades[i], "-", MARKERS[i % len(MARKERS)]) for i, a in enumerate(arms)}
-    places = sorted(set(analysis.arms["x"]), reverse=True)  # the largest is drawn whole
+    places = sorted(set(analysis.arms["x"].dropna()), reverse=True)  # the largest is drawn whole
     found = {}
     for arm, own, x in zip(arms, series, analysis.arms["x"], strict=True):
-        k, place = names.index(own), places.index(x)
+        k, place = names.index(own), places.index(x) if math.isfinite(x) else 0
         if len(names) > len(places):
             colour, dash = _shades(len(names), few=True)[k], _DASHES[place % len(_DASHES)]
         else:
@@ -446,7 +458,8 @@ def _shades(n: int, *, few: bool = False) -> list[str]:
     return [mpl.colors.to_hex(c) for c in mpl.colormaps["viridis"](np.linspace(0.0, 0.88, n))]
 
 
-def _cut(text: str, length: int) -> str:
+def cut(text: str, length: int) -> str:
+    """A text that is longer than this ends in an ellipsis."""
     return text if len(text) <= length else text[: length - 1] + "…"
 
 

@@ -78,6 +78,17 @@ _SHARES = {  # the share that came out, instead of the one asked for
     "arch.attention_share": ("attention_of_layers", "attention"),
     "arch.mlp_share": ("mlp_of_layers", "MLP"),
 }
+LETTERS = {  # as in the registry, which needs torch
+    "mamba2": "M",
+    "mamba1": "m",
+    "gated_deltanet": "G",
+    "gla": "L",
+    "retnet": "R",
+    "attention": "*",
+    "swa": "S",
+    "mlp": "-",
+}
+
 _AXES = {
     "data.seq_len": "sequence length (tokens)",
     "train.lr": "peak learning rate",
@@ -183,8 +194,9 @@ class Analysis:
 
     def describe(self, arm: str) -> str:
         """'without attention', 'with one attention layer of 6 (16.7%)', 'at window 512'."""
-        if not self.axis.numeric:
-            return f"with {arm}" if "=" in arm else f"in {arm}"
+        if not self._placed(arm):
+            name = self.short(arm) if self.axis.numeric else arm
+            return f"with {name}" if "=" in name else f"in {name}"
         x, series = float(self.arms["x"].to_dict()[arm]), self.arms["series"].to_dict()[arm]
         named = f" and {series}" if "=" in series else f", {series}"
         rest = {"": "", "matched": "", "unmatched": ", unmatched"}.get(series, named)
@@ -201,11 +213,17 @@ class Analysis:
         """'16.7%', '512', '16.7% at mlp_share=0.25', or the arm's name."""
         if not self.axis.numeric:
             return arm.removeprefix(self._prefix())
+        if not self._placed(arm):
+            return str(self.arms["series"].to_dict()[arm])
         x, series = float(self.arms["x"].to_dict()[arm]), self.arms["series"].to_dict()[arm]
         name = _percent(x) if self.axis.share else f"{x:.6g}"
         if series in ("", "matched", "unmatched"):
             return f"{name}, unmatched" if series == "unmatched" else name
         return f"{name} at {series}" if "=" in series else f"{name} ({series})"
+
+    def _placed(self, arm: str) -> bool:
+        """Whether the arm has a place on a numeric axis: without such layers it has none."""
+        return self.axis.numeric and math.isfinite(self.arms["x"].to_dict()[arm])
 
     def _prefix(self) -> str:
         """'placement=' when every arm's name is that and a value."""
@@ -245,27 +263,40 @@ def _axis(runs: pd.DataFrame, study: dict[str, Any]) -> tuple[Axis, pd.Series]:
         share = pd.to_numeric(runs[column], errors="coerce")
         if share.notna().all() and varies(share):
             return Axis(name, f"share of layers that are {kind}", True, True, kind), share
+    applies = _applies(name, runs["pattern"])
     values = runs[name]
     is_number = values.map(lambda v: isinstance(v, int | float) and not isinstance(v, bool))
-    numbers = pd.to_numeric(values.where(is_number), errors="coerce")
-    numeric = bool(numbers.notna().all()) and varies(numbers)
+    numbers = pd.to_numeric(values.where(is_number & applies), errors="coerce")
+    numeric = bool(numbers[applies].notna().all()) and varies(numbers)
     label = _AXES.get(name, name)
     if not numeric:
         return Axis(name, "arm" if len(factors) > 1 else label, False), places
     return Axis(name, label, True), numbers.astype(float)
 
 
+def _applies(field: str, patterns: pd.Series) -> pd.Series:
+    """Where a field of one kind of layer does something: where the pattern has such layers."""
+    letter = LETTERS.get(field.removeprefix("arch.").partition(".")[0])
+    if letter is None:
+        return pd.Series(True, index=patterns.index)
+    return (patterns == "") | patterns.str.contains(letter, regex=False)
+
+
 def _arms(
     runs: pd.DataFrame, order: Sequence[str], axis: Axis, x: pd.Series, factors: list[str]
 ) -> pd.DataFrame:
-    """One row an arm: x, series (the other factors that vary), n, figures of its architecture."""
+    """One row an arm: x (NaN where the axis is of layers that it lacks), series (the other factors
+    that vary), n, figures of its architecture."""
     others = [f for f in factors if f != axis.field and f in runs]
     others = [f for f in others if len(set(runs[f].map(repr))) > 1]  # null is a value too
     rows = []
     for arm in order:
         own = runs[runs["arm"] == arm]
         series = _series(arm, axis, {f: own[f].iloc[0] for f in others}) if axis.numeric else ""
-        row = {"arm": arm, "x": float(x[own.index].mean()), "series": series, "n": len(own)}
+        place = float(x[own.index].mean())
+        if axis.numeric and math.isnan(place):
+            series = _elsewhere(arm, axis) or arm
+        row = {"arm": arm, "x": place, "series": series, "n": len(own)}
         row["pattern"] = own["pattern"].iloc[0]
         for column in (
             *("n_layers", "attention_of_layers", "attention_of_mixers", "mlp_of_layers"),
@@ -285,12 +316,16 @@ def _arms(
 
 def _series(arm: str, axis: Axis, others: dict[str, Any]) -> str:
     """What tells arms at one place of the axis apart: the arm's name without its place there."""
-    place = f"{str(axis.field).rpartition('.')[2]}="
-    parts = arm.split(", ")
-    rest = [part for part in parts if not part.startswith(place)]
-    if not others or list(others) == ["match.arms"] or len(rest) == len(parts):
+    rest = _elsewhere(arm, axis)
+    if not others or list(others) == ["match.arms"] or rest == arm:
         return arm_label(others) if others else ""
-    return ", ".join(rest)
+    return rest
+
+
+def _elsewhere(arm: str, axis: Axis) -> str:
+    """The arm's name without its place on the axis."""
+    place = f"{str(axis.field).rpartition('.')[2]}="
+    return ", ".join(part for part in arm.split(", ") if not part.startswith(place))
 
 
 def _main_series(series: pd.Series) -> list[str]:

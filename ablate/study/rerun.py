@@ -119,7 +119,7 @@ def _tolerance(
         return 0.05, "the budget is in seconds, so the number of steps differs"
     for name in ("numerics", "hardware", "versions"):
         if _without_measurements(old, name) != _without_measurements(new, name):
-            return OTHER_TOLERANCE, f"{name} are not those of the first time"
+            return OTHER_TOLERANCE, f"not the {name} of the first time"
     if old.get("commit") != new.get("commit") or old.get("dirty") or new.get("dirty"):
         return OTHER_TOLERANCE, "the code is not, or may not be, that of the first time"
     flag = result["train"].get("out_of_memory")

@@ -19,11 +19,12 @@ import pandas as pd
 import pytest
 from rich.console import Console
 
+from ablate.layers.registry import KINDS
 from ablate.report.confounds import confounds
 from ablate.report.frames import load_details, load_metrics, load_study
 from ablate.report.page import summary, write_report
 from ablate.report.tables import difference_table, equal_budgets
-from ablate.report.verdicts import analyse, verdicts
+from ablate.report.verdicts import LETTERS, analyse, verdicts
 from ablate.run import RunFolder, write_json
 from ablate.study.show import si
 
@@ -353,6 +354,36 @@ def test_what_computes_attention_is_compared_where_there_is_some(
         assert text.startswith("what computes attention (*) differs between arms: ")
         assert "cudnn_attention in arm1" in text
         assert "arm0" not in text
+
+
+def test_letters_are_those_of_the_registry() -> None:
+    assert {kind.name: letter for letter, kind in KINDS.items()} == LETTERS
+
+
+def test_an_arm_without_such_layers_has_no_place_on_their_axis(
+    synthetic: ModuleType, tmp_path: Path
+) -> None:
+    cells = [
+        (arm, {"arch.mamba2.d_state": size}, seed, synthetic.result(loss=loss, attention=n), {})
+        for arm, size, n, loss in [
+            ("mamba2, d_state=16", 16, 0, 2.5),
+            ("mamba2, d_state=128", 128, 0, 2.4),
+            ("transformer, d_state=128", 128, 6, 2.2),
+        ]
+        for seed in (0, 1)
+    ]
+    path = synthetic.write_cells(tmp_path / "states", cells)
+    analysis = analyse(load_study(path))
+    assert analysis.axis.numeric
+    assert analysis.arms["x"].dropna().to_dict() == {
+        "mamba2, d_state=16": 16,
+        "mamba2, d_state=128": 128,
+    }
+    assert analysis.short("transformer, d_state=128") == "transformer"
+    assert analysis.describe("transformer, d_state=128") == "in transformer"
+    page = write_report(path).read_text()
+    assert "128 (transformer)" not in page
+    assert ">transformer<" in page
 
 
 def test_factors_that_move_together_are_a_confound(synthetic: ModuleType, tmp_path: Path) -> None:
