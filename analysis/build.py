@@ -175,8 +175,9 @@ def _reruns(found: dict[str, Study]) -> str:
             for again in content["reruns"].values():
                 old, new = again["old"].get("val_b"), again["new"].get("val_b")
                 if old is not None and new is not None:
+                    difference = signed(new - old) if new != old else "0"
                     lines.append(
-                        f"| {study.name} | `{key}` | {old:.6f} | {new:.6f} | {signed(new - old)} | "
+                        f"| {study.name} | `{key}` | {old:.6f} | {new:.6f} | {difference} | "
                         f"{again['tolerance']:g}: {again['why']} |"
                     )
     return "\n".join(lines) + "\n" if len(lines) > 2 else "No trial has been rerun yet.\n"

@@ -191,7 +191,7 @@ def test_everything_is_made_from_the_frames_and_the_second_time_the_same(root: P
     assert not re.search(r"\bnan\b", text)
     cost = (root / "docs" / "reproduction.md").read_text()
     assert "| attn_ratio | 24 | 2,457,600 | 1.0 |" in cost
-    assert "| attn_ratio | `0000aaaaaaaa` | 3.100000 | 3.100000 | +0 | 0: bit for bit |" in cost
+    assert "| attn_ratio | `0000aaaaaaaa` | 3.100000 | 3.100000 | 0 | 0: bit for bit |" in cost
     assert str(root) not in text + cost
 
 
