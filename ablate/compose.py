@@ -46,6 +46,7 @@ _RESOLVERS: dict[str, Callable[..., float]] = {
     "div": lambda a, b: a // b,
     "times": lambda a, b: a * b,
     "up": lambda a, b: -(-a // b) * b,  # rounded up to a multiple
+    "some": lambda share, n: max(share, 1 / n),  # a share of n layers, one layer at least
     "index": lambda n, share: round(share * (n - 1)),  # position in a stack of n layers
     # d_model scaled, to a multiple that Mamba-2's heads (head_dim of 2 * d_model) divide
     "width": lambda d, factor, head_dim: max(1, round(2 * d * factor / head_dim)) * head_dim // 2,

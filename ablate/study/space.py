@@ -87,8 +87,10 @@ def cells(tree: Mapping[str, Any]) -> list[Cell]:
     combinations = list(_combinations(cfg))
     goal = _goal(cfg, functools.partial(make, seed=seeds[0]), dict(combinations))
     found: dict[str, Cell] = {}
+    keys = []
     for seed, (label, changes) in itertools.product(seeds, combinations):
         made = [make(label, changes, seed, goal)]
+        keys.append(({**changes, "seed": seed}, made[0].key))
         certificate = made[0].certificate
         if certificate is not None and cfg.match.arms == "both" and certificate.needed:
             swap = {**changes, "match.arms": "unmatched"}
@@ -97,7 +99,24 @@ def cells(tree: Mapping[str, Any]) -> list[Cell]:
             first = found.setdefault(cell.key, cell)
             if cell.arm not in (first.arm, *first.also):
                 found[cell.key] = replace(first, also=(*first.also, cell.arm))
+    _check_effects(cfg.study.grid, keys)
     return list(found.values())
+
+
+def _check_effects(
+    grid: Mapping[str, Sequence[Any]], keys: Sequence[tuple[dict[str, Any], str]]
+) -> None:
+    """UserError where a field of the grid changes no run. keys: of each cell's changes."""
+    for name, values in grid.items():
+        others: dict[str, set[str]] = {}
+        for changes, key in keys:
+            rest = repr({k: v for k, v in changes.items() if k != name})
+            others.setdefault(rest, set()).add(key)
+        if len(values) > 1 and all(len(runs) == 1 for runs in others.values()):
+            raise UserError(
+                f"study.grid.{name}: {', '.join(map(_text, values))} give the same run in every "
+                "arm; vary what the layers of an arm heed, or leave it out"
+            )
 
 
 def _goal(

@@ -49,6 +49,12 @@ def test_cells_that_are_one_run_are_merged(make: Any) -> None:
     assert [(c.arm, c.also) for c in found] == [("a", ("b",))]
 
 
+def test_a_field_that_changes_no_run_is_no_factor(make: Any) -> None:
+    grid: dict[str, Any] = {"arch.attention_share": [0.0, 0.5], "arch.swa.window": [8, 16]}
+    with pytest.raises(UserError, match=r"arch\.swa\.window: 8, 16 give the same run in every arm"):
+        cells(make(**{"arch.pattern": None, "arch.mlp_share": 0.0, "study.grid": grid}))
+
+
 def test_arms_are_called_by_the_shares_that_came_out(make: Any) -> None:
     made = {"arch.pattern": None, "arch.n_layers": 12}
     grid = {"arch.attention_share": [0.0, 0.17], "arch.mlp_share": [0.25, 0.3]}
