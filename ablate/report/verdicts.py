@@ -201,7 +201,7 @@ class Analysis:
         named = f" and {series}" if "=" in series else f", {series}"
         rest = {"": "", "matched": "", "unmatched": ", unmatched"}.get(series, named)
         if not self.axis.share:
-            return f"at {self.axis.label} {x:.6g}{rest}"
+            return f"at {self.axis.label} {_number(x)}{rest}"
         kind, layers = self.axis.kind, int(self.arms["n_layers"].to_dict()[arm])
         count = round(x * layers)
         if count == 0:
@@ -216,7 +216,7 @@ class Analysis:
         if not self._placed(arm):
             return str(self.arms["series"].to_dict()[arm])
         x, series = float(self.arms["x"].to_dict()[arm]), self.arms["series"].to_dict()[arm]
-        name = _percent(x) if self.axis.share else f"{x:.6g}"
+        name = _percent(x) if self.axis.share else _number(x)
         if series in ("", "matched", "unmatched"):
             return f"{name}, unmatched" if series == "unmatched" else name
         return f"{name} at {series}" if "=" in series else f"{name} ({series})"
@@ -388,7 +388,38 @@ def judge(analysis: Analysis, recalled: Sequence[Verdict] = ()) -> list[Verdict]
         lines.append(Verdict("limit", text))
     for metric in shown:
         lines += _about(analysis, analysis.comparisons[metric.column])
+    lines += _on_another_text(analysis)
     return [*lines, *recalled, *(Verdict("limit", text) for text in _limits(analysis))]
+
+
+def _on_another_text(analysis: Analysis) -> list[Verdict]:
+    """Arms whose difference from the reference is another on validation A than on B: within runs,
+    so that seeds cancel, and differences between texts alone remain."""
+    both = [analysis.comparisons.get(m.column) for m in (LOSS, LOSS_A)]
+    if both[0] is None or both[1] is None or not both[0].has_interval:
+        return []
+    on_b, on_a, reference = both[0].fit, both[1].fit, both[0].reference
+    runs = analysis.runs[analysis.runs[[LOSS.column, LOSS_A.column]].notna().all(axis=1)]
+    between = runs[LOSS.column] - runs[LOSS_A.column]
+    fit = fit_arms(runs["arm"].tolist(), runs["seed"].tolist(), between)
+    if set(fit.arms) != set(on_a.arms) or reference not in fit.arms:
+        return []
+    table = fit.against(reference)
+    apart = table[table["dunnett_p"] < 0.05].sort_values("difference", key=abs, ascending=False)
+    if apart.empty:
+        return []
+    parts = [
+        f"{analysis.short(arm)}: {_signed(on_b.difference(arm, reference).value)} on B, "
+        f"{_signed(on_a.difference(arm, reference).value)} on A"
+        for arm in apart["arm"][:3]
+    ]
+    parts += [f"and {len(apart) - 3} more"] * (len(apart) > 3)
+    text = (
+        "How much arms differ depends on the text: loss less that "
+        f"{analysis.describe(reference)}, {'; '.join(parts)} (nats, within runs"
+        f"{_simultaneous(fit).replace(' (', '; ').rstrip(')')})."
+    )
+    return [Verdict("limit", text)]
 
 
 def _progress(analysis: Analysis) -> list[Verdict]:
@@ -638,6 +669,14 @@ def _seeds(fit: ArmFit, *arms: str) -> str:
 def _simultaneous(fit: ArmFit) -> str:
     k = len(fit.arms) - 1
     return f" (Dunnett, {k} comparisons)" if k > 1 else ""
+
+
+def _number(x: float) -> str:
+    return f"{x:.6g}" if x < 1e4 else si(x)
+
+
+def _signed(value: float) -> str:
+    return f"{value:+.4f}".replace("-", "−")
 
 
 def _percent(share: float) -> str:

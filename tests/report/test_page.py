@@ -356,6 +356,25 @@ def test_what_computes_attention_is_compared_where_there_is_some(
         assert "arm0" not in text
 
 
+@pytest.mark.parametrize("shift", [0.0, 0.02])
+def test_arms_that_differ_by_the_text_are_named(
+    synthetic: ModuleType, tmp_path: Path, shift: float
+) -> None:
+    noise, cells = np.random.default_rng(1), []
+    for seed in range(4):
+        for i, luck in enumerate(noise.normal(0, 0.05, 3)):
+            content = synthetic.result(loss=2.3 + 0.1 * i + luck, attention=i)
+            on_a = 2.3 + 0.1 * i + luck + noise.normal(0, 0.001) + shift * (i == 2)
+            content["val_a"] = {**content["val_b"], "loss": on_a}
+            cells.append((f"arm{i}", {"arch.attention_share": i / 6}, seed, content, {}))
+    told = verdicts(load_study(synthetic.write_cells(tmp_path / "texts", cells)))
+    found = [text for text in told if "depends on the text" in text]
+    assert len(found) == (shift > 0)
+    if found:  # although the noise between seeds is larger than the shift
+        assert "arm2: +0.2" in found[0] or "33.3%: +0.2" in found[0]
+        assert "16.7%" not in found[0]
+
+
 def test_letters_are_those_of_the_registry() -> None:
     assert {kind.name: letter for letter, kind in KINDS.items()} == LETTERS
 
