@@ -15,12 +15,13 @@ from pathlib import Path
 import findings
 import pandas as pd
 import pictures
-from findings import Study, signed
+from findings import Study
 
 from ablate.errors import UserError
 from ablate.report.export import gpu_hours
 from ablate.report.frames import load_evaluation, study_of
 from ablate.report.page import write_report
+from ablate.report.verdicts import signed
 from ablate.run import atomic_write
 
 ROOT = Path(__file__).resolve().parents[1]

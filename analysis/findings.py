@@ -22,7 +22,7 @@ from ablate.report.export import is_export
 from ablate.report.frames import load_evaluation
 from ablate.report.published import ATTENTION_SHARE, GROUPED_QUERIES, ROUNDING, TRANSFORMER
 from ablate.report.stats import Estimate, fit_arms, paired_items
-from ablate.report.verdicts import LOSS, Analysis, Comparison, p_value
+from ablate.report.verdicts import LOSS, Analysis, Comparison, p_value, signed
 
 RESULTS = Path(__file__).parent / "results"
 NOT_RUN = "not run yet"
@@ -95,10 +95,6 @@ class Row:
 
 
 # --- figures and rules ---------------------------------------------------------------------------
-
-
-def signed(value: float, digits: int = 4) -> str:
-    return f"{value:+.{digits}f}".replace("-", "−")
 
 
 def show(e: Estimate, digits: int = 4) -> str:

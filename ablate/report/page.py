@@ -59,6 +59,7 @@ from ablate.report.verdicts import (
     Verdict,
     analyse,
     judge,
+    signed,
 )
 from ablate.run import atomic_write
 from ablate.study.show import si
@@ -268,20 +269,20 @@ def _difference_row(
     digits = 1 if metric.percent else metric.digits((row["dunnett_high"] - row["dunnett_low"]) / 2)
     scale = 100.0 if metric.percent else 1.0
 
-    def signed(value: float) -> str:
+    def shown(value: float) -> str:
         if not math.isfinite(value):
             return "–"
         if metric.percent:  # accuracies differ by 100 points at most
             value = min(max(value, -1.0), 1.0)
-        return f"{scale * value:+.{digits}f}".replace("-", "−")
+        return signed(scale * value, digits)
 
     def between(name: str) -> str:
-        return f"{signed(row[f'{name}low'])} to {signed(row[f'{name}high'])}"
+        return f"{shown(row[f'{name}low'])} to {shown(row[f'{name}high'])}"
 
     other = f"95%, other {'rows' if metric is RECALL else 'documents'} only"
     return {
         "Arm": _name(analysis, row["arm"]),
-        "Difference": signed(row["difference"]),
+        "Difference": shown(row["difference"]),
         "95% interval": between(""),
         "95%, all together (Dunnett)": between("dunnett_"),
         "p (Dunnett)": _p(row["dunnett_p"]),
@@ -348,9 +349,9 @@ def _rates(table: pd.DataFrame | None, analysis: Analysis) -> str:
 
 def _cost_of(value: float, half: float) -> str:
     if not math.isfinite(half):
-        return f"{value:+.4f}".replace("-", "−")
+        return signed(value)
     digits = LOSS.digits(half)
-    return f"{value:+.{digits}f} ± {half:.{digits}f}".replace("-", "−")
+    return f"{signed(value, digits)} ± {half:.{digits}f}"
 
 
 def _matching(table: pd.DataFrame | None, analysis: Analysis) -> str:
@@ -360,7 +361,7 @@ def _matching(table: pd.DataFrame | None, analysis: Analysis) -> str:
     quantity = str(first["quantity"])
     rows = []
     for r in records(table):
-        error = f"{100 * r['error_matched']:+.2f}%".replace("-", "−")
+        error = f"{signed(100 * r['error_matched'], 2)}%"
         if abs(r["error_matched"]) > r["tolerance"]:
             error = f'<b class="bad">{error} (forced)</b>'
         rows.append(
@@ -368,7 +369,7 @@ def _matching(table: pd.DataFrame | None, analysis: Analysis) -> str:
                 "Arm": _name(analysis, r["arm"]),
                 QUANTITIES[quantity].capitalize(): si(r[f"{quantity}_matched"]),
                 "From the target": error,
-                "As configured": f"{100 * r['error_configured']:+.2f}%".replace("-", "−"),
+                "As configured": f"{signed(100 * r['error_configured'], 2)}%",
                 **{
                     name: f"{si(r[f'{n}_matched'], u)} ({si(r[f'{n}_configured'], u)})"
                     for name, n, u in (

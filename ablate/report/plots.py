@@ -80,11 +80,11 @@ def plot_outcomes(analysis: Analysis, folder: Path) -> Plot | None:
         for ax, metric in zip(axes, metrics, strict=True):
             _outcome(ax, analysis, analysis.comparisons[metric.column], lay)
         lay.finish(axes[-1])
-        if len(lay.names) <= 3 and lay.names != [""]:
-            axes[0].legend(loc="best")
-        elif len(lay.names) > 3:
+        if lay.legend:
             handles, labels = axes[0].get_legend_handles_labels()
             figure.legend(handles, labels, loc="outside lower center", ncols=4)
+        elif lay.names != [""]:
+            axes[0].legend(loc="best")
         alt = _outcome_alt(analysis, metrics)
         first = analysis.comparisons[metrics[0].column]
         caption = (
@@ -121,6 +121,7 @@ class _Layout:
         longest = max((len(label) for label in self.labels), default=0)
         self.tilted = not numeric and longest * len(self.labels) > 48
         self.extra = 0.05 * min(longest, 30) if self.tilted else 0.0
+        # inches below the axes: a longer legend would lie on the data
         self.legend = 0.25 * math.ceil(len(self.names) / 4) if len(self.names) > 3 else 0.0
 
     def at(self, arm: str) -> float:

@@ -395,29 +395,29 @@ def judge(analysis: Analysis, recalled: Sequence[Verdict] = ()) -> list[Verdict]
 def _on_another_text(analysis: Analysis) -> list[Verdict]:
     """Arms whose difference from the reference is another on validation A than on B: within runs,
     so that seeds cancel, and differences between texts alone remain."""
-    both = [analysis.comparisons.get(m.column) for m in (LOSS, LOSS_A)]
-    if both[0] is None or both[1] is None or not both[0].has_interval:
+    on_b, on_a = (analysis.comparisons.get(m.column) for m in (LOSS, LOSS_A))
+    if on_b is None or on_a is None or not on_b.has_interval:
         return []
-    on_b, on_a, reference = both[0].fit, both[1].fit, both[0].reference
+    reference = on_b.reference
     runs = analysis.runs[analysis.runs[[LOSS.column, LOSS_A.column]].notna().all(axis=1)]
     between = runs[LOSS.column] - runs[LOSS_A.column]
     fit = fit_arms(runs["arm"].tolist(), runs["seed"].tolist(), between)
-    if set(fit.arms) != set(on_a.arms) or reference not in fit.arms:
+    if set(fit.arms) != set(on_a.fit.arms) or reference not in fit.arms:
         return []
     table = fit.against(reference)
     apart = table[table["dunnett_p"] < 0.05].sort_values("difference", key=abs, ascending=False)
     if apart.empty:
         return []
     parts = [
-        f"{analysis.short(arm)}: {_signed(on_b.difference(arm, reference).value)} on B, "
-        f"{_signed(on_a.difference(arm, reference).value)} on A"
+        f"{analysis.short(arm)}: {signed(on_b.fit.difference(arm, reference).value)} on B, "
+        f"{signed(on_a.fit.difference(arm, reference).value)} on A"
         for arm in apart["arm"][:3]
     ]
     parts += [f"and {len(apart) - 3} more"] * (len(apart) > 3)
+    how = "; ".join(filter(None, ["nats, within runs", _dunnett(fit)]))
     text = (
         "How much arms differ depends on the text: loss less that "
-        f"{analysis.describe(reference)}, {'; '.join(parts)} (nats, within runs"
-        f"{_simultaneous(fit).replace(' (', '; ').rstrip(')')})."
+        f"{analysis.describe(reference)}, {'; '.join(parts)} ({how})."
     )
     return [Verdict("limit", text)]
 
@@ -666,21 +666,26 @@ def _seeds(fit: ArmFit, *arms: str) -> str:
     return f"n = {n} {kind if n != '1' else 'seed'}"
 
 
-def _simultaneous(fit: ArmFit) -> str:
+def _dunnett(fit: ArmFit) -> str:
     k = len(fit.arms) - 1
-    return f" (Dunnett, {k} comparisons)" if k > 1 else ""
+    return f"Dunnett, {k} comparisons" if k > 1 else ""
+
+
+def _simultaneous(fit: ArmFit) -> str:
+    return f" ({_dunnett(fit)})" if _dunnett(fit) else ""
 
 
 def _number(x: float) -> str:
     return f"{x:.6g}" if x < 1e4 else si(x)
 
 
-def _signed(value: float) -> str:
-    return f"{value:+.4f}".replace("-", "−")
-
-
 def _percent(share: float) -> str:
     return "–" if not math.isfinite(share) else f"{100 * share:.1f}".removesuffix(".0") + "%"
+
+
+def signed(value: float, digits: int = 4) -> str:
+    """A difference, with a sign that is as wide as the other."""
+    return f"{value:+.{digits}f}".replace("-", "−")
 
 
 def p_value(p: float) -> str:
