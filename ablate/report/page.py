@@ -593,10 +593,16 @@ def _heading(comparison: Comparison) -> str:
 
 def _interval_note(metrics: Sequence[Comparison]) -> str:
     if any(c.has_interval for c in metrics):
-        return (
+        note = (
             "± is half of a 95% t interval of the arm's mean over seeds like these, with one "
             "variance pooled over arms."
         )
+        if any(c.fit.paired and min(c.fit.counts) < c.fit.n_seeds for c in metrics):
+            note += (
+                " Arms lack seeds that others have, so means are those of an additive model of arm "
+                "and seed, at the average seed."
+            )
+        return note
     if not metrics:
         return "No finished run yet."
     return f"{metrics[0].too_few}: no interval can be given."

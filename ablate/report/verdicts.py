@@ -583,7 +583,9 @@ def _best(analysis: Analysis, comparison: Comparison) -> list[Verdict]:
         told = f"{lead}; not distinguishable from the best: {names}"
     lines = [Verdict("result", f"{told} (95%, multiple comparisons with the best).")]
     x = analysis.arms["x"]
-    if analysis.axis.log and metric is not RECALL and x[best] in (x.min(), x.max()):
+    # An arm inside that is as good as the best says that the optimum need not lie beyond.
+    at_one_edge = set(x[comparison.best]) in ({x.min()}, {x.max()})
+    if analysis.axis.log and metric is not RECALL and at_one_edge:
         text = (
             f"The {word} {metric.name.lower()} is at the edge of the values tried: the optimum may"
         )

@@ -405,6 +405,44 @@ def test_an_arm_without_such_layers_has_no_place_on_their_axis(
     assert ">transformer<" in page
 
 
+@pytest.mark.parametrize(("at_32", "beyond"), [(2.5, True), (2.4005, False)])
+def test_an_optimum_lies_beyond_the_values_only_where_none_inside_is_as_good(
+    synthetic: ModuleType, tmp_path: Path, at_32: float, beyond: bool
+) -> None:
+    cells = [
+        (
+            f"d_state={size}",
+            {"arch.mamba2.d_state": size},
+            seed,
+            synthetic.result(loss=loss + 0.001 * (seed + (seed == i))),
+            {},
+        )
+        for i, (size, loss) in enumerate([(8, 2.6), (32, at_32), (128, 2.4)])
+        for seed in range(3)
+    ]
+    told = verdicts(load_study(synthetic.write_cells(tmp_path / "sizes", cells)))
+    assert any("the optimum may lie beyond 128" in text for text in told) == beyond
+
+
+@pytest.mark.parametrize("lacking", [False, True])
+def test_means_of_arms_that_lack_seeds_are_told_to_be_fitted(
+    synthetic: ModuleType, tmp_path: Path, lacking: bool
+) -> None:
+    cells = [
+        (
+            f"arm{i}",
+            {"arch.attention_share": i / 6},
+            seed,
+            synthetic.result(loss=2.3 + 0.1 * i + 0.01 * seed + 0.002 * (i == seed), attention=i),
+            {},
+        )
+        for i in range(3)
+        for seed in range(3 - (lacking and i == 2))
+    ]
+    page = write_report(synthetic.write_cells(tmp_path / "seeds", cells)).read_text()
+    assert ("Arms lack seeds that others have" in page) == lacking
+
+
 def test_factors_that_move_together_are_a_confound(synthetic: ModuleType, tmp_path: Path) -> None:
     path, cells = tmp_path / "together", {}
     for i in range(2):
