@@ -257,7 +257,14 @@ def copy_gap(study: Study | None) -> Row:
             f"{name} {r['value']:.0%} ({max(0, r['low']):.0%} to {min(1, r['high']):.0%}{several})"
         )
 
-    ours = f"{cell}: " + ", ".join(told(a) for a in arms)
+    def size(cell: str) -> str:
+        tokens = own.loc[cell, "tokens"].mean()
+        entries = cell.removeprefix("entries=")
+        return f"{entries} entries" + (f" ({tokens:,.0f} tokens)" if tokens > 0 else "")
+
+    ours = f"{size(cell)}: " + ", ".join(told(a) for a in arms)
+    smallest = own.loc[(cells[0], arms[2]), "value"]
+    ours += f"; Mamba-2 already at {size(cells[0])} {smallest:.0%}" if smallest < 0.5 else ""
     apart = study.evaluations.against("phonebook", arms[0], cell)
     if not able:
         follows = "decides nothing: the Transformer does not learn the task"
