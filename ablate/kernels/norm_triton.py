@@ -43,6 +43,11 @@ def forward_config(block: int) -> Config:
     return Config(rows=1, warps=4 if block <= 4096 else 8 if block <= 8192 else 16)
 
 
+def gated_forward_config(block: int) -> Config:
+    """Static choice by the (padded) width of a group."""
+    return Config(rows=1, warps=2) if 1024 < block <= 2048 else forward_config(block)
+
+
 def backward_config(block: int) -> Config:
     """Static choice by the (padded) width of a row."""
     if block <= 256:
@@ -338,7 +343,7 @@ def gated_forward(
 ) -> Tensor:  # fmt: skip
     rows, width = x.shape
     block = triton.next_power_of_2(group)
-    config = forward_config(block)
+    config = gated_forward_config(block)
     y = torch.empty(rows, width, dtype=x.dtype, device=x.device)
     (x_row, x_align), (z_row, z_align) = _stride(x), _stride(z)
     gated_forward_kernel[(triton.cdiv(rows, config.rows), width // group)](

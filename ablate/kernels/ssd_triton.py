@@ -43,6 +43,9 @@ from ablate.kernels.tiles_triton import (
 
 Q = 64
 COLUMNS = 64  # of a state, for one program of a kernel that splits them
+ONE = 1
+"""Bound of a loop over one head. With a bound that the compiler knows there is no loop, and in what
+is left ptxas 12.8 loses descriptors of wgmma's operands, for narrow heads: the launch faults."""
 
 
 @triton.jit
@@ -169,10 +172,10 @@ def _state_kernel(
         tl.store(last_ptr + (b * H + h) * P * N + tile, state, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["one"])
 def _scan_kernel(
     x_ptr, b_ptr, c_ptr, d_ptr, dts_ptr, doc_ptr, states_ptr, y_ptr,
-    x_stride_b, b_stride_b, c_stride_b, length, plane, n_chunks,
+    x_stride_b, b_stride_b, c_stride_b, length, plane, n_chunks, one,
     UNIT: tl.constexpr, X_STRIDE_L: tl.constexpr,
     B_STRIDE_L: tl.constexpr, C_STRIDE_L: tl.constexpr,
     H: tl.constexpr, G: tl.constexpr, HEADS: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
@@ -208,7 +211,7 @@ def _scan_kernel(
         allowed = allowed & (start + rows[None, :] >= doc[:, None])
     # excluded pairs are zeroed here once; the decay below is cut at one, so it is always finite
     CB = tl.where(allowed, tl.dot(C, tl.trans(B), input_precision=PREC), 0.0)
-    for h in tl.range(head, head + HEADS, num_stages=STAGES):
+    for h in tl.range(head, head + (one if HEADS == 1 else HEADS), num_stages=STAGES):
         x = load_tile(x_ptr + h * P, rows, p, left, P, X_STRIDE_L, FULL, FULL_P)
         state = load_tile(states_ptr + h * (P * N), p, n, P, N, N, FULL_P, FULL_N)
         dt = tl.load(dts_ptr + h * padded + rows)
@@ -228,10 +231,10 @@ def _scan_kernel(
         store_tile(y_ptr + h * P, y.to(x.dtype), rows, p, left, P, H * P, FULL, FULL_P)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["one"])
 def _dx_kernel(
     x_ptr, dy_ptr, b_ptr, c_ptr, d_ptr, dts_ptr, doc_ptr, dstates_ptr, dx_ptr,
-    parts_ptr, x_stride_b, b_stride_b, c_stride_b, dx_stride_b, length, plane, n_chunks,
+    parts_ptr, x_stride_b, b_stride_b, c_stride_b, dx_stride_b, length, plane, n_chunks, one,
     UNIT: tl.constexpr, X_STRIDE_L: tl.constexpr,
     B_STRIDE_L: tl.constexpr, C_STRIDE_L: tl.constexpr, DX_UNIT: tl.constexpr,
     DX_STRIDE_L: tl.constexpr,
@@ -277,7 +280,7 @@ def _dx_kernel(
         doc_last = tl.load(doc_ptr + b * length + tl.minimum(start + Q, length) - 1)
         allowed = allowed & (start + rows[:, None] >= doc[None, :])
     pairs = tl.where(allowed, tl.dot(B, tl.trans(C), input_precision=PREC), 0.0)
-    for h in tl.range(head, head + HEADS, num_stages=STAGES):
+    for h in tl.range(head, head + (one if HEADS == 1 else HEADS), num_stages=STAGES):
         x = load_tile(x_ptr + h * P, rows, p, left, P, X_STRIDE_L, FULL, FULL_P)
         dy = load_tile(dy_ptr + h * P, rows, p, left, P, H * P, FULL, FULL_P)
         dstate = load_tile(dstates_ptr + h * (P * N), p, n, P, N, N, FULL_P, FULL_N)
@@ -315,11 +318,11 @@ def _dx_kernel(
         store_tile(dx_ptr + h * P, dx.to(x.dtype), rows, p, left, P, DX_STRIDE_L, FULL, FULL_P)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["one"])
 def _bc_grad_kernel(
     x_ptr, dy_ptr, b_ptr, c_ptr, dts_ptr, doc_ptr, states_ptr, dstates_ptr,
     db_ptr, dc_ptr, parts_ptr, through_ptr,
-    x_stride_b, b_stride_b, c_stride_b, db_stride_b, length, plane, n_chunks,
+    x_stride_b, b_stride_b, c_stride_b, db_stride_b, length, plane, n_chunks, one,
     UNIT: tl.constexpr, X_STRIDE_L: tl.constexpr,
     B_STRIDE_L: tl.constexpr, C_STRIDE_L: tl.constexpr, DB_UNIT: tl.constexpr,
     DB_STRIDE_L: tl.constexpr,
@@ -363,7 +366,8 @@ def _bc_grad_kernel(
     dpairs = tl.zeros((Q, Q), tl.float32)
     dB = tl.zeros((Q, BN), tl.float32)
     dC = tl.zeros((Q, BN), tl.float32)
-    for h in tl.range(group * PER_GROUP, (group + 1) * PER_GROUP, num_stages=STAGES):
+    first = group * PER_GROUP
+    for h in tl.range(first, first + (one if PER_GROUP == 1 else PER_GROUP), num_stages=STAGES):
         x = load_tile(x_ptr + h * P, rows, p, left, P, X_STRIDE_L, FULL, FULL_P)
         dy = load_tile(dy_ptr + h * P, rows, p, left, P, H * P, FULL, FULL_P)
         state = load_tile(states_ptr + h * (P * N), p, n, P, N, N, FULL_P, FULL_N)
@@ -455,7 +459,7 @@ def _dt_grad_kernel(
 # (warps, software-pipelining stages, most registers a thread or None) by kernel and bytes per
 # element, for sm_90. A limit lets one more program onto a multiprocessor.
 CONFIGS: dict[tuple[str, int], tuple[int, int, int | None]] = {
-    ("state", 2): (4, 3, None),
+    ("state", 2): (4, 4, None),
     ("scan", 2): (4, 3, None),
     ("dx", 2): (4, 3, None),
     ("bc_grad", 2): (4, 3, None),
@@ -471,7 +475,10 @@ WIDE: dict[tuple[str, int], tuple[int, int, int | None]] = {
     ("bc_grad", 2): (8, 1, None),
 }
 # products hold their operands in registers, and less memory is shared
-BEFORE_90: dict[tuple[str, int], tuple[int, int, int | None]] = {("bc_grad", 2): (8, 2, None)}
+BEFORE_90: dict[tuple[str, int], tuple[int, int, int | None]] = {
+    ("state", 2): (4, 3, None),
+    ("bc_grad", 2): (8, 2, None),
+}
 STATE_PROGRAMS = 384  # programs that fill a large GPU; fewer, and the sequence is cut into segments
 SCAN_PROGRAMS = 512
 
@@ -566,7 +573,7 @@ def scan(
     _scan_kernel[(n_chunks * splits, b * groups)](
         x, B, C, D, dts, doc, states, y,
         x.stride(0) // unit, B.stride(0) // unit, C.stride(0) // unit, length, dts[0].numel(),
-        n_chunks,
+        n_chunks, ONE,
         UNIT=unit, X_STRIDE_L=x.stride(1), B_STRIDE_L=B.stride(1), C_STRIDE_L=C.stride(1),
         H=n_heads, G=groups, HEADS=n_heads // groups // splits, P=head_dim, N=n_state,
         BP=_blocks(head_dim), BN=_blocks(n_state), Q=Q,
@@ -591,7 +598,7 @@ def gradients(
     through = dts.new_empty((blocks, b * n_chunks, n_heads, _blocks(head_dim)))
     unit = batch_unit(x, B, C)
     strides = (x.stride(0) // unit, B.stride(0) // unit, C.stride(0) // unit)
-    numbers = (length, dts[0].numel(), n_chunks)
+    numbers = (length, dts[0].numel(), n_chunks, ONE)
     dx_unit, db_unit = batch_unit(dx), batch_unit(dB)
     constants = {
         "UNIT": unit, "X_STRIDE_L": x.stride(1), "B_STRIDE_L": B.stride(1),

@@ -1,10 +1,17 @@
-"""Compiles a Triton kernel for a GPU that is not there and reads what the assembler made of it."""
+"""Compiles a Triton kernel for a GPU that is not there and reads what the assembler made of it.
+
+As a program it reads what a GPU has run: `python tests/kernels/_compile.py TRITON_CACHE_DIR` names
+the kernels of a cache that read registers which nothing has set, and fails if there are any.
+"""
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
+import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,7 +71,7 @@ def resources(
         file.write(compiled.asm["cubin"])
         file.flush()
         report = _run("cuobjdump", "--dump-resource-usage", file.name)
-        unset = unset_registers(_run("nvdisasm", "--print-code", file.name))
+        unset = unset_in(file.name)
     assert not unset, f"the assembler reads uniform registers that nothing has set: {unset[0]}"
     used = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", report))
     return Resources(
@@ -79,6 +86,11 @@ def _run(tool: str, *args: str) -> str:
     return subprocess.run(
         [str(TOOLS / tool), *args], capture_output=True, text=True, check=True
     ).stdout
+
+
+def unset_in(cubin: str | Path) -> list[str]:
+    """`unset_registers` of an assembled kernel."""
+    return unset_registers(_run("nvdisasm", "--print-code", str(cubin)))
 
 
 _INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)\s*(.*?);")
@@ -129,3 +141,18 @@ def assert_fits(found: Resources, arch: int, *, spills: int = 16) -> None:
     two, which one Triton spills where the other does not, cost nothing."""
     assert found.shared <= SHARED_LIMIT[arch], f"{found.shared} bytes of shared memory on sm_{arch}"
     assert found.spills <= spills, f"{found.spills} bytes spilled on sm_{arch}"
+
+
+def main(cache: Path) -> int:
+    cubins = sorted(cache.rglob("*.cubin"))
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        found = list(pool.map(unset_in, cubins))
+    bad = [(cubin, unset[0]) for cubin, unset in zip(cubins, found, strict=True) if unset]
+    for cubin, instruction in bad:
+        print(f"{cubin}: reads a uniform register that nothing has set: {instruction}")
+    print(f"{len(cubins)} kernels, {len(bad)} of them read what nothing has set")
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1])))

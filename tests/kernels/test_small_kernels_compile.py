@@ -89,7 +89,7 @@ def test_gated_norm(arch, group):
         "NORM": True,
         "GROUP": group, "BLOCK": block,
     }  # fmt: skip
-    config = norm_triton.forward_config(block)
+    config = norm_triton.gated_forward_config(block)
     types = pointers("x z y", "bf16") | pointers("w", "fp32") | integers("rows x_row z_row")
     found = resources(
         norm_triton.gated_forward_kernel, types | {"eps": "fp32"}, flags | {"ROWS": config.rows},

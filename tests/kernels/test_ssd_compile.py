@@ -70,6 +70,18 @@ def test_large_states_fit_the_shared_memory(name, p, n, kind):
     assert found.shared <= SHARED_LIMIT[90]
 
 
+@pytest.mark.parametrize(
+    ("name", "p", "n"),
+    [("scan", 16, 32), ("scan", 32, 64), ("dx", 16, 64), ("bc_grad", 64, 16), ("bc_grad", 64, 32)],
+)
+def test_a_narrow_head_alone_keeps_its_descriptors(name, p, n):
+    config = ssd_triton.config(name, 2, p * n, True)
+    for documents in (False, True):
+        changes = {"P": p, "N": n, "BP": p, "BN": n, "HAS_DOC": documents, "FULL": False}
+        changes |= {"H": 1, "HEADS": 1, "X_STRIDE_L": p, "B_STRIDE_L": n, "C_STRIDE_L": n}
+        compiled(name, "bf16", 90, config, **changes)  # `_compile.unset_registers`
+
+
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize("name", ["dt", "dt_grad"])
 def test_step_sizes(name, arch):
