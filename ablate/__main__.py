@@ -282,7 +282,13 @@ def _plan(args: list[str]) -> int:
     composed = compose(words)
     for note in composed.notes:
         print(note)
-    plan(composed.tree, calibrate=calibrate == "true", hours=hours, gpu=own.get("gpu"))
+    plan(
+        composed.tree,
+        calibrate=calibrate == "true",
+        hours=hours,
+        gpu=own.get("gpu"),
+        words=words,
+    )
     return 0
 
 

@@ -191,3 +191,22 @@ SWEEPS = sorted(path.stem for path in (Path(__file__).parents[1] / "sweeps").glo
 def test_every_sweep_can_be_planned_as_it_ships(name, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(["plan", f"+sweep={name}", "tracker=none"]) == 0, capsys.readouterr().err
+
+
+@pytest.mark.parametrize("verb", [[], ["plan"]])
+@pytest.mark.parametrize(
+    ("words", "letter"),
+    [
+        (["+sweep=attn_ratio", "scale=cpu", "arch.swa.window=64"], "S"),
+        (["scale=cpu", "arch.pattern=M-M-", "arch.attention.n_heads=2"], "*"),
+    ],
+)
+def test_an_option_of_layers_that_no_arm_has(capsys, tmp_path, monkeypatch, verb, words, letter):
+    said = fails(capsys, tmp_path, monkeypatch, *verb, *words)
+    assert f"'{words[-1]}' changes no run: no arm has a layer '{letter}'" in said
+
+
+def test_an_option_of_layers_that_one_arm_has(capsys, tmp_path, monkeypatch):
+    # of six layers, none, one, two and three are attention
+    monkeypatch.chdir(tmp_path)
+    assert main(["plan", "+sweep=attn_ratio", "scale=cpu", "arch.attention.n_heads=2"]) == 0

@@ -63,14 +63,16 @@ def plan(
     calibrate: bool = False,
     hours: float | None = None,
     gpu: str | None = None,
+    words: Sequence[str] = (),
 ) -> None:
     """Print every trial that a run of this config would have; UserError as `run` would raise it.
 
     calibrate: train 20 steps of each arm to know its speed. hours: GPU-hours (of one device) to say
-    what they could decide. gpu: plan for a GPU of this name instead of this machine.
+    what they could decide. gpu: plan for a GPU of this name instead of this machine. words: of the command
+    line, to be checked.
     """
     console = console or wide_console()
-    for part in _parts(tree, calibrate, hours, gpu):
+    for part in _parts(tree, calibrate, hours, gpu, words):
         if isinstance(part, str):
             console.print(part, markup=False, highlight=False, soft_wrap=True)
         else:
@@ -78,11 +80,16 @@ def plan(
 
 
 def _parts(
-    tree: Mapping[str, Any], calibrate: bool, hours: float | None, gpu: str | None
+    tree: Mapping[str, Any],
+    calibrate: bool,
+    hours: float | None,
+    gpu: str | None,
+    words: Sequence[str],
 ) -> Iterator[str | Table]:
     cfg = config.load(tree)
     study = cfg.study
     arms = space.cells(tree)
+    space.check_words(words, arms)
     if study.search:
         middle = {name: _middle(dim) for name, dim in study.search.items()}
         arms = space.proposed(tree, middle)

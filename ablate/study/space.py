@@ -18,6 +18,7 @@ from ablate import config
 from ablate.arch import match as matching
 from ablate.arch.certificate import Certificate
 from ablate.errors import UserError, did_you_mean
+from ablate.layers.registry import KINDS
 from ablate.study import trial as trial_module
 from ablate.study import tune as rates
 from ablate.study.folder import tuning_name
@@ -117,6 +118,23 @@ def _check_effects(
                 f"study.grid.{name}: {', '.join(map(_text, values))} give the same run in every "
                 "arm; vary what the layers of an arm heed, or leave it out"
             )
+
+
+def check_words(words: Sequence[str], cells: Sequence[Cell]) -> None:
+    """UserError where a word of the command line sets what the layers of no cell heed. Cells: of a
+    study, or none of a search, whose layers are not known before."""
+    used = {letter for cell in cells for letter in cell.trial.architecture.letters}
+    letters = {kind.name: letter for letter, kind in KINDS.items()}
+    for word in words:
+        name = word.partition("=")[0].lstrip("+~")
+        section, _, field = name.removeprefix("arch.").partition(".")
+        letter = letters.get(section)
+        if not (cells and field and name.startswith("arch.") and letter) or letter in used:
+            continue
+        raise UserError(
+            f"'{word}' changes no run: no arm has a layer '{letter}', which arch.{section} is of; "
+            f"there are {', '.join(sorted(used))}"
+        )
 
 
 def _goal(
