@@ -68,8 +68,8 @@ def plan(
     """Print every trial that a run of this config would have; UserError as `run` would raise it.
 
     calibrate: train 20 steps of each arm to know its speed. hours: GPU-hours (of one device) to say
-    what they could decide. gpu: plan for a GPU of this name instead of this machine. words: of the command
-    line, to be checked.
+    what they could decide. gpu: plan for a GPU of this name instead of this machine. words: of the
+    command line, to be checked.
     """
     console = console or wide_console()
     for part in _parts(tree, calibrate, hours, gpu, words):
