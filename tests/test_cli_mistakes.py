@@ -207,6 +207,6 @@ def test_an_option_of_layers_that_no_arm_has(capsys, tmp_path, monkeypatch, verb
 
 
 def test_an_option_of_layers_that_one_arm_has(capsys, tmp_path, monkeypatch):
-    # of six layers, none, one, two and three are attention
+    # of four layers none, one or two are attention
     monkeypatch.chdir(tmp_path)
     assert main(["plan", "+sweep=attn_ratio", "scale=cpu", "arch.attention.n_heads=2"]) == 0

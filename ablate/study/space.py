@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -18,7 +19,7 @@ from ablate import config
 from ablate.arch import match as matching
 from ablate.arch.certificate import Certificate
 from ablate.errors import UserError, did_you_mean
-from ablate.layers.registry import KINDS
+from ablate.layers.registry import by_name
 from ablate.study import trial as trial_module
 from ablate.study import tune as rates
 from ablate.study.folder import tuning_name
@@ -121,20 +122,17 @@ def _check_effects(
 
 
 def check_words(words: Sequence[str], cells: Sequence[Cell]) -> None:
-    """UserError where a word of the command line sets what the layers of no cell heed. Cells: of a
-    study, or none of a search, whose layers are not known before."""
+    """UserError where a word of the command line sets what the layers of no cell heed. A search has
+    no cells: its layers are not known before."""
     used = {letter for cell in cells for letter in cell.trial.architecture.letters}
-    letters = {kind.name: letter for letter, kind in KINDS.items()}
-    for word in words:
-        name = word.partition("=")[0].lstrip("+~")
-        section, _, field = name.removeprefix("arch.").partition(".")
-        letter = letters.get(section)
-        if not (cells and field and name.startswith("arch.") and letter) or letter in used:
-            continue
-        raise UserError(
-            f"'{word}' changes no run: no arm has a layer '{letter}', which arch.{section} is of; "
-            f"there are {', '.join(sorted(used))}"
-        )
+    for word in words if cells else ():
+        option = re.match(r"[+~]*arch\.(\w+)\.", word)
+        kind = by_name(option[1]) if option else None
+        if kind is not None and kind.letter not in used:
+            raise UserError(
+                f"'{word}' changes no run: no arm has a layer '{kind.letter}', which "
+                f"arch.{kind.name} is of; there are {', '.join(sorted(used))}"
+            )
 
 
 def _goal(
