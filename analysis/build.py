@@ -8,6 +8,7 @@ that of docs/reproduction.md (between markers), findings.csv, and the notebooks,
 
 from __future__ import annotations
 
+import itertools
 import math
 import sys
 from pathlib import Path
@@ -23,6 +24,7 @@ from ablate.report.frames import load_evaluation, study_of
 from ablate.report.page import write_report
 from ablate.report.verdicts import signed
 from ablate.run import atomic_write
+from ablate.study.rerun import ENOUGH
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = ("attention_share.ipynb", "recall.ipynb")
@@ -111,9 +113,10 @@ def _best(study: Study) -> str:
     done = study.analysis.frame
     done = done[done["state"] == "done"]
     means = done.groupby("arm")["val_b_loss"].mean()
-    if means.empty:
-        return "No trial has ended."
-    if told := findings.benchmarks(study):
+    planned = len(study_of(study.path).get("cells", {}))
+    if len(done) < planned:
+        return f"{len(done)} of {planned} trials so far."
+    if told := findings.benchmarks(study) or " ".join(_apart(study)):
         return told
     seeds = findings.seed_counts(done)
     if len(set(done["lr"])) > 1 and len(set(done["pattern"])) > 1:
@@ -166,22 +169,82 @@ def _costs(found: dict[str, Study]) -> str:
 
 
 def _reruns(found: dict[str, Study]) -> str:
-    """Every rerun that a run folder has kept."""
+    """Every rerun that a run folder has kept, in a row each or, where many were alike, by how far
+    they lie apart; and trials that two studies have both trained."""
     lines = [
         "| study | run | loss on B, then | now | difference | tolerance |",
         "|---|---|---|---|---|---|",
     ]
+    after = []
     for study in found.values():
         for key, content in load_evaluation(study.path, "rerun").items():
-            for again in content["reruns"].values():
+            reruns = list(content["reruns"].values())
+            alike = [again for again in reruns if again.get("alike")]
+            if len(alike) >= ENOUGH:
+                reruns = [again for again in reruns if not again.get("alike")]
+            for again in reruns:
                 old, new = again["old"].get("val_b"), again["new"].get("val_b")
+                allowed = again["tolerance"]
+                allowed = allowed.get("val_b") if isinstance(allowed, dict) else allowed
                 if old is not None and new is not None:
                     difference = signed(new - old) if new != old else "0"
                     lines.append(
                         f"| {study.name} | `{key}` | {old:.6f} | {new:.6f} | {difference} | "
-                        f"{again['tolerance']:g}: {again['why']} |"
+                        f"{allowed:g}: {again['why']} |"
                     )
-    return "\n".join(lines) + "\n" if len(lines) > 2 else "No trial has been rerun yet.\n"
+        after += _apart(study)
+    after += [
+        sentence
+        for one, two in itertools.combinations(found.values(), 2)
+        if (sentence := _in_both(one, two))
+    ]
+    if len(lines) == 2:
+        lines = ["No trial has been rerun yet."]
+    return "\n".join([*lines, *("\n" + sentence for sentence in after)]) + "\n"
+
+
+def _apart(study: Study) -> list[str]:
+    """How far runs of one trial lie apart, where enough were alike but for what
+    train.deterministic=false leaves open."""
+    found = []
+    for key, content in load_evaluation(study.path, "rerun").items():
+        alike = [again for again in content["reruns"].values() if again.get("alike")]
+        if len(alike) < ENOUGH:
+            continue
+        losses = pd.DataFrame([alike[0]["old"], *(again["new"] for again in alike)])
+        (arm,) = study.analysis.frame.loc[study.analysis.frame["key"] == key, "arm"]
+        who = f"{len(losses)} runs of {arm} (`{key}`), not made to be deterministic,"
+        if (losses.nunique() == 1).all():
+            found.append(f"{who} agree to the last bit.")
+            continue
+        each = [
+            f"{losses[name].max() - losses[name].min():.4f} nats on {shown} "
+            f"(SD {losses[name].std():.4f})"
+            for name, shown in (("val_a", "A"), ("val_b", "B"))
+            if name in losses
+        ]
+        found.append(f"{who} lie within {' and '.join(each)}.")
+    return found
+
+
+def _in_both(one: Study, two: Study) -> str:
+    """What became of trials that two studies have each trained; empty where there are none."""
+    columns = ["key", "trial_seconds", "val_a_loss", "val_b_loss"]
+    frames = [s.analysis.frame[s.analysis.frame["state"] == "done"] for s in (one, two)]
+    both = frames[0][columns].merge(frames[1][columns], on="key", suffixes=("", "_two"))
+    both = both[both["trial_seconds"] != both["trial_seconds_two"]]  # not a copy of the folder
+    if both.empty:
+        return ""
+    a, b = (both[f"{name}_two"] - both[name] for name in ("val_a_loss", "val_b_loss"))
+    said = f"{len(both)} {'trial was' if len(both) == 1 else 'trials were'} trained in {one.name}"
+    said += f" and in {two.name}"
+    if not a.any() and not b.any():
+        return f"{said}, and their losses are the same to the last bit."
+    exact = int(((a == 0) & (b == 0)).sum())
+    return (
+        f"{said}: the second less the first on B {signed(b.mean())} nats on average, "
+        f"{signed(b.min())} to {signed(b.max())}; {exact or 'none'} the same to the last bit."
+    )
 
 
 def execute(path: Path) -> None:

@@ -343,7 +343,7 @@ def _check(folder: Path, runs: Sequence[Any]) -> None:
 
 
 def gpu_hours(frame: pd.DataFrame) -> float:
-    """Hours of all trials together, every phase counted, a device each."""
+    """Hours of all finished trials together, every phase counted, a device each."""
     return float(frame["trial_seconds"].sum()) / 3600
 
 
@@ -370,7 +370,7 @@ def _readme(folder: Path, study: Mapping[str, Any], trials: pd.DataFrame) -> str
     rows = {
         "trials": ", ".join(f"{n} {s}" for s, n in trials["state"].value_counts().items()),
         "hardware (trials)": each("hardware"),
-        "device hours, all phases": f"{gpu_hours(trials):.2f}",
+        "device hours of finished trials, all phases": f"{gpu_hours(trials):.2f}",
         "training tokens a trial": one("tokens", "{:,.0f}"),
         "unique tokens": one("unique_tokens", "{:,.0f}"),
         "epochs": one("epochs", "{:.2f}"),

@@ -307,3 +307,36 @@ for arms, seeds in (("ab", "00"), ("abab", "0011"), ("aba", "001")):
 """
     said = build(root, f"exec({code!r})")
     assert said.stdout == "1 seed, no interval\n2 seeds\n1 to 2 seeds\n", said.stderr
+
+
+def test_runs_of_one_trial_are_told_apart_by_their_losses(root: Path) -> None:
+    code = """
+import build
+from types import SimpleNamespace as N
+def reruns(*losses):
+    runs = [dict(old=dict(val_b=3.0), new=dict(val_b=v), alike=True, tolerance={"val_b": 0.01},
+                 why="w") for v in losses]
+    return {"reruns": {str(i): run for i, run in enumerate(runs)}}
+def study(name, kept, seconds, losses):
+    frame = pd.DataFrame(dict(key=list("pq"), arm="one", state="done", trial_seconds=seconds,
+                              val_a_loss=losses, val_b_loss=losses))
+    return N(name=name, path=kept, analysis=N(frame=frame))
+build.load_evaluation = lambda kept, task: kept
+a = study("a", {"p": reruns(3.1, 3.1, 3.1, 3.1, 2.9)}, [1.0, 2.0], [3.0, 3.1])
+b = study("b", {"q": reruns(3.0, 3.0, 3.0, 3.0, 3.0)}, [1.5, 2.5], [3.0, 3.1])
+c = study("c", {"p": reruns(3.25)}, [1.0, 3.0], [3.0, 3.3])
+print(build._reruns({"a": a, "b": b, "c": c}))
+"""
+    said = build(root, f"exec({code!r}, globals())")
+    assert said.stdout.split("\n\n")[:5] == [
+        "| study | run | loss on B, then | now | difference | tolerance |\n"
+        "|---|---|---|---|---|---|\n"
+        "| c | `p` | 3.000000 | 3.250000 | +0.2500 | 0.01: w |",
+        "6 runs of one (`p`), not made to be deterministic, lie within 0.2000 nats on B "
+        "(SD 0.0837).",
+        "6 runs of one (`q`), not made to be deterministic, agree to the last bit.",
+        "2 trials were trained in a and in b, and their losses are the same to the last bit.",
+        # p of c is a copy of that of a
+        "1 trial was trained in a and in c: the second less the first on B +0.2000 nats on "
+        "average, +0.2000 to +0.2000; none the same to the last bit.",
+    ], said.stderr

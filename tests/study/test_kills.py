@@ -157,7 +157,7 @@ def test_the_spread_of_reruns_is_their_tolerance(
     reruns = {str(i): {**first, "new": losses} for i, losses in enumerate(apart, 1)}
     run.write_evaluation("rerun", {"task": "rerun", "reruns": reruns})
     found = compare(run.path)
-    assert found.tolerance == pytest.approx(4e-4)
+    assert found.tolerance == {"val_a": 0.0, "val_b": pytest.approx(4e-4)}
     assert found.why == "the spread of 5 reruns"
     assert len(kept(run)) == 6
 
