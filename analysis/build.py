@@ -214,12 +214,12 @@ def _apart(study: Study) -> list[str]:
         losses = pd.DataFrame([alike[0]["old"], *(again["new"] for again in alike)])
         (arm,) = study.analysis.frame.loc[study.analysis.frame["key"] == key, "arm"]
         who = f"{len(losses)} runs of {arm} (`{key}`), not made to be deterministic,"
-        if (losses.nunique() == 1).all():
+        apart = losses.max() - losses.min()
+        if not apart.any():
             found.append(f"{who} agree to the last bit.")
             continue
         each = [
-            f"{losses[name].max() - losses[name].min():.4f} nats on {shown} "
-            f"(SD {losses[name].std():.4f})"
+            f"{apart[name]:.4f} nats on {shown} (SD {losses[name].std():.4f})"
             for name, shown in (("val_a", "A"), ("val_b", "B"))
             if name in losses
         ]
