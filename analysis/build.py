@@ -12,6 +12,7 @@ import itertools
 import math
 import sys
 from pathlib import Path
+from typing import Any
 
 import findings
 import pandas as pd
@@ -97,7 +98,7 @@ def _findings(table: pd.DataFrame, found: dict[str, Study]) -> str:
         )
     for name in sorted(set(found) - set(run["study"])):
         question = study_of(found[name].path).get("question")
-        lines += ["", f"{_link(name)}: {question} {_best(found[name])}"]
+        lines += ["", f"{_link(name)}: {question} {_best(found[name], found)}"]
     if len(run) < len(table):
         lines += ["", f"{len(table) - len(run)} of the {len(table)} published claims in "]
         lines[-1] += "`analysis/results/findings.csv` have not been tried here yet."
@@ -108,14 +109,21 @@ def _link(study: str) -> str:
     return f"[{study}](analysis/results/{study}/README.md)"
 
 
-def _best(study: Study) -> str:
-    """The arm with the lowest loss of a study that no claim is about."""
+def _best(study: Study, found: dict[str, Study]) -> str:
+    """What a study says that no claim is about, or else its arm with the lowest loss."""
     done = study.analysis.frame
     done = done[done["state"] == "done"]
     means = done.groupby("arm")["val_b_loss"].mean()
     planned = len(study_of(study.path).get("cells", {}))
     if len(done) < planned:
-        return f"{len(done)} of {planned} trials so far."
+        known = {k for s in found.values() if s is not study for k in s.analysis.runs["key"]}
+        again = int(done["key"].isin(known).sum())
+        return f"{len(done)} of {planned} trials so far" + (
+            f", {again} of them trials of another study too." if again else "."
+        )
+    for other in found.values():
+        if other is not study and (told := findings.repeated(study, other)):
+            return told
     if told := findings.benchmarks(study) or " ".join(_apart(study)):
         return told
     seeds = findings.seed_counts(done)
@@ -124,9 +132,11 @@ def _best(study: Study) -> str:
             "attention_of_layers"
         )
         at = [f"{r.attention_of_layers:.1%}: {r.lr:g}" for r in best.itertuples()]
+        rates = sorted(set(done["lr"]))
+        apart = max(b / a for a, b in itertools.pairwise(rates))
         return (
-            f"Of {done['lr'].nunique()} rates the one with the lowest loss, by share: "
-            f"{', '.join(at)} ({seeds})."
+            f"Of {len(rates)} rates, {apart:.3g} times apart, the one with the lowest loss, by "
+            f"share: {', '.join(at)} ({seeds})."
         )
     return (
         f"Lowest loss: {means.min():.3f} nats at {means.idxmin()}, of {len(means)} arms ({seeds})."
@@ -137,12 +147,17 @@ def _cost(found: dict[str, Study]) -> str:
     frames = [study.analysis.frame for study in found.values()]
     hours = sum(gpu_hours(frame) for frame in frames)
     where = sorted({str(h) for frame in frames for h in frame["hardware"] if h})
-    trials = sum(int((frame["state"] == "done").sum()) for frame in frames)
+    keys = [key for frame in frames for key in frame.loc[frame["state"] == "done", "key"]]
+    reruns = sum(len(kept) for study in found.values() for kept in _kept(study).values())
+    trials = f"{len(keys)} trials"
+    if twice := len(keys) - len(set(keys)):
+        trials += f" ({twice} of them a second time)"
+    trials += f" and {reruns} reruns" if reruns else ""
     return (
         "What else differs between the arms of a study, as FLOPs or a learning rate that suits one "
         "better, stands in red on its page. "
-        f"{trials} trials, {hours:.1f} hours on {' and '.join(where)}. Which runs a figure is from "
-        "stands in `analysis/results/findings.csv`, by key.\n"
+        f"{trials}; {hours:.1f} hours of trials on {' and '.join(where)}. Which runs a figure is "
+        "from stands in `analysis/results/findings.csv`, by key.\n"
     )
 
 
@@ -177,8 +192,7 @@ def _reruns(found: dict[str, Study]) -> str:
     ]
     after = []
     for study in found.values():
-        for key, content in load_evaluation(study.path, "rerun").items():
-            reruns = list(content["reruns"].values())
+        for key, reruns in _kept(study).items():
             alike = [again for again in reruns if again.get("alike")]
             if len(alike) >= ENOUGH:
                 reruns = [again for again in reruns if not again.get("alike")]
@@ -193,22 +207,24 @@ def _reruns(found: dict[str, Study]) -> str:
                         f"{allowed:g}: {again['why']} |"
                     )
         after += _apart(study)
-    after += [
-        sentence
-        for one, two in itertools.combinations(found.values(), 2)
-        if (sentence := _in_both(one, two))
-    ]
+    after += _twice(list(found.values()))
     if len(lines) == 2:
         lines = ["No trial has been rerun yet."]
     return "\n".join([*lines, *("\n" + sentence for sentence in after)]) + "\n"
+
+
+def _kept(study: Study) -> dict[str, list[dict[str, Any]]]:
+    """The reruns of each of a study's runs, oldest first."""
+    contents = load_evaluation(study.path, "rerun")
+    return {key: list(content["reruns"].values()) for key, content in contents.items()}
 
 
 def _apart(study: Study) -> list[str]:
     """How far runs of one trial lie apart, where enough were alike but for what
     train.deterministic=false leaves open."""
     found = []
-    for key, content in load_evaluation(study.path, "rerun").items():
-        alike = [again for again in content["reruns"].values() if again.get("alike")]
+    for key, reruns in _kept(study).items():
+        alike = [again for again in reruns if again.get("alike")]
         if len(alike) < ENOUGH:
             continue
         losses = pd.DataFrame([alike[0]["old"], *(again["new"] for again in alike)])
@@ -227,14 +243,25 @@ def _apart(study: Study) -> list[str]:
     return found
 
 
-def _in_both(one: Study, two: Study) -> str:
-    """What became of trials that two studies have each trained; empty where there are none."""
-    columns = ["key", "trial_seconds", "val_a_loss", "val_b_loss"]
-    frames = [s.analysis.frame[s.analysis.frame["state"] == "done"] for s in (one, two)]
-    both = frames[0][columns].merge(frames[1][columns], on="key", suffixes=("", "_two"))
-    both = both[both["trial_seconds"] != both["trial_seconds_two"]]  # not a copy of the folder
-    if both.empty:
-        return ""
+_SAME = ["key", "val_a_loss", "val_b_loss"]
+
+
+def _twice(found: list[Study]) -> list[str]:
+    """What became of trials that two studies have each trained."""
+    done = [s.analysis.frame[s.analysis.frame["state"] == "done"] for s in found]
+    told = []
+    for i, j in itertools.combinations(range(len(found)), 2):
+        two = done[j]
+        for k in set(range(j)) - {i}:  # what ended as it did there is told there
+            two = two[~two.set_index(_SAME).index.isin(done[k].set_index(_SAME).index)]
+        both = done[i].merge(two, on="key", suffixes=("", "_two"))
+        both = both[both["trial_seconds"] != both["trial_seconds_two"]]  # not a copy of the folder
+        if len(both):
+            told.append(_compared(found[i], found[j], both))
+    return told
+
+
+def _compared(one: Study, two: Study, both: pd.DataFrame) -> str:
     a, b = (both[f"{name}_two"] - both[name] for name in ("val_a_loss", "val_b_loss"))
     said = f"{len(both)} {'trial was' if len(both) == 1 else 'trials were'} trained in {one.name}"
     said += f" and in {two.name}"

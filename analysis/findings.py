@@ -14,14 +14,14 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from scipy.stats import ttest_1samp, ttest_ind
+from scipy.stats import f, ttest_1samp, ttest_ind
 
 from ablate.report import analyse, load_study
 from ablate.report.evaluation import Evaluations
 from ablate.report.export import is_export
 from ablate.report.frames import load_evaluation
 from ablate.report.published import ATTENTION_SHARE, GROUPED_QUERIES, ROUNDING, TRANSFORMER
-from ablate.report.stats import Estimate, fit_arms, paired_items
+from ablate.report.stats import ALPHA, Estimate, fit_arms, paired_items
 from ablate.report.verdicts import LOSS, Analysis, Comparison, p_value, signed
 
 RESULTS = Path(__file__).parent / "results"
@@ -127,9 +127,10 @@ def verdict(ours: Estimate, published: float, limit: str, rounding: float = 0.0)
 
 def of_loss(
     study: Study | None, claim: str, published: str, size: float, arm: Callable[[Study], list[str]],
-    reference: Callable[[Study], list[str]],
+    reference: Callable[[Study], list[str]], *, also: Study | None = None,
 ) -> Row:  # fmt: skip
-    """A row about the difference in loss of one arm from another, in nats, paired within seeds."""
+    """A row about the difference in loss of one arm from another, in nats, paired within seeds.
+    also: a study that trained the same arms."""
     if study is None or study.loss is None:
         return Row(claim, published)
     known = study.loss.fit.arms
@@ -141,14 +142,19 @@ def of_loss(
     limit = "a cost above {} nats"
     follows = verdict(found, size, limit, ROUNDING)
     ours = f"{show(found)} nats"
-    # Seeds are not all that an interval should hold: other documents may tell another size.
+    # Seeds are not all that an interval should hold: other documents may tell another size, and so
+    # may the same trials on another machine, by other code.
+    others = {}
     runs = study.analysis.runs.dropna(subset=["val_a_loss"])
     if set(arms) <= set(runs["arm"]):
         fit = fit_arms(runs["arm"].tolist(), runs["seed"].tolist(), runs["val_a_loss"])
-        other_text = fit.difference(*arms)
-        if verdict(other_text, size, limit, ROUNDING) != follows:
-            direction = "same direction; its size is" if found.value * size > 0 else "is"
-            follows = f"{direction} not settled: {show(other_text)} on validation A"
+        others["on validation A"] = fit.difference(*arms)
+    if also is not None and also.loss is not None and set(arms) <= set(also.loss.fit.arms):
+        others[f"in {also.name}"] = also.loss.fit.difference(*arms)
+    ours += "".join(f"; {show(other)} {where}" for where, other in others.items())
+    if any(verdict(other, size, limit, ROUNDING) != follows for other in others.values()):
+        same = all(other.value * size > 0 for other in (found, *others.values()))
+        follows = f"{'same direction; its size is ' if same else ''}not settled: figures differ"
     return Row(claim, published, ours, follows, study.name, "; ".join(arms), study.keys(arms))
 
 
@@ -163,7 +169,10 @@ def best_share(study: Study | None) -> Row:
         return Row(claim, published)
     loss, analysis = study.loss, study.analysis
     lowest = loss.fit.arms[int(np.argmin(loss.fit.means))]
-    ours = f"lowest at {analysis.short(lowest)}"
+    ours = f"at equal tokens lowest at {analysis.short(lowest)}"
+    on_a = analysis.runs.groupby("arm")["val_a_loss"].mean()
+    if not on_a.isna().any() and on_a.idxmin() != lowest:
+        ours += f" (on validation A at {analysis.short(str(on_a.idxmin()))})"
     if not loss.has_interval:
         return Row(claim, published, ours, "decides nothing: one seed", study.name)
     told = [analysis.short(a) for a in loss.fit.arms if a in loss.best and a != lowest]
@@ -263,8 +272,11 @@ def copy_gap(study: Study | None) -> Row:
         return f"{entries} entries" + (f" ({tokens:,.0f} tokens)" if tokens > 0 else "")
 
     ours = f"{size(cell)}: " + ", ".join(told(a) for a in arms)
-    smallest = own.loc[(cells[0], arms[2]), "value"]
-    ours += f"; Mamba-2 already at {size(cells[0])} {smallest:.0%}" if smallest < 0.5 else ""
+    smallest = own.loc[(cells[0], arms[2])]
+    if smallest["value"] < 0.5:
+        ours += f"; Mamba-2 already at {size(cells[0])} {smallest['value']:.0%}"
+        if len(seeds(smallest)) > 1:
+            ours += f" (seeds {', '.join(f'{v:.0%}' for v in seeds(smallest))})"
     apart = study.evaluations.against("phonebook", arms[0], cell)
     if not able:
         follows = "decides nothing: the Transformer does not learn the task"
@@ -274,7 +286,9 @@ def copy_gap(study: Study | None) -> Row:
         follows = "decides nothing: Mamba-2 cannot be told from the Transformer"
     else:
         kept = "is between" if apart["side"][arms[1]] == "lower" else "does not"
-        follows = f"agrees: Mamba-2 fails, the hybrid {kept}"
+        follows = (
+            f"same direction, in models taught with such texts: Mamba-2 fails, the hybrid {kept}"
+        )
     return Row(claim, published, ours, follows, study.name, "; ".join(arms), study.keys(arms))
 
 
@@ -318,7 +332,7 @@ def query_first(study: Study | None) -> Row:
     each = f"; seeds {', '.join(signed(100 * v, 1) for v in gained)}" if len(gained) > 1 else ""
     ours = (
         f"Mamba-2, all sizes: {last.mean().mean():.0%} with the query last, "
-        f"{first.mean().mean():.0%} with it first, {show(found, 1)} points{each}; "
+        f"{first.mean().mean():.0%} with it first, {show(found, 1)} points over texts{each}; "
         f"Transformer {other.mean().mean():.0%}"
     )
     trails = first.mean().max() < other.mean().min()
@@ -349,7 +363,7 @@ def more_state(study: Study | None) -> Row:
             return Row(claim, published, "its arms are not finished", study=study.name)
         each = ", ".join(f"{v:.0%}" for v in large.mean())
         means = f"{small.mean().mean():.0%} to {large.mean().mean():.0%} (seeds {each})"
-        told.append(f"{task} {means}, {show(points(large, small), 1)} points")
+        told.append(f"{task} {means}, {show(points(large, small), 1)} points over texts")
         # these two arms' own seeds alone: others, near the ceiling, vary less
         p = math.nan
         if min(small.shape[1], large.shape[1]) > 1:
@@ -396,6 +410,7 @@ def fuzzy(study: Study | None) -> Row:
 def rows(found: dict[str, Study]) -> list[Row]:
     """The table, in the order of the questions."""
     share, mlps = found.get("attn_ratio"), found.get("attn_ratio_mlp")
+    older = found.get("attn_ratio_75d3558")
     curve = ATTENTION_SHARE
     eighth = curve[4 / 48]
 
@@ -410,9 +425,9 @@ def rows(found: dict[str, Study]) -> list[Row]:
     return [
         best_share(share),
         of_loss(share, "No attention costs loss, against 8%", f"{signed(none, 3)} nats (350M)",
-                none, at(0.0), at(2 / 24)),
+                none, at(0.0), at(2 / 24), also=older),
         of_loss(share, "Half of the layers as attention cost loss, against 8%",
-                f"{signed(half, 3)} nats (350M)", half, at(0.5), at(2 / 24)),
+                f"{signed(half, 3)} nats (350M)", half, at(0.5), at(2 / 24), also=older),
         of_loss(found.get("attn_ratio_60m"), "The same with 60M parameters: none, against 8%",
                 f"{signed(none, 3)} nats (350M)", none, at(0.0), at(2 / 24)),
         of_loss(mlps, "A Transformer is behind an 8% hybrid with MLPs",
@@ -439,6 +454,45 @@ def seed_counts(done: pd.DataFrame) -> str:
     if most == 1:
         return "1 seed, no interval"
     return f"{most} seeds" if fewest == most else f"{fewest} to {most} seeds"
+
+
+def repeated(study: Study, other: Study) -> str:
+    """What a study says whose trials another one has trained too; empty where not all have been."""
+    a, b = (s.analysis.runs.dropna(subset=["val_b_loss"]) for s in (study, other))
+    b = b[b["key"].isin(a["key"])]
+    if study.loss is None or len(b) < len(a) or (b["val_b_loss"].isin(a["val_b_loss"])).any():
+        return ""
+    p = arms_differ(a.merge(b[["key", "val_b_loss"]], on="key", suffixes=("", "_there")))
+    fits = [fit_arms(r["arm"].tolist(), r["seed"].tolist(), r["val_b_loss"]) for r in (a, b)]
+    short, places = study.analysis.short, study.analysis.arms["x"]
+    lowest = [fit.arms[int(np.argmin(fit.means))] for fit in fits]
+    first = str(places[list(fits[0].arms)].idxmin())
+    where = "there too" if lowest[0] == lowest[1] else f"in {other.name} at {short(lowest[1])}"
+    depend = "are not the same" if p < ALPHA else "show no sign of not being the same"
+    less = " and ".join(
+        f"{show(fit.difference(first, lowest[0]))} {at}"
+        for fit, at in zip(fits, ("here", "there"), strict=True)
+    )
+    return (
+        f"Lowest at {short(lowest[0])}, {where}. Against {other.name}, whose runs are of the same "
+        f"{len(b)} trials, differences between arms {depend}"
+        f"{f' (p = {p_value(p)})' if math.isfinite(p) else ''}: {short(first)} less "
+        f"{short(lowest[0])} is {less}, in nats."
+    )
+
+
+def arms_differ(both: pd.DataFrame) -> float:
+    """p of the F test that a loss changes alike in all arms between two trainings of the same
+    trials, by arms and seeds; NaN unless every arm has every seed, or if no noise is left."""
+    changes = both.assign(change=both["val_b_loss"] - both["val_b_loss_there"])
+    table = changes.pivot_table(index="arm", columns="seed", values="change")
+    arms, seeds = table.shape
+    if min(arms, seeds) < 2 or table.isna().any(axis=None):
+        return math.nan
+    by_arm = table.mean(axis=1) - table.mean(axis=None)
+    rest = table.sub(table.mean(axis=1), axis=0).sub(table.mean() - table.mean(axis=None))
+    left = (rest**2).sum(axis=None) / (seeds - 1)
+    return float(f.sf(seeds * (by_arm**2).sum() / left, arms - 1, (arms - 1) * (seeds - 1)))
 
 
 def benchmarks(study: Study) -> str:

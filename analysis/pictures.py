@@ -66,6 +66,10 @@ def attention_share(found: dict[str, Study], folder: Path) -> Plot | None:
                                 color=colour, marker=form, markersize=8 if form == "*" else 4.5,
                                 linestyle=line, linewidth=0.9, elinewidth=1.2)  # fmt: skip
                 told += [f"{label}, {p:.1%}: {v:+.4f}" for p, v in zip(x, y, strict=True)]
+            on_a = study.analysis.runs.groupby("arm")["val_a_loss"].mean().reindex(arms)
+            if on_a.notna().all():
+                ax.plot([places[a] for a in arms], on_a - on_a[reference], linestyle=":",
+                        color=colour, linewidth=1.2, label=f"{label}, validation A")  # fmt: skip
         base = ATTENTION_SHARE[0.0]
         ax.plot(list(ATTENTION_SHARE), [v - base for v in ATTENTION_SHARE.values()], "--",
                 color="#999999", linewidth=1.1, zorder=1,
@@ -76,8 +80,9 @@ def attention_share(found: dict[str, Study], folder: Path) -> Plot | None:
         figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=1)
         sizes = "; ".join(f"{label}: {_size(study)}" for study, label, _, _ in shown)
         caption = (
-            "Differences within paired seeds, with simultaneous 95% intervals (Dunnett); below "
-            "zero, attention helps. "
+            "Differences within paired seeds on validation B, with simultaneous 95% intervals "
+            "(Dunnett); below zero, attention helps. Intervals cover seeds, not text: dotted, "
+            "validation A. "
             f"{sizes}."
         )
         return save(figure, folder, "attention_share", "; ".join(told) + ".", caption)

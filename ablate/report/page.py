@@ -524,6 +524,16 @@ def _cost(analysis: Analysis) -> str:
     return _table(rows) + note
 
 
+def _of_arms(analysis: Analysis, comparison: Comparison) -> str:
+    """The smallest and the largest standard deviation that an arm's seeds have."""
+    values = analysis.runs.groupby("arm")[comparison.metric.column].std()
+    own = values.reindex(list(comparison.fit.arms)).dropna()
+    if own.empty:
+        return "–"
+    low, high = (comparison.metric.show_size(v, own.max()) for v in (own.min(), own.max()))
+    return f"{low.partition(' ')[0]} to {high}"
+
+
 def _noise(analysis: Analysis) -> str:
     rows = []
     for metric in analysis.shown(_SHOWN):
@@ -541,6 +551,7 @@ def _noise(analysis: Analysis) -> str:
             {
                 "Metric": metric.name,
                 "Seed noise (SD)": metric.show_size(fit.total_sigma(), fit.total_sigma()),
+                "Of single arms (SD)": _of_arms(analysis, comparison),
                 "After pairing (SD)": metric.show_size(fit.sigma, fit.sigma),
                 "Seed correlation": told.replace("-", "−"),
                 "Detectable, 2 arms": metric.show_size(one, one),
@@ -550,9 +561,11 @@ def _noise(analysis: Analysis) -> str:
     if not rows:
         return ""
     note = (
-        "<p class='note'>Detectable: the true difference that this design finds with 80% power at "
-        "5%, for one planned comparison and for all arms against the reference (Bonferroni). Seed "
-        "correlation: the share of a run's variance that its seed carries into every arm.</p>"
+        "<p class='note'>Seed noise: with one variance for all arms, of which the smallest and the "
+        "largest of an arm's own stand beside it. Detectable: the true difference that this design "
+        "finds with 80% power at 5%, for one planned comparison and for all arms against the "
+        "reference (Bonferroni). Seed correlation: the share of a run's variance that its seed "
+        "carries into every arm.</p>"
     )
     return _table(rows) + note
 

@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import stdev
 from typing import Any
 
 from rich.console import Console
+from scipy import stats
 
 from ablate import config
 from ablate.errors import UserError
 from ablate.run import RunFolder
 from ablate.study.child import child_environment
 
-# Nats, where bits may differ: the spread of six runs of one trial (`14m`, 120M tokens, 2 layers of
-# 24 attention) that nothing set apart but the order of sums; docs/measurements.md.
-OTHER_TOLERANCE = {"val_a": 0.0206, "val_b": 0.0115}
-ENOUGH = 5  # reruns whose spread is a tolerance, where train.deterministic is false
+# Nats, where bits may differ: `bound` of six runs of one trial (`14m`, 120M tokens, 2 layers of 24
+# attention) that nothing set apart but the order of sums; docs/measurements.md.
+OTHER_TOLERANCE = {"val_a": 0.026, "val_b": 0.015}
+ENOUGH = 5  # reruns whose `bound` is a tolerance, where train.deterministic is false
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,7 @@ def compare(folder: Path | str) -> Rerun:
     """Train a run folder's config once more, in a process and folder of its own.
 
     What is found is kept in the run folder (`kept`); with train.deterministic=false, once there are
-    `ENOUGH` reruns their spread is the tolerance of later ones. The micro-batch is the recorded
+    `ENOUGH` reruns their `bound` is the tolerance of later ones. The micro-batch is the recorded
     one, whatever would be chosen today.
 
     Raises UserError when the run is not finished or its config is missing.
@@ -74,7 +77,7 @@ def compare(folder: Path | str) -> Rerun:
     before = [r["new"] for r in reruns if r["alike"]]
     alike = why == _VARIES
     if alike and len(before) >= ENOUGH:
-        tolerance, why = spread(old_losses, before), f"the spread of {len(before)} reruns"
+        tolerance, why = bound(old_losses, before), f"95% bound by {len(before)} reruns"
     found = Rerun(old_losses, new_losses, {name: tolerance[name] for name in splits}, why)
     reruns.append({**asdict(found), "same": found.same, "alike": alike})
     by_number = {str(i): r for i, r in enumerate(reruns, 1)}
@@ -89,10 +92,12 @@ def kept(run: RunFolder) -> list[dict[str, Any]]:
     return list((run.evaluation("rerun") or {}).get("reruns", {}).values())
 
 
-def spread(old: dict[str, float], reruns: list[dict[str, float]]) -> dict[str, float]:
-    """Largest difference in nats between any two of the runs, by split."""
+def bound(old: dict[str, float], reruns: list[dict[str, float]]) -> dict[str, float]:
+    """What two more such runs differ by at most, in 95 of 100 cases, in nats by split: Student's t
+    times the standard deviation of a difference."""
     columns = {name: [old[name], *(run[name] for run in reruns)] for name in old}
-    return {name: max(losses) - min(losses) for name, losses in columns.items()}
+    t = float(stats.t.ppf(0.975, len(reruns)))
+    return {name: t * math.sqrt(2) * stdev(losses) for name, losses in columns.items()}
 
 
 def rerun(folder: Path | str, console: Console | None = None, times: int = 1) -> int:
@@ -109,17 +114,20 @@ def rerun(folder: Path | str, console: Console | None = None, times: int = 1) ->
         same = same and found.same
     runs = [r["new"] for r in kept(RunFolder(Path(folder))) if r["alike"]]
     if runs:
-        apart = by_split(spread(found.old, runs))
-        console.print(f"spread of this run and {len(runs)} reruns: {apart}", highlight=False)
+        apart = by_split(bound(found.old, runs))
+        console.print(
+            f"two such runs differ by at most (95%, by {len(runs)} reruns): {apart}",
+            highlight=False,
+        )
     return 0 if same else 1
 
 
 def by_split(nats: dict[str, float]) -> str:
-    """As 0.0206 on val_a, 0.0115 on val_b."""
+    """As 0.026 on val_a, 0.015 on val_b."""
     return ", ".join(f"{value:.3g} on {name}" for name, value in nats.items())
 
 
-_VARIES = f"train.deterministic is false; times={ENOUGH} measures the spread"
+_VARIES = f"train.deterministic is false; times={ENOUGH} measures by how much runs differ"
 
 
 def _tolerance(

@@ -223,7 +223,10 @@ def test_figures_of_the_table_lead_back_to_their_runs(root: Path) -> None:
     assert rows.loc["30 to 50% of the layers can be MLPs", "follows"].startswith("none found")
     assert rows.loc["Half of the layers as MLPs train faster than 5%", "ours"].startswith("+1")
     gap = rows.loc["SSMs fail the phonebook, hybrids match the Transformer"]
-    assert gap["follows"] == "agrees: Mamba-2 fails, the hybrid does not"
+    assert (
+        gap["follows"]
+        == "same direction, in models taught with such texts: Mamba-2 fails, the hybrid does not"
+    )
     smallest = recalled(root, "mamba2, d_state=128", BOOKS[0])[:40].mean().mean()
     assert f"; Mamba-2 already at 5 entries {smallest:.0%}" in gap["ours"]
     one, other = (recalled(root, "mamba2, d_state=128", t) for t in BOOKS)
@@ -340,3 +343,38 @@ print(build._reruns({"a": a, "b": b, "c": c}))
         "1 trial was trained in a and in c: the second less the first on B +0.2000 nats on "
         "average, +0.2000 to +0.2000; none the same to the last bit.",
     ], said.stderr
+
+
+def test_a_study_of_trials_that_another_has_too_is_set_against_it(root: Path) -> None:
+    """The F test against statsmodels' analysis of variance."""
+    code = """
+import numpy as np
+from statsmodels.formula.api import ols
+from statsmodels.stats.anova import anova_lm
+rng = np.random.default_rng(4)
+arms, seeds = (v.ravel() for v in np.meshgrid(list("abcd"), range(3), indexing="ij"))
+both = pd.DataFrame(dict(arm=arms, seed=seeds, val_b_loss=rng.normal(3, 0.1, 12)))
+both["val_b_loss_there"] = both["val_b_loss"] + rng.normal(0, 0.01, 12) + 0.02 * (arms == "a")
+both["change"] = both["val_b_loss"] - both["val_b_loss_there"]
+oracle = anova_lm(ols("change ~ C(arm) + C(seed)", both).fit()).loc["C(arm)", "PR(>F)"]
+print(round(findings.arms_differ(both) / oracle, 9), findings.arms_differ(both[1:]))
+"""
+    said = build(root, f"exec({code!r})")
+    assert said.stdout == "1.0 nan\n", said.stderr
+    code = """
+from dataclasses import replace
+one = findings.Study.read(ROOT / "analysis" / "results" / "attn_ratio")
+frame = one.analysis.frame.copy()
+frame["val_b_loss"] += 0.1 * (frame["arm"] == "attention_share=0") + 1e-6
+two = replace(one, analysis=findings.analyse(frame))
+print(findings.repeated(one, two), findings.repeated(one, one), sep="|")
+"""
+    said = build(root, f"exec({code!r})")
+    told, nothing = said.stdout.rstrip("\n").split("|")
+    assert not nothing
+    assert re.fullmatch(
+        r"Lowest at 12\.5%, there too\. Against attn_ratio, whose runs are of the same 24 trials, "
+        r"differences between arms are not the same \(p = below 0\.001\): 0% less 12\.5% is "
+        r"\+0\.0\d+ .* here and \+0\.1\d+ .* there, in nats\.",
+        told,
+    ), told + said.stderr
