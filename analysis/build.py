@@ -193,10 +193,10 @@ def _reruns(found: dict[str, Study]) -> str:
     after = []
     for study in found.values():
         for key, reruns in _kept(study).items():
-            alike = [again for again in reruns if again.get("alike")]
-            if len(alike) >= ENOUGH:
-                reruns = [again for again in reruns if not again.get("alike")]
+            summed = _alike(reruns)
             for again in reruns:
+                if again in summed:
+                    continue
                 old, new = again["old"].get("val_b"), again["new"].get("val_b")
                 allowed = again["tolerance"]
                 allowed = allowed.get("val_b") if isinstance(allowed, dict) else allowed
@@ -219,13 +219,19 @@ def _kept(study: Study) -> dict[str, list[dict[str, Any]]]:
     return {key: list(content["reruns"].values()) for key, content in contents.items()}
 
 
+def _alike(reruns: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Those that nothing but train.deterministic=false set apart, where they are enough to tell
+    how far such runs lie apart."""
+    alike = [again for again in reruns if again.get("alike")]
+    return alike if len(alike) >= ENOUGH else []
+
+
 def _apart(study: Study) -> list[str]:
-    """How far runs of one trial lie apart, where enough were alike but for what
-    train.deterministic=false leaves open."""
+    """How far runs of one trial lie apart that were `_alike`."""
     found = []
     for key, reruns in _kept(study).items():
-        alike = [again for again in reruns if again.get("alike")]
-        if len(alike) < ENOUGH:
+        alike = _alike(reruns)
+        if not alike:
             continue
         losses = pd.DataFrame([alike[0]["old"], *(again["new"] for again in alike)])
         (arm,) = study.analysis.frame.loc[study.analysis.frame["key"] == key, "arm"]

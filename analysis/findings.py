@@ -485,14 +485,12 @@ def arms_differ(both: pd.DataFrame) -> float:
     """p of the F test that a loss changes alike in all arms between two trainings of the same
     trials, by arms and seeds; NaN unless every arm has every seed, or if no noise is left."""
     changes = both.assign(change=both["val_b_loss"] - both["val_b_loss_there"])
-    table = changes.pivot_table(index="arm", columns="seed", values="change")
-    arms, seeds = table.shape
-    if min(arms, seeds) < 2 or table.isna().any(axis=None):
+    fit = fit_arms(changes["arm"].tolist(), changes["seed"].tolist(), changes["change"])
+    arms, seeds = len(fit.arms), changes["seed"].nunique()
+    if len(changes) < arms * seeds or arms < 2 or not (fit.df > 0 and fit.sigma > 0):
         return math.nan
-    by_arm = table.mean(axis=1) - table.mean(axis=None)
-    rest = table.sub(table.mean(axis=1), axis=0).sub(table.mean() - table.mean(axis=None))
-    left = (rest**2).sum(axis=None) / (seeds - 1)
-    return float(f.sf(seeds * (by_arm**2).sum() / left, arms - 1, (arms - 1) * (seeds - 1)))
+    ratio = seeds * np.var(fit.means, ddof=1) / fit.sigma**2
+    return float(f.sf(ratio, arms - 1, fit.df))
 
 
 def benchmarks(study: Study) -> str:

@@ -381,8 +381,8 @@ def _readme(folder: Path, study: Mapping[str, Any], trials: pd.DataFrame) -> str
     }
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
     plans = [p.name for p in sorted(folder.glob("plan*.txt"))]
-    kept = f"The plan, as the study last went on: {', '.join(f'`{p}`' for p in plans)}.\n\n"
-    kept = kept if plans else ""
+    named = ", ".join(f"`{p}`" for p in plans)
+    kept = f"The plan, as the study last went on: {named}.\n\n" if plans else ""
     command = command_of(_clean(_without_words(study)))
     return (
         f"# {study.get('name', folder.name)}\n\n{study.get('question') or ''}\n\n"

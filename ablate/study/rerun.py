@@ -146,9 +146,8 @@ def _tolerance(
     if step:
         return OTHER_TOLERANCE, f"the micro-batch changed at step {step}: out of memory"
     if cfg.train.deterministic:
-        return dict.fromkeys(
-            OTHER_TOLERANCE, 0.0
-        ), "bit for bit: deterministic, and all else is equal"
+        why = "bit for bit: deterministic, and all else is equal"
+        return dict.fromkeys(OTHER_TOLERANCE, 0.0), why
     return OTHER_TOLERANCE, _VARIES
 
 

@@ -151,7 +151,7 @@ def test_the_spread_of_reruns_is_their_tolerance(
     train(config.load(real(make, tmp_path, **changes)), run)
     found = compare(run.path)
     assert (found.tolerance, found.same) == (OTHER_TOLERANCE, True)
-    assert "times=5 measures" in found.why
+    assert "times=5 measures by how much runs differ" in found.why
     (first,) = kept(run)
     assert first["new"] == found.new
     apart = [{**first["new"], "val_b": first["new"]["val_b"] + 1e-4 * i} for i in range(5)]
