@@ -11,7 +11,6 @@ fewer taps have zero weights in front.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +21,7 @@ from torch import Tensor
 
 from ablate.kernels.dispatch import define_op
 from ablate.kernels.sum_rows_triton import sum_rows
-from ablate.kernels.tiles_triton import contiguous, dense_last, starts
+from ablate.kernels.tiles_triton import batch_unit, contiguous, dense_last, sigmoid, starts
 
 
 @dataclass(frozen=True)
@@ -82,9 +81,32 @@ def _before(
 
 
 @triton.jit
+def _load_row(x_ptr, t, length, inside, FREE: tl.constexpr, WHOLE: tl.constexpr):
+    if FREE and WHOLE:
+        return tl.load(x_ptr).to(tl.float32)
+    elif FREE:
+        return tl.load(x_ptr, mask=inside, other=0.0).to(tl.float32)
+    else:
+        return tl.load(x_ptr, mask=inside & (t < length), other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _load_rows(
+    x_ptr, t, length, X_ROW: tl.constexpr, inside, FREE: tl.constexpr, WHOLE: tl.constexpr
+):
+    """Four rows from t on, all asked for before one is used. FREE: none lies after the end; WHOLE:
+    all channels are inside."""
+    a = _load_row(x_ptr, t, length, inside, FREE, WHOLE)
+    b = _load_row(x_ptr + X_ROW, t + 1, length, inside, FREE, WHOLE)
+    c = _load_row(x_ptr + 2 * X_ROW, t + 2, length, inside, FREE, WHOLE)
+    d = _load_row(x_ptr + 3 * X_ROW, t + 3, length, inside, FREE, WHOLE)
+    return a, b, c, d
+
+
+@triton.jit
 def _forward_row(
-    y_ptr, doc_ptr, x0, x1, x2, x3, w0, w1, w2, w3, bias, t, length, width, channel, inside,
-    SILU: tl.constexpr, DOCS: tl.constexpr,
+    y_ptr, doc_ptr, x0, x1, x2, x3, w0, w1, w2, w3, bias, t, length, inside,
+    SILU: tl.constexpr, DOCS: tl.constexpr, FREE: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     if DOCS:
         start = tl.load(doc_ptr + t, mask=t < length, other=0)
@@ -93,30 +115,36 @@ def _forward_row(
         x3 = tl.where(_seen(t - 3, start), x3, 0.0)
     y = _mix(x0, x1, x2, x3, w0, w1, w2, w3, bias)
     if SILU:
-        y = y / (1.0 + tl.exp(-y))
-    tl.store(y_ptr + channel, y.to(y_ptr.dtype.element_ty), mask=inside & (t < length))
+        y *= sigmoid(y)
+    y = y.to(y_ptr.dtype.element_ty)
+    if FREE and WHOLE:
+        tl.store(y_ptr, y)
+    elif FREE:
+        tl.store(y_ptr, y, mask=inside)
+    else:
+        tl.store(y_ptr, y, mask=inside & (t < length))
 
 
 @triton.jit
 def forward_kernel(
-    x_ptr, w_ptr, b_ptr, state_ptr, doc_ptr, y_ptr,
-    length, x_batch, x_row, width: tl.constexpr,
-    ALIGN: tl.constexpr, TAPS: tl.constexpr, SILU: tl.constexpr, HAS_BIAS: tl.constexpr,
-    HAS_STATE: tl.constexpr, DOCS: tl.constexpr,
+    x_ptr, w_ptr, b_ptr, state_ptr, doc_ptr, y_ptr, length, x_batch,
+    UNIT: tl.constexpr, X_ROW: tl.constexpr, WIDTH: tl.constexpr,
+    TAPS: tl.constexpr, SILU: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_STATE: tl.constexpr,
+    DOCS: tl.constexpr, FREE: tl.constexpr,
     CHANNELS: tl.constexpr, SEGMENT: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    strips: tl.constexpr = (width + CHANNELS - 1) // CHANNELS
+    STRIPS: tl.constexpr = (WIDTH + CHANNELS - 1) // CHANNELS
+    WHOLE: tl.constexpr = WIDTH % CHANNELS == 0
     segments = tl.cdiv(length, SEGMENT)
     pid = tl.program_id(0)
-    first = (pid // strips) % segments * SEGMENT
-    batch = (pid // strips // segments).to(tl.int64)
-    channel = pid % strips * CHANNELS + tl.arange(0, CHANNELS)
-    inside = channel < width
-    # strides arrive divided by their common alignment, so that the compiler knows it
-    x_row = x_row * ALIGN
-    x_ptr += batch * (x_batch * ALIGN) + first.to(tl.int64) * x_row
-    y_ptr += (batch * length + first) * width
-    state_ptr += batch * (TAPS - 1) * width
+    first = (pid // STRIPS) % segments * SEGMENT
+    batch = (pid // STRIPS // segments).to(tl.int64)
+    channel = pid % STRIPS * CHANNELS + tl.arange(0, CHANNELS)
+    inside = channel < WIDTH
+    origin = x_ptr + batch * (x_batch * UNIT)
+    x_ptr = origin + first.to(tl.int64) * X_ROW + channel
+    y_ptr += (batch * length + first) * WIDTH + channel
+    state_ptr += batch * (TAPS - 1) * WIDTH
     doc_ptr += batch * length
     w0, w1, w2, w3 = _taps(w_ptr, channel, inside, TAPS)
     bias = tl.zeros_like(w0)
@@ -126,30 +154,21 @@ def forward_kernel(
     x2 = tl.zeros_like(w0)
     x3 = tl.zeros_like(w0)
     if HAS_STATE or first > 0:
-        origin = x_ptr - first.to(tl.int64) * x_row
-        x3 = _before(origin, state_ptr, first - 3, x_row, channel, inside, width, TAPS, HAS_STATE)
-        x2 = _before(origin, state_ptr, first - 2, x_row, channel, inside, width, TAPS, HAS_STATE)
-        x1 = _before(origin, state_ptr, first - 1, x_row, channel, inside, width, TAPS, HAS_STATE)
+        x3 = _before(origin, state_ptr, first - 3, X_ROW, channel, inside, WIDTH, TAPS, HAS_STATE)
+        x2 = _before(origin, state_ptr, first - 2, X_ROW, channel, inside, WIDTH, TAPS, HAS_STATE)
+        x1 = _before(origin, state_ptr, first - 1, X_ROW, channel, inside, WIDTH, TAPS, HAS_STATE)
     for i in tl.range(0, SEGMENT, 4, num_stages=STAGES):
         t = first + i
-        row = x_ptr + i * x_row + channel
-        a = tl.load(row, mask=inside & (t < length), other=0.0)
-        b = tl.load(row + x_row, mask=inside & (t + 1 < length), other=0.0)
-        c = tl.load(row + 2 * x_row, mask=inside & (t + 2 < length), other=0.0)
-        d = tl.load(row + 3 * x_row, mask=inside & (t + 3 < length), other=0.0)
-        a = a.to(tl.float32)
-        b = b.to(tl.float32)
-        c = c.to(tl.float32)
-        d = d.to(tl.float32)
-        y = y_ptr + i * width
-        _forward_row(y, doc_ptr, a, x1, x2, x3, w0, w1, w2, w3, bias, t, length, width,
-                     channel, inside, SILU, DOCS)  # fmt: skip
-        _forward_row(y + width, doc_ptr, b, a, x1, x2, w0, w1, w2, w3, bias, t + 1, length, width,
-                     channel, inside, SILU, DOCS)  # fmt: skip
-        _forward_row(y + 2 * width, doc_ptr, c, b, a, x1, w0, w1, w2, w3, bias, t + 2, length,
-                     width, channel, inside, SILU, DOCS)  # fmt: skip
-        _forward_row(y + 3 * width, doc_ptr, d, c, b, a, w0, w1, w2, w3, bias, t + 3, length,
-                     width, channel, inside, SILU, DOCS)  # fmt: skip
+        a, b, c, d = _load_rows(x_ptr + i * X_ROW, t, length, X_ROW, inside, FREE, WHOLE)
+        y = y_ptr + i * WIDTH
+        _forward_row(y, doc_ptr, a, x1, x2, x3, w0, w1, w2, w3, bias, t, length, inside,
+                     SILU, DOCS, FREE, WHOLE)  # fmt: skip
+        _forward_row(y + WIDTH, doc_ptr, b, a, x1, x2, w0, w1, w2, w3, bias, t + 1, length,
+                     inside, SILU, DOCS, FREE, WHOLE)  # fmt: skip
+        _forward_row(y + 2 * WIDTH, doc_ptr, c, b, a, x1, w0, w1, w2, w3, bias, t + 2, length,
+                     inside, SILU, DOCS, FREE, WHOLE)  # fmt: skip
+        _forward_row(y + 3 * WIDTH, doc_ptr, d, c, b, a, w0, w1, w2, w3, bias, t + 3, length,
+                     inside, SILU, DOCS, FREE, WHOLE)  # fmt: skip
         x1 = d
         x2 = c
         x3 = b
@@ -158,9 +177,9 @@ def forward_kernel(
 @triton.jit
 def _backward_row(
     dx_ptr, dstate_ptr, doc_ptr, x0, x1, x2, x3, dy, w0, w1, w2, w3, bias,
-    p1, p2, p3, g0, g1, g2, g3, gb, t, first, last, length, width, channel, inside,
+    p1, p2, p3, g0, g1, g2, g3, gb, t, first, last, length, WIDTH: tl.constexpr, channel, inside,
     TAPS: tl.constexpr, SILU: tl.constexpr, HAS_STATE: tl.constexpr, DOCS: tl.constexpr,
-    COUNT: tl.constexpr,
+    COUNT: tl.constexpr, FREE: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """One more row: finishes row t-3 of dx, adds to the weight sums where the row is our own."""
     if DOCS:
@@ -174,8 +193,9 @@ def _backward_row(
     d = dy
     if SILU:
         pre = _mix(x0, x1, x2, x3, w0, w1, w2, w3, bias)
-        gate = 1.0 / (1.0 + tl.exp(-pre))
-        d = dy * (gate + pre * gate * (1.0 - gate))
+        gate = sigmoid(pre)
+        silu = gate * pre
+        d = dy * (gate + (silu - gate * silu))
     if COUNT:
         g3 += d * x0
         g2 += d * x1
@@ -194,13 +214,17 @@ def _backward_row(
     p2 = p1 + w2 * d1
     p1 = w3 * d
     row = t - 3
-    mask = inside & (row >= first) & (row < last)
-    tl.store(dx_ptr + channel, out.to(dx_ptr.dtype.element_ty), mask=mask)
+    mask = row >= first
+    if not FREE:
+        mask = mask & (row < last)
+    if not WHOLE:
+        mask = inside & mask
+    tl.store(dx_ptr, out.to(dx_ptr.dtype.element_ty), mask=mask)
     if HAS_STATE:
         state_row = row + (TAPS - 1)
         mask = inside & (row < 0) & (state_row >= 0)
         tl.store(
-            dstate_ptr + state_row * width + channel, out.to(dstate_ptr.dtype.element_ty), mask=mask
+            dstate_ptr + state_row * WIDTH + channel, out.to(dstate_ptr.dtype.element_ty), mask=mask
         )
     return p1, p2, p3, g0, g1, g2, g3, gb
 
@@ -208,69 +232,58 @@ def _backward_row(
 @triton.jit
 def _backward_rows(
     x_ptr, dy_ptr, dx_ptr, dstate_ptr, doc_ptr, x1, x2, x3, w0, w1, w2, w3, bias,
-    p1, p2, p3, g0, g1, g2, g3, gb, i, first, last, length, x_row, dy_row, dx_row,
-    width: tl.constexpr, channel, inside,
-    TAPS: tl.constexpr, SILU: tl.constexpr, HAS_STATE: tl.constexpr, DOCS: tl.constexpr,
-    COUNT: tl.constexpr,
+    p1, p2, p3, g0, g1, g2, g3, gb, i, first, last, length,
+    X_ROW: tl.constexpr, DY_ROW: tl.constexpr, DX_ROW: tl.constexpr, WIDTH: tl.constexpr,
+    channel, inside, TAPS: tl.constexpr, SILU: tl.constexpr, HAS_STATE: tl.constexpr,
+    DOCS: tl.constexpr, COUNT: tl.constexpr, FREE: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     t = first + i
-    row = x_ptr + i * x_row + channel
-    dy = dy_ptr + i * dy_row + channel
-    a = tl.load(row, mask=inside & (t < length), other=0.0)
-    b = tl.load(row + x_row, mask=inside & (t + 1 < length), other=0.0)
-    c = tl.load(row + 2 * x_row, mask=inside & (t + 2 < length), other=0.0)
-    d = tl.load(row + 3 * x_row, mask=inside & (t + 3 < length), other=0.0)
-    e = tl.load(dy, mask=inside & (t < length), other=0.0)
-    f = tl.load(dy + dy_row, mask=inside & (t + 1 < length), other=0.0)
-    g = tl.load(dy + 2 * dy_row, mask=inside & (t + 2 < length), other=0.0)
-    h = tl.load(dy + 3 * dy_row, mask=inside & (t + 3 < length), other=0.0)
-    a = a.to(tl.float32)
-    b = b.to(tl.float32)
-    c = c.to(tl.float32)
-    d = d.to(tl.float32)
-    dx = dx_ptr + (i - 3) * dx_row
+    a, b, c, d = _load_rows(x_ptr + i * X_ROW, t, length, X_ROW, inside, FREE, WHOLE)
+    e, f, g, h = _load_rows(dy_ptr + i * DY_ROW, t, length, DY_ROW, inside, FREE, WHOLE)
+    dx = dx_ptr + (i - 3) * DX_ROW
     p1, p2, p3, g0, g1, g2, g3, gb = _backward_row(
-        dx, dstate_ptr, doc_ptr, a, x1, x2, x3, e.to(tl.float32), w0, w1, w2, w3, bias,
-        p1, p2, p3, g0, g1, g2, g3, gb, t, first, last, length, width, channel, inside,
-        TAPS, SILU, HAS_STATE, DOCS, COUNT)  # fmt: skip
+        dx, dstate_ptr, doc_ptr, a, x1, x2, x3, e, w0, w1, w2, w3, bias,
+        p1, p2, p3, g0, g1, g2, g3, gb, t, first, last, length, WIDTH, channel, inside,
+        TAPS, SILU, HAS_STATE, DOCS, COUNT, FREE, WHOLE)  # fmt: skip
     p1, p2, p3, g0, g1, g2, g3, gb = _backward_row(
-        dx + dx_row, dstate_ptr, doc_ptr, b, a, x1, x2, f.to(tl.float32), w0, w1, w2, w3, bias,
-        p1, p2, p3, g0, g1, g2, g3, gb, t + 1, first, last, length, width, channel, inside,
-        TAPS, SILU, HAS_STATE, DOCS, COUNT)  # fmt: skip
+        dx + DX_ROW, dstate_ptr, doc_ptr, b, a, x1, x2, f, w0, w1, w2, w3, bias,
+        p1, p2, p3, g0, g1, g2, g3, gb, t + 1, first, last, length, WIDTH, channel, inside,
+        TAPS, SILU, HAS_STATE, DOCS, COUNT, FREE, WHOLE)  # fmt: skip
     p1, p2, p3, g0, g1, g2, g3, gb = _backward_row(
-        dx + 2 * dx_row, dstate_ptr, doc_ptr, c, b, a, x1, g.to(tl.float32), w0, w1, w2, w3, bias,
-        p1, p2, p3, g0, g1, g2, g3, gb, t + 2, first, last, length, width, channel, inside,
-        TAPS, SILU, HAS_STATE, DOCS, COUNT)  # fmt: skip
+        dx + 2 * DX_ROW, dstate_ptr, doc_ptr, c, b, a, x1, g, w0, w1, w2, w3, bias,
+        p1, p2, p3, g0, g1, g2, g3, gb, t + 2, first, last, length, WIDTH, channel, inside,
+        TAPS, SILU, HAS_STATE, DOCS, COUNT, FREE, WHOLE)  # fmt: skip
     p1, p2, p3, g0, g1, g2, g3, gb = _backward_row(
-        dx + 3 * dx_row, dstate_ptr, doc_ptr, d, c, b, a, h.to(tl.float32), w0, w1, w2, w3, bias,
-        p1, p2, p3, g0, g1, g2, g3, gb, t + 3, first, last, length, width, channel, inside,
-        TAPS, SILU, HAS_STATE, DOCS, COUNT)  # fmt: skip
+        dx + 3 * DX_ROW, dstate_ptr, doc_ptr, d, c, b, a, h, w0, w1, w2, w3, bias,
+        p1, p2, p3, g0, g1, g2, g3, gb, t + 3, first, last, length, WIDTH, channel, inside,
+        TAPS, SILU, HAS_STATE, DOCS, COUNT, FREE, WHOLE)  # fmt: skip
     return d, c, b, p1, p2, p3, g0, g1, g2, g3, gb
 
 
 @triton.jit
 def backward_kernel(
     x_ptr, w_ptr, b_ptr, state_ptr, doc_ptr, dy_ptr, dx_ptr, dstate_ptr, partial_ptr,
-    length, x_batch, x_row, dy_batch, dy_row, dx_batch, dx_row, width: tl.constexpr,
-    ALIGN: tl.constexpr, DY_ALIGN: tl.constexpr, DX_ALIGN: tl.constexpr, TAPS: tl.constexpr,
-    SILU: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_STATE: tl.constexpr, DOCS: tl.constexpr,
+    length, x_batch, dy_batch, dx_batch,
+    UNIT: tl.constexpr, X_ROW: tl.constexpr, DY_ROW: tl.constexpr, DX_ROW: tl.constexpr,
+    WIDTH: tl.constexpr, TAPS: tl.constexpr, SILU: tl.constexpr, HAS_BIAS: tl.constexpr,
+    HAS_STATE: tl.constexpr, DOCS: tl.constexpr, FREE: tl.constexpr,
     CHANNELS: tl.constexpr, SEGMENT: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    strips: tl.constexpr = (width + CHANNELS - 1) // CHANNELS
+    STRIPS: tl.constexpr = (WIDTH + CHANNELS - 1) // CHANNELS
+    WHOLE: tl.constexpr = WIDTH % CHANNELS == 0
     segments = tl.cdiv(length, SEGMENT)
     pid = tl.program_id(0)
-    first = (pid // strips) % segments * SEGMENT
-    batch = (pid // strips // segments).to(tl.int64)
-    channel = pid % strips * CHANNELS + tl.arange(0, CHANNELS)
-    inside = channel < width
-    x_row = x_row * ALIGN
-    dy_row = dy_row * DY_ALIGN
-    x_ptr += batch * (x_batch * ALIGN) + first.to(tl.int64) * x_row
-    dy_ptr += batch * (dy_batch * DY_ALIGN) + first.to(tl.int64) * dy_row
-    dx_row = dx_row * DX_ALIGN
-    dx_ptr += batch * (dx_batch * DX_ALIGN) + first.to(tl.int64) * dx_row
-    state_ptr += batch * (TAPS - 1) * width
-    dstate_ptr += batch * (TAPS - 1) * width
+    first = (pid // STRIPS) % segments * SEGMENT
+    batch = (pid // STRIPS // segments).to(tl.int64)
+    channel = pid % STRIPS * CHANNELS + tl.arange(0, CHANNELS)
+    inside = channel < WIDTH
+    wide = first.to(tl.int64)
+    origin = x_ptr + batch * (x_batch * UNIT)
+    x_ptr = origin + wide * X_ROW + channel
+    dy_ptr += batch * (dy_batch * UNIT) + wide * DY_ROW + channel
+    dx_ptr += batch * (dx_batch * UNIT) + wide * DX_ROW + channel
+    state_ptr += batch * (TAPS - 1) * WIDTH
+    dstate_ptr += batch * (TAPS - 1) * WIDTH
     doc_ptr += batch * length
     w0, w1, w2, w3 = _taps(w_ptr, channel, inside, TAPS)
     bias = tl.zeros_like(w0)
@@ -280,10 +293,9 @@ def backward_kernel(
     x2 = tl.zeros_like(w0)
     x3 = tl.zeros_like(w0)
     if HAS_STATE or first > 0:
-        origin = x_ptr - first.to(tl.int64) * x_row
-        x3 = _before(origin, state_ptr, first - 3, x_row, channel, inside, width, TAPS, HAS_STATE)
-        x2 = _before(origin, state_ptr, first - 2, x_row, channel, inside, width, TAPS, HAS_STATE)
-        x1 = _before(origin, state_ptr, first - 1, x_row, channel, inside, width, TAPS, HAS_STATE)
+        x3 = _before(origin, state_ptr, first - 3, X_ROW, channel, inside, WIDTH, TAPS, HAS_STATE)
+        x2 = _before(origin, state_ptr, first - 2, X_ROW, channel, inside, WIDTH, TAPS, HAS_STATE)
+        x1 = _before(origin, state_ptr, first - 1, X_ROW, channel, inside, WIDTH, TAPS, HAS_STATE)
     p1 = tl.zeros_like(w0)
     p2 = tl.zeros_like(w0)
     p3 = tl.zeros_like(w0)
@@ -296,26 +308,19 @@ def backward_kernel(
     for i in tl.range(0, SEGMENT, 4, num_stages=STAGES):
         x1, x2, x3, p1, p2, p3, g0, g1, g2, g3, gb = _backward_rows(
             x_ptr, dy_ptr, dx_ptr, dstate_ptr, doc_ptr, x1, x2, x3, w0, w1, w2, w3, bias,
-            p1, p2, p3, g0, g1, g2, g3, gb, i, first, last, length, x_row, dy_row, dx_row, width,
-            channel, inside, TAPS, SILU, HAS_STATE, DOCS, True)  # fmt: skip
+            p1, p2, p3, g0, g1, g2, g3, gb, i, first, last, length, X_ROW, DY_ROW, DX_ROW, WIDTH,
+            channel, inside, TAPS, SILU, HAS_STATE, DOCS, True, FREE, WHOLE)  # fmt: skip
     # three rows of the next segment finish our last three rows of dx
     _backward_rows(
         x_ptr, dy_ptr, dx_ptr, dstate_ptr, doc_ptr, x1, x2, x3, w0, w1, w2, w3, bias,
-        p1, p2, p3, g0, g1, g2, g3, gb, SEGMENT, first, last, length, x_row, dy_row, dx_row,
-        width, channel, inside, TAPS, SILU, HAS_STATE, DOCS, False)  # fmt: skip
-    out = partial_ptr + (pid // strips).to(tl.int64) * (5 * width) + channel
+        p1, p2, p3, g0, g1, g2, g3, gb, SEGMENT, first, last, length, X_ROW, DY_ROW, DX_ROW,
+        WIDTH, channel, inside, TAPS, SILU, HAS_STATE, DOCS, False, False, WHOLE)  # fmt: skip
+    out = partial_ptr + (pid // STRIPS).to(tl.int64) * (5 * WIDTH) + channel
     tl.store(out, g0, mask=inside)
-    tl.store(out + width, g1, mask=inside)
-    tl.store(out + 2 * width, g2, mask=inside)
-    tl.store(out + 3 * width, g3, mask=inside)
-    tl.store(out + 4 * width, gb, mask=inside)
-
-
-def _strides(t: Tensor) -> tuple[int, int, int]:
-    """Batch and row stride divided by the power of two that both share, and that power."""
-    batch, row = t.stride(0), t.stride(1)
-    align = math.gcd(batch, row, 16)
-    return batch // align, row // align, align
+    tl.store(out + WIDTH, g1, mask=inside)
+    tl.store(out + 2 * WIDTH, g2, mask=inside)
+    tl.store(out + 3 * WIDTH, g3, mask=inside)
+    tl.store(out + 4 * WIDTH, gb, mask=inside)
 
 
 def forward(
@@ -325,13 +330,14 @@ def forward(
     config = FORWARD
     batch, length, width = x.shape
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    x_batch, x_row, align = _strides(x)
+    unit = batch_unit(x)
     programs = batch * triton.cdiv(length, config.segment) * triton.cdiv(width, config.channels)
     forward_kernel[(programs,)](
         x, weight, x if bias is None else bias, x if state is None else state,
-        x if doc is None else doc, y, length, x_batch, x_row, width,
-        ALIGN=align, TAPS=weight.shape[1], SILU=silu, HAS_BIAS=bias is not None,
-        HAS_STATE=state is not None, DOCS=doc is not None,
+        x if doc is None else doc, y, length, x.stride(0) // unit,
+        UNIT=unit, X_ROW=x.stride(1), WIDTH=width, TAPS=weight.shape[1], SILU=silu,
+        HAS_BIAS=bias is not None, HAS_STATE=state is not None, DOCS=doc is not None,
+        FREE=length % config.segment == 0,
         CHANNELS=config.channels, SEGMENT=config.segment, STAGES=config.stages,
         num_warps=config.warps,
     )  # fmt: skip
@@ -351,15 +357,15 @@ def gradients(
     d_state = x.new_empty((batch, taps - 1, width) if state is not None else (0,))
     blocks = batch * triton.cdiv(length, config.segment)
     partial = torch.empty(blocks, 5 * width, dtype=torch.float32, device=x.device)
-    x_batch, x_row, align = _strides(x)
-    dy_batch, dy_row, dy_align = _strides(dy)
-    dx_batch, dx_row, dx_align = _strides(dx)
+    unit = batch_unit(x, dy, dx)
     backward_kernel[(blocks * triton.cdiv(width, config.channels),)](
         x, weight, x if bias is None else bias, x if state is None else state,
-        x if doc is None else doc, dy, dx, d_state, partial, length, x_batch, x_row, dy_batch,
-        dy_row, dx_batch, dx_row, width, ALIGN=align, DY_ALIGN=dy_align, DX_ALIGN=dx_align,
+        x if doc is None else doc, dy, dx, d_state, partial, length,
+        x.stride(0) // unit, dy.stride(0) // unit, dx.stride(0) // unit,
+        UNIT=unit, X_ROW=x.stride(1), DY_ROW=dy.stride(1), DX_ROW=dx.stride(1), WIDTH=width,
         TAPS=taps, SILU=silu, HAS_BIAS=bias is not None, HAS_STATE=state is not None,
-        DOCS=doc is not None, CHANNELS=config.channels, SEGMENT=config.segment,
+        DOCS=doc is not None, FREE=length % config.segment == 0,
+        CHANNELS=config.channels, SEGMENT=config.segment,
         STAGES=config.stages, num_warps=config.warps,
     )  # fmt: skip
     return sum_rows(partial, torch.float32).view(5, width), d_state

@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ablate.kernels.dispatch import define_op
+from ablate.kernels.tiles_triton import LOG2E
 
 # Logits of one chunk. Large chunks cost fewer passes over the float32 weight gradient and fill the
 # multiprocessors in the products (16,384 rows at V=50,304 make 2.9 even waves of d_x tiles).
@@ -38,30 +39,49 @@ CONFIG = Config(block=8192, warps=16)
 
 
 @triton.jit
+def _add_exponentials(highest, total, x):
+    """The running maximum of each strip of eight columns, and its sum of exp(x - maximum)."""
+    new = tl.maximum(highest, tl.max(x, 1))
+    safe = tl.where(new == float("-inf"), 0.0, new) * LOG2E
+    # eight neighbours sit in one thread: one rescaling for eight exponentials
+    total *= tl.exp2(highest * LOG2E - safe)
+    return new, total + tl.sum(tl.exp2(x * LOG2E - safe[:, None]), 1)
+
+
+@triton.jit
+def _store_gradient(logits_ptr, x, lse, slope, mask):
+    """Of every logit but the target's, which lacks -1."""
+    g = tl.exp2(x.to(tl.float32) * LOG2E - lse * LOG2E) * slope
+    tl.store(logits_ptr, g.to(logits_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
 def logits_kernel(
     logits_ptr, target_ptr, loss_ptr, vocabulary, row_stride, z_loss, ignore_index,
     GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One row: its loss, and its logits replaced by d(loss)/d(logits)."""
+    """One row: its loss, and its logits replaced by d(loss)/d(logits). Blocks of columns that are
+    whole are read without masks, and the target's logit is corrected last: a comparison of each
+    column with it would cost as much as its exponential."""
     row = tl.program_id(0).to(tl.int64)
     logits_ptr += row * row_stride * 8
     padded = tl.cdiv(vocabulary, 8) * 8  # rows are padded, so that loads stay 16 bytes wide
     target = tl.load(target_ptr + row)
     keep = (target != ignore_index) & (target >= 0) & (target < vocabulary)
     column = tl.arange(0, BLOCK)
+    whole = vocabulary // BLOCK * BLOCK
     if keep:
         highest = tl.full([BLOCK // 8], float("-inf"), tl.float32)
         total = tl.zeros([BLOCK // 8], tl.float32)
         strip = tl.arange(0, BLOCK // 8)[:, None] * 8 + tl.arange(0, 8)[None, :]
-        for start in range(0, vocabulary, BLOCK):
-            index = start + strip
+        for start in range(0, whole, BLOCK):
+            x = tl.load(logits_ptr + start + strip, eviction_policy="evict_last")
+            highest, total = _add_exponentials(highest, total, x.to(tl.float32))
+        if whole < vocabulary:
+            index = whole + strip
             x = tl.load(logits_ptr + index, mask=index < padded, eviction_policy="evict_last")
             x = tl.where(index < vocabulary, x.to(tl.float32), float("-inf"))
-            # eight neighbours sit in one thread: one rescaling for eight exponentials
-            new = tl.maximum(highest, tl.max(x, 1))
-            safe = tl.where(new == float("-inf"), 0.0, new)
-            total = total * tl.exp(highest - safe) + tl.sum(tl.exp(x - safe[:, None]), 1)
-            highest = new
+            highest, total = _add_exponentials(highest, total, x)
         top = tl.max(highest, 0)
         lse = top + tl.log(tl.sum(total * tl.exp(highest - top), 0))
         picked = tl.load(logits_ptr + target).to(tl.float32)
@@ -69,11 +89,16 @@ def logits_kernel(
         if GRADIENT:
             tl.debug_barrier()  # every thread has read the picked logit before it is overwritten
             slope = 1.0 + 2.0 * z_loss * lse
-            for start in range(0, vocabulary, BLOCK):
-                index = start + column
-                x = tl.load(logits_ptr + index, mask=index < padded, other=0.0).to(tl.float32)
-                g = tl.exp(x - lse) * slope - tl.where(index == target, 1.0, 0.0)
-                tl.store(logits_ptr + index, g.to(logits_ptr.dtype.element_ty), mask=index < padded)
+            for start in range(0, whole, BLOCK):
+                at = logits_ptr + start + column
+                _store_gradient(at, tl.load(at), lse, slope, None)
+            if whole < vocabulary:
+                at = logits_ptr + whole + column
+                mask = whole + column < padded
+                _store_gradient(at, tl.load(at, mask=mask, other=0.0), lse, slope, mask)
+            tl.debug_barrier()
+            g = tl.exp(picked - lse) * slope - 1.0
+            tl.store(logits_ptr + target, g.to(logits_ptr.dtype.element_ty))
     else:
         tl.store(loss_ptr + row, 0.0)
         if GRADIENT:

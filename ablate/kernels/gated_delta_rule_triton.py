@@ -40,6 +40,7 @@ from torch import Tensor
 from ablate.kernels.dispatch import define_op
 from ablate.kernels.gated_delta_rule import NORM_EPS, STRONGEST
 from ablate.kernels.tiles_triton import (
+    LOG2E,
     batch_unit,
     contiguous,
     dense_last,
@@ -148,7 +149,7 @@ def _prepare_kernel(
         rk = 1.0 / tl.sqrt(tl.sum(tl.where(own, kk, 0.0), axis=1) + eps)
     decay = tl.load(decay_ptr + rows * DECAY_STRIDE_L, mask=inside, other=0.0).to(tl.float32)
     beta = tl.load(beta_ptr + rows * BETA_STRIDE_L, mask=inside, other=0.0).to(tl.float32)
-    cum = tl.cumsum(tl.maximum(decay, strongest) * 1.4426950408889634, axis=0)
+    cum = tl.cumsum(tl.maximum(decay, strongest) * LOG2E, axis=0)
     total = tl.sum(tl.where(rows == Q - 1, cum, 0.0), axis=0)
     seen = tl.exp2(cum)
     leaves = tl.exp2(tl.minimum(total - cum, 0.0))

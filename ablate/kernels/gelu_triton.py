@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ablate.kernels.dispatch import define_op
+from ablate.kernels.tiles_triton import LOG2E, reciprocal
 
 BLOCK = 4096
 WARPS = 8
@@ -27,12 +28,12 @@ WARPS = 8
 def _normal(x):
     """Phi(x), and exp(-x^2 / 2)."""
     z = tl.abs(x) * 0.7071067811865476
-    t = 1.0 / (1.0 + 0.3275911 * z)
+    t = reciprocal(1.0 + 0.3275911 * z)
     tail = 1.061405429 * t - 1.453152027
     tail = tail * t + 1.421413741
     tail = tail * t - 0.284496736
     tail = tail * t + 0.254829592
-    bell = tl.exp2(z * z * -1.4426950408889634)
+    bell = tl.exp2(z * z * -LOG2E)
     half = 0.5 * t * tail * bell  # Phi(-|x|)
     return tl.where(x < 0, half, 1.0 - half), bell
 

@@ -38,6 +38,7 @@ from torch import Tensor
 from ablate.kernels.dispatch import define_op
 from ablate.kernels.gla import CHUNK, FORGET
 from ablate.kernels.tiles_triton import (
+    LOG2E,
     batch_unit,
     before_90,
     contiguous,
@@ -120,7 +121,7 @@ def _sums(spans, x, acc, PIECES: tl.constexpr):
 def _decay(spans, g, PIECES: tl.constexpr):
     """exp of sums of g, which are at most zero."""
     zero = tl.zeros(g.shape, tl.float32)
-    return tl.exp2(_sums(spans, g, zero, PIECES) * 1.4426950408889634)
+    return tl.exp2(_sums(spans, g, zero, PIECES) * LOG2E)
 
 
 @triton.jit
@@ -163,7 +164,7 @@ def _pairs_kernel(
         g = tl.maximum(g.to(tl.float32), FORGET).to(g.dtype)
         q = load_tile(q_ptr, rows, cols, left, K, Q_ROW, FULL, FULL_K)
         k = load_tile(k_ptr, rows, cols, left, K, K_ROW, FULL, FULL_K)
-        keep = tl.exp2(tl.sum(g.to(tl.float32), axis=0) * 1.4426950408889634)
+        keep = tl.exp2(tl.sum(g.to(tl.float32), axis=0) * LOG2E)
         after = _decay(tl.load(spans + (BITS + 1) * Q * Q), g, PIECES)
         late = (k.to(tl.float32) * after).to(q.dtype)
         before = _decay(tl.load(spans + BITS * Q * Q), g, PIECES) * scale
@@ -395,7 +396,7 @@ def _grad_kernel(
     q = load_tile(q_ptr, rows, cols, left, K, Q_ROW, FULL, FULL_K)
     k = load_tile(k_ptr, rows, cols, left, K, K_ROW, FULL, FULL_K)
     through = tl.load(through_ptr + at * K + cols, mask=cols < K, other=0.0)
-    keep = tl.exp2(tl.sum(g.to(tl.float32), axis=0) * 1.4426950408889634)
+    keep = tl.exp2(tl.sum(g.to(tl.float32), axis=0) * LOG2E)
     spans = spans_ptr + t * Q + r
     until, beyond = tl.load(spans + BITS * Q * Q), tl.load(spans + (BITS + 1) * Q * Q)
     before, after = _decay(until, g, PIECES) * scale, _decay(beyond, g, PIECES)

@@ -77,8 +77,9 @@ def _backward(
     conv_weight: Tensor, conv_bias: Tensor | None, A_log: Tensor, D: Tensor,
     norm_weight: Tensor | None, doc: Tensor | None, groups: int, eps: float, norm_group: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """The gradients of zxbcdt, of the taps and the bias (5, C), of A_log and dt_bias (rows 0 and 1
-    of the sums), of D, and of the norm's weight (empty without one)."""
+    """The gradients of zxbcdt, of the taps and the bias (5, C), of A_log, dt_bias and D (H,) (the
+    rows of the sums), of D (H, P) (empty for D (H,)), and of the norm's weight (empty without
+    one)."""
     n_heads, head_dim = y.shape[2:]
     inner = n_heads * head_dim
     channels = conv.shape[2]
@@ -98,7 +99,7 @@ def _backward(
     parts, through = ssd.gradients(x, dy, B, C, D, dts, doc, states, dstates, dx, dB, dC)
     sums = ssd.step_size_gradients(parts, through, dts, A_log, ddt, True, D.ndim == 1, log_a=True)
     taps, _ = conv1d.gradients(dconv, xbc, conv_weight, conv_bias, True, None, doc, dxbc)
-    return dzxbcdt, taps, sums, ssd.skip_gradient(x, dy, D, sums), d_norm
+    return dzxbcdt, taps, sums, ssd.skip_gradient(x, dy, D), d_norm
 
 
 def _backward_fake(
@@ -108,7 +109,7 @@ def _backward_fake(
         zxbcdt.new_empty(zxbcdt.shape),
         dts.new_empty((5, conv.shape[2])),
         dts.new_empty((3, y.shape[2])),
-        dts.new_empty(D.shape),
+        dts.new_empty(D.shape if D.ndim == 2 else 0),
         dts.new_empty(0) if norm_weight is None else norm_weight.new_empty(norm_weight.shape),
     )
 
@@ -160,7 +161,7 @@ class _Mamba2Core(torch.autograd.Function):
             None if conv_bias is None else taps[4].to(conv_bias.dtype),
             sums[1].to(ctx.dt_bias_dtype),
             sums[0].to(A_log.dtype),
-            dD.to(D.dtype),
+            (sums[2] if D.ndim == 1 else dD).to(D.dtype),
             None if norm_weight is None else d_norm,
             *(None,) * 5,
         )

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ablate.kernels.dispatch import INTERPRET, define_op
 from ablate.kernels.sum_rows_triton import sum_rows
-from ablate.kernels.tiles_triton import contiguous, dense_last
+from ablate.kernels.tiles_triton import contiguous, dense_last, sigmoid
 
 
 @dataclass(frozen=True)
@@ -74,26 +74,6 @@ def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-APPROXIMATE = tl.constexpr(not INTERPRET)  # the interpreter runs no assembly
-
-
-@triton.jit
-def _sigmoid(z):
-    # exp and the division that Triton emits spend six more instructions on denormal results, which
-    # a kernel that is bound by its instructions feels; both are right to 2 ulp
-    e = tl.exp2(z * -1.4426950408889634)
-    if APPROXIMATE:
-        e = tl.inline_asm_elementwise(
-            "ex2.approx.ftz.f32 $0, $1;", "=f,f", [z * -1.4426950408889634], tl.float32, True, 1
-        )
-        gate = tl.inline_asm_elementwise(
-            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [1.0 + e], tl.float32, True, 1
-        )
-    else:
-        gate = 1.0 / (1.0 + e)
-    return gate
-
-
 @triton.jit
 def _add_pairs(a, b, c, d):
     return a + c, b + d
@@ -115,7 +95,7 @@ def gated_forward_kernel(
     z_offset = (row * z_row * Z_ALIGN)[:, None] + column[None, :]
     x = tl.load(x_ptr + x_offset, mask=mask, other=0.0).to(tl.float32)
     z = tl.load(z_ptr + z_offset, mask=mask, other=0.0).to(tl.float32)
-    gate = z * _sigmoid(z)
+    gate = z * sigmoid(z)
     y = x
     if not GATE_AFTER:
         y = x * gate
@@ -143,7 +123,7 @@ def _gated_load(x_ptr, z_ptr, dy_ptr, row, x_row, z_row, dy_row, column, mask):
 def _gated_terms(x, z, dy, w, GATE_AFTER: tl.constexpr):
     """SiLU and its slope, what is normalised, what of dy the norm's output sees, and that times w,
     the gradient of the norm without its weight."""
-    gate = _sigmoid(z)
+    gate = sigmoid(z)
     silu = z * gate
     slope = gate + silu * (1.0 - gate)
     if GATE_AFTER:

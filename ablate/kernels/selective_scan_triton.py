@@ -34,7 +34,7 @@ from torch import Tensor
 
 from ablate.kernels.dispatch import define_op
 from ablate.kernels.sum_rows_triton import sum_rows
-from ablate.kernels.tiles_triton import contiguous, dense_last, starts
+from ablate.kernels.tiles_triton import LOG2E, contiguous, dense_last, sigmoid, starts
 
 
 @dataclass(frozen=True)
@@ -245,7 +245,7 @@ def _forward_kernel(
     if SAVE:
         saved_ptr += b * n_spans * (D * N)
 
-    A = tl.load(A_ptr + tile, mask=inside, other=0.0).to(tl.float32) * 1.4426950408889634
+    A = tl.load(A_ptr + tile, mask=inside, other=0.0).to(tl.float32) * LOG2E
     h = tl.zeros((BD, BN), tl.float32)
     if PASS != 1 and HAS_FIRST:
         h += tl.load(first_ptr + b * (D * N) + tile, mask=inside, other=0.0).to(tl.float32)
@@ -303,7 +303,7 @@ def _forward_kernel(
             if HAS_D:
                 y += _channel(D_ptr, d, D, FULL_D) * u
             if HAS_Z:
-                y *= z / (1.0 + tl.exp(-z))
+                y *= z * sigmoid(z)
             _store(y_ptr + wide * D, y, t, d, left, D, D)
     if PASS == 1:
         at = b * n_segments + segment
@@ -350,7 +350,7 @@ def _backward_kernel(
         doc_ptr += b * length
     dBC_ptr += tl.program_id(0).to(tl.int64) * 2 * plane
 
-    A = tl.load(A_ptr + tile, mask=inside, other=0.0).to(tl.float32) * 1.4426950408889634
+    A = tl.load(A_ptr + tile, mask=inside, other=0.0).to(tl.float32) * LOG2E
     # g: the gradient of the state, from the tokens after it
     g = tl.zeros((BD, BN), tl.float32)
     if PASS != 1 and HAS_LAST:
@@ -391,7 +391,7 @@ def _backward_kernel(
         if HAS_Z:
             z = next_z.to(tl.float32)
             next_z = _load(z_ptr + far * Z_ROW, t, d, length - after, D, Z_ROW, FULL, FULL_D)
-            gate = 1.0 / (1.0 + tl.exp(-z))
+            gate = sigmoid(z)
             dgate = dy * (gate * (1.0 + z * (1.0 - gate)))
             dy *= z * gate
         B, C = B_ptr + token * N, C_ptr + token * N

@@ -33,6 +33,7 @@ from torch import Tensor
 from ablate.kernels.dispatch import define_op
 from ablate.kernels.sum_rows_triton import sum_rows
 from ablate.kernels.tiles_triton import (
+    LOG2E,
     batch_unit,
     before_90,
     dense_rows,
@@ -42,6 +43,7 @@ from ablate.kernels.tiles_triton import (
 )
 
 Q = 64
+BAND = tl.constexpr(16)  # rows of a product that one warp holds
 COLUMNS = 64  # of a state, for one program of a kernel that splits them
 ONE = 1
 """Bound of a loop over one head. With a bound that the compiler knows there is no loop, and in what
@@ -77,7 +79,7 @@ def _dt_kernel(
     rate = tl.load(A_ptr + heads, mask=heads < H, other=0.0).to(tl.float32)
     if LOG_A:
         rate = -tl.exp(rate)
-    step = dt * (rate * 1.4426950408889634)[None, :]
+    step = dt * (rate * LOG2E)[None, :]
     cum = tl.cumsum(step, axis=0)
     leaves = tl.exp2(tl.minimum(tl.sum(step, axis=0)[None, :] - cum, 0.0)) * dt
     out = dts_ptr + (b * H + heads[:, None]) * padded + c * Q + rows[None, :]
@@ -246,10 +248,15 @@ def _dx_kernel(
     """dx of one chunk and group, and the gradient of B C^T summed over the group's heads.
 
     Pair matrices are [s, t], source before target. Of the gradients of dt and D it leaves parts:
-    (B, H, padded L, 4) of what pairs that start at a position contribute, the direct part of dt
-    from what leaves with the state and what stays, and <x, dy>; then, (B, H, padded L), what pairs
-    that end at a position contribute. Four in one piece are one exchange between threads.
+    (B, H, padded L, 4) of <x, gradient of dt x> from pairs that begin at a position, the same with
+    the pair of the position with itself, that from the state, and <x, dy>; then, (BANDS, B, H,
+    padded L), what pairs that end at a position contribute, by the band that they begin in. Four in
+    one piece are one exchange between threads, and a band is one warp's.
+
+    The pair of a position with itself spans no decay and stays out of the matrix: with fast decay
+    it is all that there is, and what the others leave would drown in its rounding.
     """
+    BANDS: tl.constexpr = Q // BAND
     SPLITS: tl.constexpr = H // G // HEADS
     chunk = tl.program_id(0) // SPLITS
     b = (tl.program_id(1) // G).to(tl.int64)
@@ -268,18 +275,27 @@ def _dx_kernel(
     dy_ptr += (b * length + wide) * (H * P)
     dx_ptr += b * dx_stride_b * DX_UNIT + wide * DX_STRIDE_L
     dts_ptr += b * H * padded + start
-    ends_ptr = parts_ptr + 4 * plane + b * H * padded + start
+    band = tl.arange(0, BANDS)
+    ends_ptr = (
+        parts_ptr
+        + (4 + band[:, None]) * plane.to(tl.int64)
+        + b * H * padded
+        + start
+        + rows[None, :]
+    )
     parts_ptr += 4 * (b * H * padded + start)
     dstates_ptr += (b * n_chunks + chunk) * (H * P * N)
 
     B = load_tile(b_ptr, rows, n, left, N, B_STRIDE_L, FULL, FULL_N)
     C = load_tile(c_ptr, rows, n, left, N, C_STRIDE_L, FULL, FULL_N)
-    allowed = rows[:, None] <= rows[None, :]
+    pairs = tl.dot(B, tl.trans(C), input_precision=PREC)
+    itself = tl.sum(tl.where(rows[:, None] == rows[None, :], pairs, 0.0), axis=1)
+    allowed = rows[:, None] < rows[None, :]
     if HAS_DOC:
         doc = tl.load(doc_ptr + b * length + start + rows, mask=rows < left, other=0)
         doc_last = tl.load(doc_ptr + b * length + tl.minimum(start + Q, length) - 1)
         allowed = allowed & (start + rows[:, None] >= doc[None, :])
-    pairs = tl.where(allowed, tl.dot(B, tl.trans(C), input_precision=PREC), 0.0)
+    pairs = tl.where(allowed, pairs, 0.0)
     for h in tl.range(head, head + (one if HEADS == 1 else HEADS), num_stages=STAGES):
         x = load_tile(x_ptr + h * P, rows, p, left, P, X_STRIDE_L, FULL, FULL_P)
         dy = load_tile(dy_ptr + h * P, rows, p, left, P, H * P, FULL, FULL_P)
@@ -292,29 +308,27 @@ def _dx_kernel(
             leaves = tl.where(start + rows >= doc_last, leaves, 0.0)
         decay = tl.exp2(tl.minimum(cum[None, :] - cum[:, None], 0.0))
         weight = pairs * decay
+        stepped = weight * dt[:, None]
 
         xdy = tl.dot(x, tl.trans(dy), input_precision=PREC)
-        own = dt * 0.0
-        if D_RANK == 1:
-            own = tl.sum(tl.where(rows[:, None] == rows[None, :], xdy, 0.0), axis=1)
-        # a pair of a position with itself spans no decay: left in, it would cancel, with an error
-        spans = tl.where(rows[:, None] < rows[None, :], xdy * dt[:, None] * weight, 0.0)
-        tl.store(ends_ptr + h * padded + rows, tl.sum(spans, axis=0))
-        begins = -tl.sum(spans, axis=1)
-        x32 = x.to(tl.float32)
-        dx = tl.dot(B, tl.trans(dstate), input_precision=PREC) * leaves[:, None]
-        leaving = tl.sum(dx * x32, axis=1)
-        within = tl.dot(weight.to(x.dtype), dy, input_precision=PREC)
-        staying = tl.sum(within * x32, axis=1)
-        four = tl.join(tl.join(begins, staying), tl.join(leaving, own))
+        begins = tl.sum(xdy * weight, axis=1)
+        ends = tl.reshape(xdy * stepped, (BANDS, BAND, Q))
+        tl.store(ends_ptr + h * padded, tl.sum(ends, axis=1))
+        x32, dy32 = x.to(tl.float32), dy.to(tl.float32)
+        dx = tl.dot(B, tl.trans(dstate), input_precision=PREC)
+        leaving = tl.sum(dx * x32, axis=1) * leaves
+        dx *= (leaves * dt)[:, None]
+        dx = tl.dot(stepped.to(x.dtype), dy, dx, input_precision=PREC)
+        own = tl.sum(x32 * dy32, axis=1)
+        four = tl.join(tl.join(begins, leaving), tl.join(begins + itself * own, own))
         at = 4 * (h * padded + rows)[:, None] + tl.arange(0, 4)[None, :]
         tl.store(parts_ptr + at, tl.reshape(four, (Q, 4)))
-        dx = (dx + within) * dt[:, None]
+        same = (itself * dt)[:, None]
         if D_RANK == 1:
-            dx += tl.load(d_ptr + h).to(tl.float32) * dy.to(tl.float32)
+            same += tl.load(d_ptr + h).to(tl.float32)
         if D_RANK == 2:
-            d = tl.load(d_ptr + h * P + p, mask=p < P, other=0.0).to(tl.float32)
-            dx += d[None, :] * dy.to(tl.float32)
+            same += tl.load(d_ptr + h * P + p, mask=p < P, other=0.0).to(tl.float32)[None, :]
+        dx += same * dy32
         store_tile(dx_ptr + h * P, dx.to(x.dtype), rows, p, left, P, DX_STRIDE_L, FULL, FULL_P)
 
 
@@ -331,8 +345,9 @@ def _bc_grad_kernel(
     HAS_DOC: tl.constexpr, FULL: tl.constexpr, PREC: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """dB and dC of one chunk, group and BN columns of the state; for the gradient of dt, what came
-    with these columns to each position (a part from 5 on) and what they carry through the whole
-    chunk, (columns / BN, B, c, H, BP): to be summed over BP."""
+    with these columns to each position (the parts after those of dx) and what they carry through
+    the whole chunk, (columns / BN, B, c, H, BP): to be summed over BP."""
+    BANDS: tl.constexpr = Q // BAND
     BLOCKS: tl.constexpr = (N + BN - 1) // BN
     chunk = tl.program_id(0) // BLOCKS
     block = tl.program_id(0) % BLOCKS
@@ -351,7 +366,7 @@ def _bc_grad_kernel(
     x_ptr += b * x_stride_b * UNIT + wide * X_STRIDE_L
     dy_ptr += (b * length + wide) * (H * P)
     dts_ptr += b * H * padded + start
-    parts_ptr += (5 + block) * plane + b * H * padded + start
+    parts_ptr += (4 + BANDS + block) * plane.to(tl.int64) + b * H * padded + start
     through_ptr += ((block * (tl.num_programs(1) // G) + b) * n_chunks + chunk) * (H * BP)
     states_ptr += (b * n_chunks + chunk) * (H * P * N)
     dstates_ptr += (b * n_chunks + chunk) * (H * P * N)
@@ -385,9 +400,9 @@ def _bc_grad_kernel(
         decay = tl.exp2(tl.minimum(cum[None, :] - cum[:, None], 0.0)) * dt[:, None]
         dpairs += tl.dot(x, tl.trans(dy), input_precision=PREC) * decay
         dB += tl.dot(x, dstate, input_precision=PREC) * leaves[:, None]
-        dC_h = tl.dot(dy, state, input_precision=PREC) * seen[:, None]
-        dC += dC_h
-        came = tl.sum(dC_h * C.to(tl.float32), axis=1)
+        dC_h = tl.dot(dy, state, input_precision=PREC)
+        dC += dC_h * seen[:, None]
+        came = tl.sum(dC_h * C.to(tl.float32), axis=1) * seen
         tl.store(parts_ptr + h * padded + rows, came)
         # <state, dstate> as the trace of a product: elementwise it costs more registers than time
         both = tl.dot(state, tl.trans(dstate), input_precision=PREC)
@@ -411,6 +426,8 @@ def _dt_grad_kernel(
 ):  # fmt: skip
     """Gradient of dt as given, and of A (or log(-A)), bias and D (H,) as sums over the chunk:
     (B * c, 3, H)."""
+    BANDS: tl.constexpr = Q // BAND
+    plane = plane.to(tl.int64)
     c, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
     n_chunks = tl.num_programs(0)
     padded = n_chunks * Q
@@ -418,18 +435,20 @@ def _dt_grad_kernel(
     heads = tl.program_id(2) * BH + tl.arange(0, BH)
     at = (b * H + heads[:, None]) * padded + c * Q + rows[None, :]
     mask = (heads[:, None] < H) & (rows[None, :] >= 0)
-    ends = tl.load(parts_ptr + 4 * at, mask=mask, other=0.0)
-    ends += tl.load(parts_ptr + 4 * plane + at, mask=mask, other=0.0)
     dt = tl.load(dts_ptr + at, mask=mask, other=0.0)
-    direct = tl.load(parts_ptr + 4 * at + 1, mask=mask, other=0.0)
+    ends = tl.zeros((BH, Q), tl.float32)
+    for band in tl.static_range(BANDS):
+        ends += tl.load(parts_ptr + (4 + band) * plane + at, mask=mask, other=0.0)
+    ends -= tl.load(parts_ptr + 4 * at, mask=mask, other=0.0) * dt
+    direct = tl.load(parts_ptr + 4 * at + 2, mask=mask, other=0.0)
     leaves = direct * dt
-    direct += tl.load(parts_ptr + 4 * at + 2, mask=mask, other=0.0)
+    direct += tl.load(parts_ptr + 4 * at + 1, mask=mask, other=0.0)
     A = tl.load(A_ptr + heads, mask=heads < H, other=0.0).to(tl.float32)
     if LOG_A:
         A = -tl.exp(A)
     passed = tl.zeros((BH,), tl.float32)
     for block in tl.static_range(BLOCKS):
-        ends += tl.load(parts_ptr + (5 + block) * plane + at, mask=mask, other=0.0)
+        ends += tl.load(parts_ptr + (4 + BANDS + block) * plane + at, mask=mask, other=0.0)
         through = through_ptr + ((block * tl.num_programs(1) + b) * n_chunks + c) * (H * BP)
         through += heads[:, None] * BP + tl.arange(0, BP)[None, :]
         passed += tl.sum(tl.load(through, mask=heads[:, None] < H, other=0.0), axis=1)
@@ -594,7 +613,7 @@ def gradients(
     n_chunks = states.shape[1]
     block_n = min(COLUMNS, _blocks(n_state))
     blocks = triton.cdiv(n_state, block_n)
-    parts = dts.new_empty((5 + blocks, *dts.shape[1:]))
+    parts = dts.new_empty((4 + Q // BAND.value + blocks, *dts.shape[1:]))
     through = dts.new_empty((blocks, b * n_chunks, n_heads, _blocks(head_dim)))
     unit = batch_unit(x, B, C)
     strides = (x.stride(0) // unit, B.stride(0) // unit, C.stride(0) // unit)
@@ -678,17 +697,15 @@ def _backward(
     parts, through = gradients(x, dy, B, C, D, dts, doc, states, dstates, dx, dB, dC)
     ddt = dt.new_empty(dt.shape)
     sums = step_size_gradients(parts, through, dts, A, ddt, softplus, D is not None and D.ndim == 1)
-    return dx, ddt, dB, dC, sums, skip_gradient(x, dy, D, sums), dfirst
+    return dx, ddt, dB, dC, sums, skip_gradient(x, dy, D), dfirst
 
 
-def skip_gradient(x: Tensor, dy: Tensor, D: Tensor | None, sums: Tensor) -> Tensor:
-    """The gradient of D (H, P), or of D (H,) out of the sums of `step_size_gradients`; empty
-    without D."""
-    if D is None:
-        return sums.new_empty(0)
-    if D.ndim == 2:
-        return torch.einsum("blhp,blhp->hp", x.float(), dy.float())
-    return sums[2].clone()
+def skip_gradient(x: Tensor, dy: Tensor, D: Tensor | None) -> Tensor:
+    """The gradient of D (H, P); empty for D (H,), whose is among the sums of
+    `step_size_gradients`, and without D."""
+    if D is None or D.ndim == 1:
+        return x.new_empty(0, dtype=torch.float32)
+    return torch.einsum("blhp,blhp->hp", x.float(), dy.float())
 
 
 def _backward_fake(
@@ -702,7 +719,7 @@ def _backward_fake(
         B.new_empty(B.shape),
         C.new_empty(C.shape),
         dts.new_empty((3, n_heads)),
-        dts.new_empty(0) if D is None else dts.new_empty(D.shape),
+        dts.new_empty(0) if D is None or D.ndim == 1 else dts.new_empty(D.shape),
         dts.new_empty((b, n_heads, head_dim, B.shape[3])),
     )
 
@@ -749,7 +766,7 @@ class _SSD(torch.autograd.Function):
             sums[0].to(A.dtype),
             dB,
             dC,
-            None if D is None else dD.to(D.dtype),
+            None if D is None else (sums[2] if D.ndim == 1 else dD).to(D.dtype),
             None if ctx.bias_dtype is None else sums[1].to(ctx.bias_dtype),
             None if ctx.first_dtype is None else dfirst.to(ctx.first_dtype),
             None,

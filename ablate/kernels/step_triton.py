@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ablate.kernels.dispatch import INTERPRET, define_op
-from ablate.kernels.tiles_triton import contiguous, dense_last
+from ablate.kernels.tiles_triton import contiguous, dense_last, sigmoid
 
 LOG2E = 1.4426950408889634
 MOST_SPLITS = 64
@@ -57,7 +57,7 @@ def conv_kernel(
             tl.store(state_ptr + (k - 1) * width + d, old, mask=mask)
     tl.store(state_ptr + (TAPS - 2) * width + d, x.to(state_ptr.dtype.element_ty), mask=mask)
     if SILU:
-        y = y / (1.0 + tl.exp(-y))
+        y *= sigmoid(y)
     tl.store(y_ptr + b * width + d, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
@@ -192,7 +192,7 @@ def scan_kernel(
         y += u * tl.load(D_ptr + d, mask=inside, other=0.0).to(tl.float32)
     if GATE:
         z = tl.load(z_ptr + b * z_row + d, mask=inside, other=0.0).to(tl.float32)
-        y *= z / (1.0 + tl.exp(-z))
+        y *= z * sigmoid(z)
     tl.store(y_ptr + b * width + d, y.to(y_ptr.dtype.element_ty), mask=inside)
 
 

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ablate.kernels.dispatch import define_op
+from ablate.kernels.tiles_triton import sigmoid
 
 NUMBERS = 4096  # of one program
 WARPS = 8
@@ -20,33 +21,32 @@ WARPS = 8
 
 @triton.jit
 def _halves(x_ptr, rows, width: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """Gate, its sigmoid and the value of one tile; where these lie in x, where in y, and a mask."""
+    """Gate, how far it opens and value of a tile; where these lie in x, where in y, and a mask."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]
     mask = (row < rows) & (column < width)
     at = row * (2 * width) + column
     gate = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)
     value = tl.load(x_ptr + at + width, mask=mask, other=0.0).to(tl.float32)
-    sigmoid = 1.0 / (1.0 + tl.exp2(gate * -1.4426950408889634))
-    return gate, sigmoid, value, at, row * width + column, mask
+    return gate, sigmoid(gate), value, at, row * width + column, mask
 
 
 @triton.jit
 def forward_kernel(
     x_ptr, y_ptr, rows, width: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
 ):
-    gate, sigmoid, value, _, to, mask = _halves(x_ptr, rows, width, ROWS, BLOCK)
-    tl.store(y_ptr + to, (gate * sigmoid * value).to(y_ptr.dtype.element_ty), mask=mask)
+    gate, opened, value, _, to, mask = _halves(x_ptr, rows, width, ROWS, BLOCK)
+    tl.store(y_ptr + to, (gate * opened * value).to(y_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def backward_kernel(
     x_ptr, dy_ptr, dx_ptr, rows, width: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
 ):
-    gate, sigmoid, value, at, to, mask = _halves(x_ptr, rows, width, ROWS, BLOCK)
+    gate, opened, value, at, to, mask = _halves(x_ptr, rows, width, ROWS, BLOCK)
     dy = tl.load(dy_ptr + to, mask=mask, other=0.0).to(tl.float32)
-    silu = gate * sigmoid
-    dgate = dy * value * (sigmoid + silu * (1.0 - sigmoid))
+    silu = gate * opened
+    dgate = dy * value * (opened + (silu - silu * opened))
     tl.store(dx_ptr + at, dgate.to(dx_ptr.dtype.element_ty), mask=mask)
     tl.store(dx_ptr + at + width, (dy * silu).to(dx_ptr.dtype.element_ty), mask=mask)
 

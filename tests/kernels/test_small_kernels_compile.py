@@ -60,20 +60,18 @@ def sass(lines: list[str]) -> str:
 @pytest.mark.parametrize("state", [False, True])
 def test_convolution(arch, documents, state):
     flags = {
-        "width": 1792, "ALIGN": 8, "TAPS": 4, "SILU": True, "HAS_BIAS": True, "HAS_STATE": state,
-        "DOCS": documents,
+        "WIDTH": 1792, "UNIT": 8, "X_ROW": 3352, "TAPS": 4, "SILU": True, "HAS_BIAS": True,
+        "HAS_STATE": state, "DOCS": documents, "FREE": not state,
     }  # fmt: skip
     for backward in (False, True):
         config = conv1d_triton.BACKWARD if backward else conv1d_triton.FORWARD
         kernel = conv1d_triton.backward_kernel if backward else conv1d_triton.forward_kernel
         types = pointers("x state dy dx dstate" if backward else "x state y", "bf16")
         types |= pointers("w b partial" if backward else "w b", "fp32") | pointers("doc", "i32")
-        types |= integers(
-            "length x_batch x_row" + (" dy_batch dy_row dx_batch dx_row" if backward else "")
-        )
+        types |= integers("length x_batch" + (" dy_batch dx_batch" if backward else ""))
         constants = flags | {
             "CHANNELS": config.channels, "SEGMENT": config.segment, "STAGES": config.stages,
-        } | ({"DY_ALIGN": 16, "DX_ALIGN": 8} if backward else {})  # fmt: skip
+        } | ({"DY_ROW": 1792, "DX_ROW": 3352} if backward else {})  # fmt: skip
         found = resources(kernel, types, constants, arch=arch, num_warps=config.warps)
         assert_fits(found, arch)
         # rows of the projection are read in place, 8 bytes or more at a time

@@ -62,6 +62,8 @@ def documents(batch, length, device, seed=0):
         ((3, 2, 5), 4, "bias state docs"),
         ((2, 1, 130), 3, "bias state"),
         ((1, 37, 140), 2, "docs linear"),
+        ((2, 128, 256), 4, "bias"),  # nothing sticks out of a tile
+        ((1, 48, 130), 4, "bias state docs"),  # channels alone do
     ],
 )
 @pytest.mark.parametrize("tile", ["small", "shipped"])
@@ -155,7 +157,7 @@ def test_rms_norm_with_a_wider_residual(device):
 
 @on_devices
 @in_dtypes
-@pytest.mark.parametrize(("rows", "vocabulary"), [(37, 150), (130, 83), (3, 9000)])
+@pytest.mark.parametrize(("rows", "vocabulary"), [(37, 150), (130, 83), (3, 9000), (5, 128)])
 @pytest.mark.parametrize("z_loss", [0.0, 1e-2])
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_linear_cross_entropy(device, dtype, rows, vocabulary, z_loss, reduction, monkeypatch):
