@@ -36,8 +36,8 @@ class Config:
 
 # One table for every architecture: the kernels are bound by memory and hold a few kB of shared
 # memory at most.
-FORWARD = Config(channels=256, segment=32, warps=2, stages=3)
-BACKWARD = Config(channels=256, segment=128, warps=2, stages=3)
+FORWARD = Config(channels=128, segment=32, warps=1, stages=4)
+BACKWARD = Config(channels=256, segment=256, warps=2, stages=3)
 
 
 @triton.jit

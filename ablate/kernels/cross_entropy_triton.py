@@ -35,7 +35,7 @@ class Config:
     warps: int
 
 
-CONFIG = Config(block=8192, warps=16)
+CONFIG = Config(block=16384, warps=32)
 
 
 @triton.jit
@@ -128,7 +128,7 @@ def _launch(
     block = min(CONFIG.block, max(64, triton.next_power_of_2(vocabulary)))
     logits_kernel[(rows,)](
         logits, target, loss, vocabulary, logits.stride(0) // 8, z_loss, ignore_index,
-        GRADIENT=gradient, BLOCK=block, num_warps=CONFIG.warps if block >= 2048 else 4,
+        GRADIENT=gradient, BLOCK=block, num_warps=max(4, CONFIG.warps * block // CONFIG.block),
     )  # fmt: skip
 
 

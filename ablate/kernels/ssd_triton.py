@@ -317,8 +317,7 @@ def _dx_kernel(
         x32, dy32 = x.to(tl.float32), dy.to(tl.float32)
         dx = tl.dot(B, tl.trans(dstate), input_precision=PREC)
         leaving = tl.sum(dx * x32, axis=1) * leaves
-        dx *= (leaves * dt)[:, None]
-        dx = tl.dot(stepped.to(x.dtype), dy, dx, input_precision=PREC)
+        within = tl.dot(stepped.to(x.dtype), dy, input_precision=PREC)
         own = tl.sum(x32 * dy32, axis=1)
         four = tl.join(tl.join(begins, leaving), tl.join(begins + itself * own, own))
         at = 4 * (h * padded + rows)[:, None] + tl.arange(0, 4)[None, :]
@@ -328,7 +327,7 @@ def _dx_kernel(
             same += tl.load(d_ptr + h).to(tl.float32)
         if D_RANK == 2:
             same += tl.load(d_ptr + h * P + p, mask=p < P, other=0.0).to(tl.float32)[None, :]
-        dx += same * dy32
+        dx = dx * (leaves * dt)[:, None] + within + same * dy32
         store_tile(dx_ptr + h * P, dx.to(x.dtype), rows, p, left, P, DX_STRIDE_L, FULL, FULL_P)
 
 
@@ -400,9 +399,9 @@ def _bc_grad_kernel(
         decay = tl.exp2(tl.minimum(cum[None, :] - cum[:, None], 0.0)) * dt[:, None]
         dpairs += tl.dot(x, tl.trans(dy), input_precision=PREC) * decay
         dB += tl.dot(x, dstate, input_precision=PREC) * leaves[:, None]
-        dC_h = tl.dot(dy, state, input_precision=PREC)
-        dC += dC_h * seen[:, None]
-        came = tl.sum(dC_h * C.to(tl.float32), axis=1) * seen
+        dC_h = tl.dot(dy, state, input_precision=PREC) * seen[:, None]
+        dC += dC_h
+        came = tl.sum(dC_h * C.to(tl.float32), axis=1)
         tl.store(parts_ptr + h * padded + rows, came)
         # <state, dstate> as the trace of a product: elementwise it costs more registers than time
         both = tl.dot(state, tl.trans(dstate), input_precision=PREC)

@@ -571,7 +571,7 @@ def _best(analysis: Analysis, comparison: Comparison) -> list[Verdict]:
     worst_first = fit.means if metric.lower_is_better else -fit.means
     best = fit.arms[int(np.argmin(worst_first))]
     word = "lowest" if metric.lower_is_better else "highest"
-    names = _join([analysis.short(a) for a in comparison.best])
+    names = _join([analysis.short(a) for a in comparison.best if a != best])
     if len(comparison.best) > 6:
         names = f"{len(comparison.best)} of {len(fit.arms)} arms (bold in the table)"
     lead = f"{metric.name} is {word}, {metric.show_mean(fit.mean(best))}, {analysis.describe(best)}"
@@ -580,7 +580,7 @@ def _best(analysis: Analysis, comparison: Comparison) -> list[Verdict]:
     elif len(comparison.best) == len(fit.arms):
         told = f"{metric.name}: no arm can be excluded from being the best"
     else:
-        told = f"{lead}; not distinguishable from the best: {names}"
+        told = f"{lead}; not distinguishable from it: {names}"
     lines = [Verdict("result", f"{told} (95%, multiple comparisons with the best).")]
     x = analysis.arms["x"]
     # An arm inside that is as good as the best says that the optimum need not lie beyond.

