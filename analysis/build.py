@@ -124,7 +124,8 @@ def _best(study: Study, found: dict[str, Study]) -> str:
     for other in found.values():
         if other is not study and (told := findings.repeated(study, other)):
             return told
-    if told := findings.benchmarks(study) or " ".join(_apart(study)):
+    told = findings.benchmarks(study) or findings.unmatched(study) or " ".join(_apart(study))
+    if told:
         return told
     seeds = findings.seed_counts(done)
     if len(set(done["lr"])) > 1 and len(set(done["pattern"])) > 1:
@@ -144,10 +145,11 @@ def _best(study: Study, found: dict[str, Study]) -> str:
 
 
 def _cost(found: dict[str, Study]) -> str:
-    frames = [study.analysis.frame for study in found.values()]
-    hours = sum(gpu_hours(frame) for frame in frames)
-    where = sorted({str(h) for frame in frames for h in frame["hardware"] if h})
-    keys = [key for frame in frames for key in frame.loc[frame["state"] == "done", "key"]]
+    runs = pd.concat([study.analysis.frame for study in found.values()])
+    # a trial whose folder lies in two studies was trained once
+    runs = runs[runs["state"] == "done"].drop_duplicates(["key", "trial_seconds"])
+    hours, keys = gpu_hours(runs), runs["key"]
+    where = sorted(set(runs["hardware"].dropna().astype(str)) - {""})
     reruns = sum(len(kept) for study in found.values() for kept in _kept(study).values())
     trials = f"{len(keys)} trials"
     if twice := len(keys) - len(set(keys)):

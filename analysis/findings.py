@@ -481,6 +481,36 @@ def repeated(study: Study, other: Study) -> str:
     )
 
 
+def unmatched(study: Study) -> str:
+    """What arms as configured lose or gain against arms of the same pattern that were made as large
+    as the first; empty for a study without such pairs."""
+    runs = study.analysis.runs
+    if study.loss is None or set(runs.get("match.arms", [])) != {"matched", "unmatched"}:
+        return ""
+    runs = runs.dropna(subset=["val_a_loss", "val_b_loss"])
+    on_a, on_b = (
+        fit_arms(runs["arm"].tolist(), runs["seed"].tolist(), runs[column])
+        for column in ("val_a_loss", "val_b_loss")
+    )
+    told = []
+    for _, rows in runs.sort_values("attention_of_layers").groupby("pattern", sort=False):
+        as_it_is, made = (rows[rows["match.arms"] == which] for which in ("unmatched", "matched"))
+        if len(as_it_is) and len(made):
+            pair = as_it_is["arm"].iloc[0], made["arm"].iloc[0]
+            params = [r["non_embedding_params"].iloc[0] for r in (as_it_is, made)]
+            told.append(
+                f"{study.analysis.short(pair[1])} {show(on_b.difference(*pair))} on B and "
+                f"{signed(on_a.difference(*pair).value)} on A with "
+                f"{signed(100 * (params[0] / params[1] - 1), 0)}% parameters"
+            )
+    if not told:
+        return ""
+    return (
+        f"As configured, less what was made as large as the first arm, in nats: {'; '.join(told)} "
+        f"(beside the embedding; {seed_counts(runs)})."
+    )
+
+
 def arms_differ(both: pd.DataFrame) -> float:
     """p of the F test that a loss changes alike in all arms between two trainings of the same
     trials, by arms and seeds; NaN unless every arm has every seed, or if no noise is left."""

@@ -40,6 +40,8 @@ def attention_share(found: dict[str, Study], folder: Path) -> Plot | None:
         )
         if name in found and found[name].loss is not None
     ]
+    # one seed beside several would be looked at as if it were known as well
+    shown = [entry for entry in shown if entry[0].loss.has_interval] or shown
     if not shown:
         return None
     told = []
@@ -76,7 +78,7 @@ def attention_share(found: dict[str, Study], folder: Path) -> Plot | None:
                 label="published, 350M, 48 layers (Dao and Gu 2024)")  # fmt: skip
         ax.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
         ax.set_xlabel("share of layers that are attention")
-        ax.set_ylabel("loss less that without attention\n(nats a token)")
+        ax.set_ylabel("loss less that\nwithout attention\n(nats a token)")
         figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=1)
         sizes = "; ".join(f"{label}: {_size(study)}" for study, label, _, _ in shown)
         caption = (

@@ -205,7 +205,7 @@ def write_tables(
     """`<name>.csv`, `.md` and `.parquet` of each; without pyarrow `say` gets one line instead."""
     parquet = True
     for name, table in tables.items():
-        atomic_write(folder / f"{name}.csv", table.to_csv(index=False))
+        atomic_write(folder / f"{name}.csv", table.to_csv(index=False, float_format=_digits))
         atomic_write(folder / f"{name}.md", _markdown(table))
         if parquet:
             try:
@@ -213,6 +213,11 @@ def write_tables(
             except ImportError:
                 parquet = False
                 say(_NO_PARQUET)
+
+
+def _digits(value: Any) -> str:
+    """As many as another machine's arithmetic gives too; of p-values near zero few are known."""
+    return f"{value:.4g}" if abs(value) < 1e-6 else f"{value:.10g}"
 
 
 def _plain(table: pd.DataFrame) -> pd.DataFrame:

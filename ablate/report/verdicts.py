@@ -571,15 +571,16 @@ def _best(analysis: Analysis, comparison: Comparison) -> list[Verdict]:
     worst_first = fit.means if metric.lower_is_better else -fit.means
     best = fit.arms[int(np.argmin(worst_first))]
     word = "lowest" if metric.lower_is_better else "highest"
-    names = _join([analysis.short(a) for a in comparison.best if a != best])
-    if len(comparison.best) > 6:
-        names = f"{len(comparison.best)} of {len(fit.arms)} arms (bold in the table)"
     lead = f"{metric.name} is {word}, {metric.show_mean(fit.mean(best))}, {analysis.describe(best)}"
     if len(comparison.best) == 1:
         told = f"{lead}, and every other arm is worse"
     elif len(comparison.best) == len(fit.arms):
         told = f"{metric.name}: no arm can be excluded from being the best"
     else:
+        others = [analysis.short(a) for a in comparison.best if a != best]
+        names = (
+            f"{len(others)} other arms (bold in the table)" if len(others) > 5 else _join(others)
+        )
         told = f"{lead}; not distinguishable from it: {names}"
     lines = [Verdict("result", f"{told} (95%, multiple comparisons with the best).")]
     x = analysis.arms["x"]

@@ -378,3 +378,35 @@ print(findings.repeated(one, two), findings.repeated(one, one), sep="|")
         r"\+0\.0\d+ .* here and \+0\.1\d+ .* there, in nats\.",
         told,
     ), told + said.stderr
+
+
+def test_arms_as_configured_are_set_against_the_matched(root: Path) -> None:
+    """Differences and intervals against statsmodels; copies of a run folder are counted once."""
+    code = """
+import re
+from pathlib import Path
+from statsmodels.formula.api import ols
+import build
+swap, whole = (findings.Study.read(results / name) for name in ("attn_swap", "attn_ratio"))
+told = findings.unmatched(swap)
+runs = swap.analysis.runs
+fit = ols("val_b_loss ~ 0 + C(arm) + C(seed, Sum)", runs).fit()
+figure = r"([0-9.]+%) (\\S+) \\((\\S+) to (\\S+)\\) on B and (\\S+) on A with (\\S+)%"
+found = re.findall(figure, told)
+for share, *figures, on_a, params in found:
+    arm = next(a for a in runs["arm"] if swap.analysis.short(a) == share)
+    one, two = (runs[runs["arm"] == a].sort_values("seed") for a in (arm + ", unmatched", arm))
+    test = fit.t_test(f"C(arm)[{arm}, unmatched] - C(arm)[{arm}]")
+    want = [test.effect[0], *test.conf_int()[0]]
+    want += [(one["val_a_loss"].to_numpy() - two["val_a_loss"].to_numpy()).mean()]
+    got = [float(v.replace("−", "-")) for v in (*figures, on_a)]
+    assert all(abs(g - w) < 6e-5 for g, w in zip(got, want)), (share, got, want)
+    less = one["non_embedding_params"].iloc[0] / two["non_embedding_params"].iloc[0] - 1
+    assert float(params.replace("−", "-")) == round(100 * less), (params, less)
+print([f[0] for f in found], repr(findings.unmatched(whole)))
+both = {"a": whole, "b": whole}
+print(build._cost({"a": whole}) == build._cost(both))
+"""
+    committed = f"results = Path({str(ROOT / 'analysis' / 'results')!r})"
+    said = build(root, f"exec({committed + code!r}, globals())")
+    assert said.stdout == "['8.3%', '25%', '50%'] ''\nTrue\n", said.stderr

@@ -229,6 +229,7 @@ def test_a_gain_before_the_first_share_has_a_set_of_the_best_and_no_curve(
     best = re.search(r"Loss is lowest.*not distinguishable from it: (.*) \(95%", lines)
     assert best
     assert "12.5%" in best.group(0)
+    assert "12.5%" not in best.group(1)  # not told that it is as good as itself
     assert "50%" not in best.group(1)
 
 
