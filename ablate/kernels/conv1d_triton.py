@@ -52,8 +52,8 @@ def _mix(x0, x1, x2, x3, w0, w1, w2, w3, bias):
 
 
 @triton.jit
-def _taps(w_ptr, channel, inside, TAPS: tl.constexpr):
-    """Weights of the inputs 3, 2, 1 and 0 steps back; zero where there are fewer taps."""
+def _taps(w_ptr, b_ptr, channel, inside, TAPS: tl.constexpr, HAS_BIAS: tl.constexpr):
+    """Weights of the inputs 3, 2, 1 and 0 steps back, zero where there are fewer taps; the bias."""
     base = w_ptr + channel * TAPS
     w3 = tl.load(base + (TAPS - 1), mask=inside, other=0.0).to(tl.float32)
     w2 = tl.load(base + (TAPS - 2), mask=inside, other=0.0).to(tl.float32)
@@ -63,7 +63,10 @@ def _taps(w_ptr, channel, inside, TAPS: tl.constexpr):
         w1 = tl.load(base + (TAPS - 3), mask=inside, other=0.0).to(tl.float32)
     if TAPS > 3:
         w0 = tl.load(base + (TAPS - 4), mask=inside, other=0.0).to(tl.float32)
-    return w0, w1, w2, w3
+    bias = tl.zeros_like(w3)
+    if HAS_BIAS:
+        bias = tl.load(b_ptr + channel, mask=inside, other=0.0).to(tl.float32)
+    return w0, w1, w2, w3, bias
 
 
 @triton.jit
@@ -78,6 +81,22 @@ def _before(
         mask = inside & (t < 0) & (row >= 0)
         x += tl.load(state_ptr + row * width + channel, mask=mask, other=0.0).to(tl.float32)
     return x
+
+
+@triton.jit
+def _three_before(
+    x_ptr, state_ptr, first, X_ROW: tl.constexpr, channel, inside, WIDTH: tl.constexpr,
+    TAPS: tl.constexpr, HAS_STATE: tl.constexpr,
+):  # fmt: skip
+    """The inputs one, two and three rows before the first."""
+    x1 = tl.zeros(channel.shape, tl.float32)
+    x2 = x1
+    x3 = x1
+    if HAS_STATE or first > 0:
+        x1 = _before(x_ptr, state_ptr, first - 1, X_ROW, channel, inside, WIDTH, TAPS, HAS_STATE)
+        x2 = _before(x_ptr, state_ptr, first - 2, X_ROW, channel, inside, WIDTH, TAPS, HAS_STATE)
+        x3 = _before(x_ptr, state_ptr, first - 3, X_ROW, channel, inside, WIDTH, TAPS, HAS_STATE)
+    return x1, x2, x3
 
 
 @triton.jit
@@ -146,17 +165,10 @@ def forward_kernel(
     y_ptr += (batch * length + first) * WIDTH + channel
     state_ptr += batch * (TAPS - 1) * WIDTH
     doc_ptr += batch * length
-    w0, w1, w2, w3 = _taps(w_ptr, channel, inside, TAPS)
-    bias = tl.zeros_like(w0)
-    if HAS_BIAS:
-        bias = tl.load(b_ptr + channel, mask=inside, other=0.0).to(tl.float32)
-    x1 = tl.zeros_like(w0)
-    x2 = tl.zeros_like(w0)
-    x3 = tl.zeros_like(w0)
-    if HAS_STATE or first > 0:
-        x3 = _before(origin, state_ptr, first - 3, X_ROW, channel, inside, WIDTH, TAPS, HAS_STATE)
-        x2 = _before(origin, state_ptr, first - 2, X_ROW, channel, inside, WIDTH, TAPS, HAS_STATE)
-        x1 = _before(origin, state_ptr, first - 1, X_ROW, channel, inside, WIDTH, TAPS, HAS_STATE)
+    w0, w1, w2, w3, bias = _taps(w_ptr, b_ptr, channel, inside, TAPS, HAS_BIAS)
+    x1, x2, x3 = _three_before(
+        origin, state_ptr, first, X_ROW, channel, inside, WIDTH, TAPS, HAS_STATE
+    )
     for i in tl.range(0, SEGMENT, 4, num_stages=STAGES):
         t = first + i
         a, b, c, d = _load_rows(x_ptr + i * X_ROW, t, length, X_ROW, inside, FREE, WHOLE)
@@ -285,17 +297,10 @@ def backward_kernel(
     state_ptr += batch * (TAPS - 1) * WIDTH
     dstate_ptr += batch * (TAPS - 1) * WIDTH
     doc_ptr += batch * length
-    w0, w1, w2, w3 = _taps(w_ptr, channel, inside, TAPS)
-    bias = tl.zeros_like(w0)
-    if HAS_BIAS:
-        bias = tl.load(b_ptr + channel, mask=inside, other=0.0).to(tl.float32)
-    x1 = tl.zeros_like(w0)
-    x2 = tl.zeros_like(w0)
-    x3 = tl.zeros_like(w0)
-    if HAS_STATE or first > 0:
-        x3 = _before(origin, state_ptr, first - 3, X_ROW, channel, inside, WIDTH, TAPS, HAS_STATE)
-        x2 = _before(origin, state_ptr, first - 2, X_ROW, channel, inside, WIDTH, TAPS, HAS_STATE)
-        x1 = _before(origin, state_ptr, first - 1, X_ROW, channel, inside, WIDTH, TAPS, HAS_STATE)
+    w0, w1, w2, w3, bias = _taps(w_ptr, b_ptr, channel, inside, TAPS, HAS_BIAS)
+    x1, x2, x3 = _three_before(
+        origin, state_ptr, first, X_ROW, channel, inside, WIDTH, TAPS, HAS_STATE
+    )
     p1 = tl.zeros_like(w0)
     p2 = tl.zeros_like(w0)
     p3 = tl.zeros_like(w0)
