@@ -34,8 +34,8 @@ class Config:
     stages: int
 
 
-# One table for every architecture: the kernels are bound by memory and hold a few kB of shared
-# memory at most.
+# One table for every architecture: the kernels are bound by memory and hold 17 kB of shared memory
+# at most.
 FORWARD = Config(channels=128, segment=32, warps=1, stages=4)
 BACKWARD = Config(channels=256, segment=256, warps=2, stages=3)
 
@@ -75,7 +75,8 @@ def _before(
     TAPS: tl.constexpr, HAS_STATE: tl.constexpr,
 ):  # fmt: skip
     """Input at t, which may lie before the sequence: then from the state, or zero."""
-    x = tl.load(x_ptr + t * x_row + channel, mask=inside & (t >= 0), other=0.0).to(tl.float32)
+    at = t.to(tl.int64) * x_row + channel
+    x = tl.load(x_ptr + at, mask=inside & (t >= 0), other=0.0).to(tl.float32)
     if HAS_STATE:
         row = t + (TAPS - 1)
         mask = inside & (t < 0) & (row >= 0)
@@ -160,7 +161,7 @@ def forward_kernel(
     batch = (pid // STRIPS // segments).to(tl.int64)
     channel = pid % STRIPS * CHANNELS + tl.arange(0, CHANNELS)
     inside = channel < WIDTH
-    origin = x_ptr + batch * (x_batch * UNIT)
+    origin = x_ptr + batch * x_batch * UNIT
     x_ptr = origin + first.to(tl.int64) * X_ROW + channel
     y_ptr += (batch * length + first) * WIDTH + channel
     state_ptr += batch * (TAPS - 1) * WIDTH
@@ -290,10 +291,10 @@ def backward_kernel(
     channel = pid % STRIPS * CHANNELS + tl.arange(0, CHANNELS)
     inside = channel < WIDTH
     wide = first.to(tl.int64)
-    origin = x_ptr + batch * (x_batch * UNIT)
+    origin = x_ptr + batch * x_batch * UNIT
     x_ptr = origin + wide * X_ROW + channel
-    dy_ptr += batch * (dy_batch * UNIT) + wide * DY_ROW + channel
-    dx_ptr += batch * (dx_batch * UNIT) + wide * DX_ROW + channel
+    dy_ptr += batch * dy_batch * UNIT + wide * DY_ROW + channel
+    dx_ptr += batch * dx_batch * UNIT + wide * DX_ROW + channel
     state_ptr += batch * (TAPS - 1) * WIDTH
     dstate_ptr += batch * (TAPS - 1) * WIDTH
     doc_ptr += batch * length

@@ -42,10 +42,11 @@ CONFIG = Config(block=16384, warps=32)
 def _add_exponentials(highest, total, x):
     """The running maximum of each strip of eight columns, and its sum of exp(x - maximum)."""
     new = tl.maximum(highest, tl.max(x, 1))
-    safe = tl.where(new == float("-inf"), 0.0, new) * LOG2E
-    # eight neighbours sit in one thread: one rescaling for eight exponentials
-    total *= tl.exp2(highest * LOG2E - safe)
-    return new, total + tl.sum(tl.exp2(x * LOG2E - safe[:, None]), 1)
+    safe = tl.where(new == float("-inf"), 0.0, new)
+    # Eight neighbours sit in one thread: one rescaling for eight exponentials. Differences come
+    # first, or a maximum would count as one and its product's rounding.
+    total *= tl.exp2((highest - safe) * LOG2E)
+    return new, total + tl.sum(tl.exp2((x - safe[:, None]) * LOG2E), 1)
 
 
 @triton.jit

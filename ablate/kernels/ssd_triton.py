@@ -85,7 +85,7 @@ def _dt_kernel(
     out = dts_ptr + (b * H + heads[:, None]) * padded + c * Q + rows[None, :]
     tl.store(out, tl.trans(dt), mask=heads[:, None] < H)
     tl.store(out + plane, tl.trans(cum), mask=heads[:, None] < H)
-    tl.store(out + 2 * plane, tl.trans(leaves), mask=heads[:, None] < H)
+    tl.store(out + 2 * plane.to(tl.int64), tl.trans(leaves), mask=heads[:, None] < H)
 
 
 @triton.jit
@@ -154,7 +154,7 @@ def _state_kernel(
                 weight = tl.where(doc < start, weight, 0.0)
         else:
             # Out of one load: a scalar in it would send the product's operand through memory.
-            weight = tl.load(dts_ptr + 2 * plane + start + rows)
+            weight = tl.load(dts_ptr + 2 * plane.to(tl.int64) + start + rows)
             if HAS_DOC:
                 weight = tl.where(start + rows >= doc_last, weight, 0.0)
         if PASS != 1:
@@ -245,7 +245,7 @@ def _dx_kernel(
     D_RANK: tl.constexpr, HAS_DOC: tl.constexpr, FULL: tl.constexpr, PREC: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
-    """dx of one chunk and group, and the gradient of B C^T summed over the group's heads.
+    """dx of one chunk and HEADS heads of one group, and parts of the gradients of dt and D.
 
     Pair matrices are [s, t], source before target. Of the gradients of dt and D it leaves parts:
     (B, H, padded L, 4) of <x, gradient of dt x> from pairs that begin at a position, the same with
@@ -311,8 +311,9 @@ def _dx_kernel(
         stepped = weight * dt[:, None]
 
         xdy = tl.dot(x, tl.trans(dy), input_precision=PREC)
-        begins = tl.sum(xdy * weight, axis=1)
-        ends = tl.reshape(xdy * stepped, (BANDS, BAND, Q))
+        flow = xdy * weight  # one number for both sums, which cancel outside of a pair's span
+        begins = tl.sum(flow, axis=1)
+        ends = tl.reshape(flow * dt[:, None], (BANDS, BAND, Q))
         tl.store(ends_ptr + h * padded, tl.sum(ends, axis=1))
         x32, dy32 = x.to(tl.float32), dy.to(tl.float32)
         dx = tl.dot(B, tl.trans(dstate), input_precision=PREC)

@@ -1,5 +1,5 @@
-"""Tiles of row-major matrices, how the tensors they lie in must lie in memory, and functions that
-are one instruction of a GPU."""
+"""Tiles of row-major matrices, how the tensors they lie in must lie in memory, and functions in as
+few instructions as a GPU has for them."""
 
 # mypy: disallow-untyped-defs=False
 
@@ -20,8 +20,8 @@ APPROXIMATE = tl.constexpr(not INTERPRET)  # the interpreter runs no assembly
 
 @triton.jit
 def reciprocal(x):
-    """1 / x in float32 within an ulp, by one instruction where a division takes eight; 0 where x or
-    the result is not a normal number."""
+    """1 / x in float32 within an ulp, by one instruction where a division takes eight. What lies
+    below the normal numbers counts as zero: such a result is 0, of such an x it is infinity."""
     if APPROXIMATE:
         return tl.inline_asm_elementwise(
             "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1

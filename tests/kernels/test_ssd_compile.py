@@ -68,6 +68,8 @@ def test_large_states_fit_the_shared_memory(name, p, n, kind):
     config = ssd_triton.config(name, 2 if kind == "bf16" else 4, p * n, True)
     found = compiled(name, kind, 90, config, **changes)
     assert found.shared <= SHARED_LIMIT[90]
+    if kind == "bf16":  # in float32 dx spills kilobytes: products of three, and no wider registers
+        assert found.spills <= 192
 
 
 @pytest.mark.parametrize(
