@@ -21,7 +21,7 @@ from ablate.report.evaluation import Evaluations
 from ablate.report.export import is_export
 from ablate.report.frames import load_evaluation
 from ablate.report.published import ATTENTION_SHARE, GROUPED_QUERIES, ROUNDING, TRANSFORMER
-from ablate.report.stats import ALPHA, Estimate, fit_arms, paired_items
+from ablate.report.stats import ALPHA, ArmFit, Estimate, fit_arms, paired_items
 from ablate.report.verdicts import LOSS, Analysis, Comparison, p_value, signed
 
 RESULTS = Path(__file__).parent / "results"
@@ -46,6 +46,14 @@ class Study:
     @property
     def loss(self) -> Comparison | None:
         return self.analysis.comparisons.get(LOSS.column)
+
+    @cached_property
+    def on_a(self) -> ArmFit | None:
+        """The fit of `loss` for validation A instead of B; None where no run has that."""
+        runs = self.analysis.runs.dropna(subset=["val_a_loss"])
+        if runs.empty:
+            return None
+        return fit_arms(runs["arm"].tolist(), runs["seed"].tolist(), runs["val_a_loss"])
 
     @cached_property
     def evaluations(self) -> Evaluations:
@@ -145,10 +153,8 @@ def of_loss(
     # Seeds are not all that an interval should hold: other documents may tell another size, and so
     # may the same trials on another machine, by other code.
     others = {}
-    runs = study.analysis.runs.dropna(subset=["val_a_loss"])
-    if set(arms) <= set(runs["arm"]):
-        fit = fit_arms(runs["arm"].tolist(), runs["seed"].tolist(), runs["val_a_loss"])
-        others["on validation A"] = fit.difference(*arms)
+    if study.on_a is not None and set(arms) <= set(study.on_a.arms):
+        others["on validation A"] = study.on_a.difference(*arms)
     if also is not None and also.loss is not None and set(arms) <= set(also.loss.fit.arms):
         others[f"in {also.name}"] = also.loss.fit.difference(*arms)
     ours += "".join(f"; {show(other)} {where}" for where, other in others.items())
@@ -485,23 +491,21 @@ def unmatched(study: Study) -> str:
     """What arms as configured lose or gain against arms of the same pattern that were made as large
     as the first; empty for a study without such pairs."""
     runs = study.analysis.runs
-    if study.loss is None or set(runs.get("match.arms", [])) != {"matched", "unmatched"}:
+    if study.loss is None or study.on_a is None:
+        return ""
+    if set(runs.get("match.arms", [])) != {"matched", "unmatched"}:
         return ""
     runs = runs.dropna(subset=["val_a_loss", "val_b_loss"])
-    on_a, on_b = (
-        fit_arms(runs["arm"].tolist(), runs["seed"].tolist(), runs[column])
-        for column in ("val_a_loss", "val_b_loss")
-    )
     told = []
     for _, rows in runs.sort_values("attention_of_layers").groupby("pattern", sort=False):
         as_it_is, made = (rows[rows["match.arms"] == which] for which in ("unmatched", "matched"))
         if len(as_it_is) and len(made):
             pair = as_it_is["arm"].iloc[0], made["arm"].iloc[0]
             params = [r["non_embedding_params"].iloc[0] for r in (as_it_is, made)]
+            on_b, on_a = (fit.difference(*pair) for fit in (study.loss.fit, study.on_a))
             told.append(
-                f"{study.analysis.short(pair[1])} {show(on_b.difference(*pair))} on B and "
-                f"{signed(on_a.difference(*pair).value)} on A with "
-                f"{signed(100 * (params[0] / params[1] - 1), 0)}% parameters"
+                f"{study.analysis.short(pair[1])} {show(on_b)} on B and {signed(on_a.value)} on A "
+                f"with {signed(100 * (params[0] / params[1] - 1), 0)}% parameters"
             )
     if not told:
         return ""

@@ -28,9 +28,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ablate.kernels.dispatch import define_op
+from ablate.kernels.tiles_triton import LOG2E
 
 PAD = 128  # rows of the per-query sums are padded to whole tiles of this many queries
-LOG2E = 1.4426950408889634
 
 
 @triton.jit
@@ -340,8 +340,8 @@ def forward(
     y, sums = _forward_fake(q, k, v, doc, window, scale)
     c = use or config("forward", head_dim, q.dtype, _hopper(q))
     forward_kernel[(triton.cdiv(length, c.queries) * heads * b,)](
-        q, k, v, doc, y, sums, *_strides(q, k, v), length, sums.shape[2], window, scale * LOG2E,
-        **_constants(q, k, doc, c),
+        q, k, v, doc, y, sums, *_strides(q, k, v), length, sums.shape[2], window,
+        scale * LOG2E.value, **_constants(q, k, doc, c),
     )  # fmt: skip
     return y, sums
 
@@ -361,7 +361,7 @@ def backward(
     b, length, heads, head_dim = q.shape
     dq, dk, dv = _backward_fake(dy, q, k, v, doc, y, sums, window, scale)
     delta = torch.empty_like(sums)
-    numbers = (*_strides(q, k, v, dy), length, sums.shape[2], window, scale * LOG2E, scale)
+    numbers = (*_strides(q, k, v, dy), length, sums.shape[2], window, scale * LOG2E.value, scale)
     hopper = _hopper(q)
     own = [config(name, head_dim, q.dtype, hopper) for name in ("query_grad", "key_grad")]
     for_query, for_key = use or own

@@ -22,9 +22,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ablate.kernels.dispatch import INTERPRET, define_op
-from ablate.kernels.tiles_triton import contiguous, dense_last, sigmoid
+from ablate.kernels.tiles_triton import LOG2E, contiguous, dense_last, sigmoid
 
-LOG2E = 1.4426950408889634
 MOST_SPLITS = 64
 
 
@@ -519,7 +518,7 @@ def _attention(
     half = 0 if cos is None else cos.shape[-1]
     attention_kernel[(n, kv, batch)](
         qkv, cos, sin, positions, k, v, part, sums, y, qkv.stride(0),
-        half if cos is not None and cos.shape[0] > 1 else 0, slots, scale * LOG2E,
+        half if cos is not None and cos.shape[0] > 1 else 0, slots, scale * LOG2E.value,
         H=heads, KV=kv, P=head_dim, DIM=2 * half, SPLITS=n, **options,
     )  # fmt: skip
     if n > 1:

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
+
+DEVICES = [
+    pytest.param("cpu", marks=pytest.mark.interpret),
+    pytest.param("cuda", marks=pytest.mark.gpu),
+]
 
 
 def error(out: torch.Tensor, ref: torch.Tensor) -> float:

@@ -5,14 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from _check import assert_compiles_whole, assert_replays, compare
+from _check import DEVICES, assert_compiles_whole, assert_replays, compare
 
 from ablate.kernels import gelu, swiglu
 
-DEVICES = [
-    pytest.param("cpu", marks=pytest.mark.interpret),
-    pytest.param("cuda", marks=pytest.mark.gpu),
-]
 LIMITS = {torch.float32: 5e-6, torch.float16: 1e-3, torch.bfloat16: 5e-3}
 
 

@@ -7,7 +7,7 @@ from importlib import import_module
 
 import pytest
 import torch
-from _check import assert_compiles_whole, assert_repeats, assert_replays, compare, error
+from _check import DEVICES, assert_compiles_whole, assert_repeats, assert_replays, compare, error
 from test_gated_delta_rule import documents, equal_keys, make
 
 pytest.importorskip("triton")
@@ -17,10 +17,6 @@ from ablate.kernels.gated_delta_rule import gated_delta_rule, gated_delta_rule_r
 
 module = import_module("ablate.kernels.gated_delta_rule")
 
-DEVICES = [
-    pytest.param("cpu", marks=pytest.mark.interpret),
-    pytest.param("cuda", marks=pytest.mark.gpu),
-]
 # The gradient of a log decay is a sum over all later tokens that cancels: 2.1e-3 in fp16.
 LIMITS = {torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 1.5e-2}
 on_devices = pytest.mark.parametrize("device", DEVICES)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from _check import assert_compiles_whole, assert_repeats, assert_replays, compare, error
+from _check import DEVICES, assert_compiles_whole, assert_repeats, assert_replays, compare, error
 from test_gla import documents, inputs
 
 pytest.importorskip("triton")
@@ -13,10 +13,6 @@ pytest.importorskip("triton")
 from ablate.kernels import gla_triton as kernels
 from ablate.kernels.gla import gla, gla_recurrent
 
-DEVICES = [
-    pytest.param("cpu", marks=pytest.mark.interpret),
-    pytest.param("cuda", marks=pytest.mark.gpu),
-]
 LIMITS = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 on_devices = pytest.mark.parametrize("device", DEVICES)
 

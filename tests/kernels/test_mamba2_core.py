@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from _check import compare, error
+from _check import DEVICES, compare, error
 
 from ablate.kernels.mamba2_core import mamba2_core, mamba2_core_reference
 
@@ -82,10 +82,6 @@ def test_width_that_does_not_fit_is_told(extra):
         mamba2_core(**args, head_dim=16, n_groups=1, d_state=16)
 
 
-DEVICES = [
-    pytest.param("cpu", marks=pytest.mark.interpret),
-    pytest.param("cuda", marks=pytest.mark.gpu),
-]
 # b, length, heads, p, groups, n, and what is unlike the published layer
 CASES = {
     "plain, two groups": (2, 70, 4, 16, 2, 16, ""),

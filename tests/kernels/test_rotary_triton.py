@@ -4,14 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from _check import compare
+from _check import DEVICES, compare
 
 from ablate.kernels import rotary_qkv
-
-DEVICES = [
-    pytest.param("cpu", marks=pytest.mark.interpret),
-    pytest.param("cuda", marks=pytest.mark.gpu),
-]
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -7,17 +7,13 @@ import dataclasses
 
 import pytest
 import torch
-from _check import assert_compiles_whole, assert_repeats, assert_replays, compare, error
+from _check import DEVICES, assert_compiles_whole, assert_repeats, assert_replays, compare, error
 
 pytest.importorskip("triton")
 
 from ablate.kernels import selective_scan_triton as kernels
 from ablate.kernels.selective_scan import selective_scan, selective_scan_recurrent
 
-DEVICES = [
-    pytest.param("cpu", marks=pytest.mark.interpret),
-    pytest.param("cuda", marks=pytest.mark.gpu),
-]
 LIMITS = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 on_devices = pytest.mark.parametrize("device", DEVICES)
 

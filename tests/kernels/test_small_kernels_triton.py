@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from _check import compare
+from _check import DEVICES, compare
 
 pytest.importorskip("triton")
 
@@ -18,10 +18,6 @@ from ablate.kernels.norm import (
     rms_norm_reference,
 )
 
-DEVICES = [
-    pytest.param("cpu", marks=pytest.mark.interpret),
-    pytest.param("cuda", marks=pytest.mark.gpu),
-]
 LIMITS = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 DTYPES = [torch.float32, torch.float16]
 on_devices = pytest.mark.parametrize("device", DEVICES)

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from _check import DEVICES
 
 from ablate.kernels.ssd import ssd, ssd_chunked, ssd_recurrent
 
@@ -184,9 +185,9 @@ GPU_SHAPES = TRITON_SHAPES | {
 }
 
 
-def triton_against_the_recurrence(shape, docs, device, dtype, tolerance):
+def triton_against_the_recurrence(shape, docs, device, dtype, tolerance, decay=1.0):
     length = shape[1]
-    args = make(*shape, d_rank=1 + (docs == "some"))
+    args = make(*shape, d_rank=1 + (docs == "some"), decay=decay)
     if docs is None and length == 128:
         args |= {"D_H": None, "dt_bias_H": None, "initial_state_BHPN": None}
     # the arguments as the kernel gets them, so that no rounding of inputs counts as its error
@@ -229,35 +230,13 @@ def test_triton_on_a_gpu(shape, docs, dtype, tolerance):
     triton_against_the_recurrence(shape, docs, "cuda", dtype, tolerance)
 
 
-def fast_decay(device, dtype, tolerance):
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.float16, 3e-3)])
+def test_fast_decay(device, dtype, tolerance):
     # Hardly more than the pair of a position with itself is left, and the gradients of A and of the
     # bias are what the few others add: they must not drown in that pair's rounding.
-    args = make(1, 70, 2, 16, 1, 16, decay=30.0)
-    args = {k: v.detach().to(dtype).double().requires_grad_() for k, v in args.items()}
-    want = run(ssd_recurrent, args)
-    got = run(
-        ssd,
-        {k: v.detach().to(device, dtype).requires_grad_() for k, v in args.items()},
-        backend="triton",
-    )
-    assert_close(got, want, tolerance)
-
-
-IN_TYPES = pytest.mark.parametrize(
-    ("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.float16, 3e-3)]
-)
-
-
-@pytest.mark.interpret
-@IN_TYPES
-def test_fast_decay_in_the_interpreter(dtype, tolerance):
-    fast_decay("cpu", dtype, tolerance)
-
-
-@pytest.mark.gpu
-@IN_TYPES
-def test_fast_decay_on_a_gpu(dtype, tolerance):
-    fast_decay("cuda", dtype, tolerance)
+    shape = (1, 70, 2, 16, 1, 16)
+    triton_against_the_recurrence(shape, None, device, dtype, tolerance, decay=30.0)
 
 
 @pytest.mark.interpret
