@@ -351,6 +351,43 @@ def _core_inputs(batch: int, length: int, heads: int = 24) -> Inputs:
     }
 
 
+def _layer_inputs(batch: int, length: int, heads: int = 24, width: int = 768) -> Inputs:
+    return _core_inputs(batch, length, heads) | {
+        "projection": _randn(width, 64 * heads),
+        "out": _randn(batch, length, width),
+        "residual": _randn(batch, length, width, dtype=torch.float32),
+        "next_norm": _randn(width, dtype=torch.float32),
+    }
+
+
+def _layer(core: Any, add: Any, columns: Any, apart: bool, t: Inputs) -> Any:
+    """All of a Mamba-2 layer but its two products, whose results are among the inputs, with the
+    norm that follows; apart: as it is trained."""
+    names = ["zxbcdt", "conv_weight", "conv_bias", "dt_bias", "A_log", "D"]
+    inputs, weight = [t[n] for n in names], t["norm_weight"]
+    options: dict[str, Any] = {"head_dim": 64, "n_groups": 1, "d_state": 128}
+    if not apart:
+        y = core(*inputs, weight, **options)
+        return y, t["projection"], *add(t["out"], t["next_norm"], residual=t["residual"])
+    y, squares = core(*inputs, None, **options, return_squares=True)
+    projection = columns(t["projection"], weight)
+    more = {"squares_xS": squares, "squares_of": y.shape[-1]}
+    return y, projection, *add(t["out"], t["next_norm"], residual=t["residual"], **more)
+
+
+def _layers(apart: bool) -> tuple[Function, Function]:
+    norm = importlib.import_module("ablate.kernels.norm")
+    core = importlib.import_module("ablate.kernels.mamba2_core")
+
+    def multiply(matrix: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        return (matrix * scale).to(matrix.dtype)
+
+    return (
+        partial(_layer, core.mamba2_core, norm.rms_norm, norm.scale_columns, apart),
+        partial(_layer, core.mamba2_core_reference, norm.rms_norm_reference, multiply, apart),
+    )
+
+
 def _core_peers() -> dict[str, Function]:
     return _installed({
         "mamba_ssm": (
@@ -440,6 +477,14 @@ def _cases() -> list[Case]:
              (None, None), (None, 1.0)),
         Case("mamba2_core", "B=32 L=2048 width 288", 32, 2048, partial(_core_inputs, heads=9),
              *core, none),
+        Case("Mamba-2 layer, no products", "width 768, norm within", 16, 2048, _layer_inputs,
+             *_layers(apart=False), none),
+        Case("Mamba-2 layer, no products", "width 768, norm apart", 16, 2048, _layer_inputs,
+             *_layers(apart=True), none),
+        Case("Mamba-2 layer, no products", "width 288, norm within", 32, 2048,
+             partial(_layer_inputs, heads=9, width=288), *_layers(apart=False), none),
+        Case("Mamba-2 layer, no products", "width 288, norm apart", 32, 2048,
+             partial(_layer_inputs, heads=9, width=288), *_layers(apart=True), none),
         Case("attention", "window 2048 H=12 P=64", 8, 4096,
              partial(_window_inputs, heads=12, head_dim=64, window=2048), *window, _window_peers,
              (0.20, 0.69), (0.45, 1.85)),

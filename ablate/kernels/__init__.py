@@ -13,7 +13,7 @@ from ablate.kernels.gated_delta_rule import gated_delta_rule, gated_delta_rule_s
 from ablate.kernels.gelu import gelu
 from ablate.kernels.gla import gla, gla_step
 from ablate.kernels.mamba2_core import mamba2_core
-from ablate.kernels.norm import gated_rms_norm, rms_norm
+from ablate.kernels.norm import gated_rms_norm, rms_norm, scale_columns
 from ablate.kernels.rotary import rotary, rotary_qkv, rotary_table
 from ablate.kernels.selective_scan import selective_scan, selective_scan_step
 from ablate.kernels.ssd import ssd, ssd_step
@@ -37,6 +37,7 @@ __all__ = [
     "rotary",
     "rotary_qkv",
     "rotary_table",
+    "scale_columns",
     "selective_scan",
     "selective_scan_step",
     "ssd",

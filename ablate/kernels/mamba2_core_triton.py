@@ -3,7 +3,8 @@
 Every kernel reads its slice of the projection's output in place, and in the backward pass writes
 its slice of the one gradient: the gate dz, the convolution dx, dB and dC, the step sizes ddt. Kept
 for the backward pass are the convolution's output, the scan's output and the states between chunks;
-what SiLU, softplus and the norm need is computed again.
+what SiLU, softplus and the norm need is computed again. Where the norm is left to what follows
+(`squares`), the scan gates what it writes, and the gated output is all that is kept of it.
 """
 
 # mypy: disallow-untyped-defs=False
@@ -39,9 +40,10 @@ def _heads(t: Tensor, inner: int, head_dim: int, groups: int) -> tuple[Tensor, T
 def _forward(
     zxbcdt: Tensor, conv_weight: Tensor, conv_bias: Tensor | None, dt_bias: Tensor, A_log: Tensor,
     D: Tensor, norm_weight: Tensor | None, doc: Tensor | None, head_dim: int, groups: int,
-    eps: float, norm_group: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """out, and for the backward pass the convolution's output, y, the states and step sizes."""
+    eps: float, norm_group: int, squares: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """out, the sums of its squares (empty unless asked for), and for the backward pass the
+    convolution's output, y (empty where out is gated alone), the states and step sizes."""
     n_heads = A_log.shape[0]
     inner = n_heads * head_dim
     z, xbc, dt = _split(zxbcdt, inner, conv_weight.shape[0], n_heads)
@@ -49,15 +51,19 @@ def _forward(
     x, B, C = _heads(conv, inner, head_dim, groups)
     dts = ssd.step_sizes(dt, A_log, dt_bias, True, log_a=True)
     states, _ = ssd.chunk_states(x, B, dts, doc, None, reverse=False)
-    y = ssd.scan(x, B, C, D, dts, doc, states)
+    gate = zxbcdt[..., :inner] if squares else None
+    y, sums = ssd.scan(x, B, C, D, dts, doc, states, gate)
+    if squares:
+        return y.flatten(2), sums, conv, y.new_empty(0), states, dts
     normed = norm_weight is not None
     out = norm.gated_forward(y.view(z.shape), z, norm_weight, eps, norm_group, False, normed)
-    return out.view(y.shape[0], y.shape[1], inner), conv, y, states, dts
+    return out.view(y.shape[0], y.shape[1], inner), sums, conv, y, states, dts
 
 
 def _forward_fake(
-    zxbcdt, conv_weight, conv_bias, dt_bias, A_log, D, norm_weight, doc, head_dim, groups, *_
-):
+    zxbcdt, conv_weight, conv_bias, dt_bias, A_log, D, norm_weight, doc, head_dim, groups, eps,
+    norm_group, squares,
+):  # fmt: skip
     b, length, _ = zxbcdt.shape
     n_heads, channels = A_log.shape[0], conv_weight.shape[0]
     inner = n_heads * head_dim
@@ -65,33 +71,40 @@ def _forward_fake(
     n_chunks = (length + ssd.Q - 1) // ssd.Q
     return (
         zxbcdt.new_empty((b, length, inner)),
+        zxbcdt.new_empty(
+            (b, length, ssd.scan_parts(n_heads, groups, b, length)) if squares else 0,
+            dtype=torch.float32,
+        ),
         zxbcdt.new_empty((b, length, channels)),
-        zxbcdt.new_empty((b, length, n_heads, head_dim)),
+        zxbcdt.new_empty(0 if squares else (b, length, n_heads, head_dim)),
         zxbcdt.new_empty((b, n_chunks, n_heads, head_dim, n_state)),
         zxbcdt.new_empty((3, b, n_heads, n_chunks * ssd.Q), dtype=torch.float32),
     )
 
 
 def _backward(
-    dout: Tensor, zxbcdt: Tensor, conv: Tensor, y: Tensor, states: Tensor, dts: Tensor,
-    conv_weight: Tensor, conv_bias: Tensor | None, A_log: Tensor, D: Tensor,
+    dout: Tensor, dsquares: Tensor | None, zxbcdt: Tensor, conv: Tensor, y: Tensor, states: Tensor,
+    dts: Tensor, conv_weight: Tensor, conv_bias: Tensor | None, A_log: Tensor, D: Tensor,
     norm_weight: Tensor | None, doc: Tensor | None, groups: int, eps: float, norm_group: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The gradients of zxbcdt, of the taps and the bias (5, C), of A_log, dt_bias and D (H,) (the
     rows of the sums), of D (H, P) (empty for D (H,)), and of the norm's weight (empty without
-    one)."""
-    n_heads, head_dim = y.shape[2:]
+    one). y is the gated output where there is a gradient of its squares (B, L)."""
+    n_heads, head_dim = states.shape[2:4]
     inner = n_heads * head_dim
     channels = conv.shape[2]
     z, xbc, _ = _split(zxbcdt, inner, channels, n_heads)
     dzxbcdt = torch.empty_like(zxbcdt)
     dz, dxbc, ddt = _split(dzxbcdt, inner, channels, n_heads)
     dzxbcdt[..., inner + channels + n_heads :].zero_()
-    dy, d_norm = norm.gated_gradients(
-        dout.reshape(z.shape), y.view(z.shape), z, norm_weight, dz, eps, norm_group, False,
-        norm_weight is not None,
-    )  # fmt: skip
-    dy = dy.view(y.shape)
+    dout, y = dout.reshape(z.shape), y.view(z.shape)
+    if dsquares is None:
+        dy, d_norm = norm.gated_gradients(
+            dout, y, z, norm_weight, dz, eps, norm_group, False, norm_weight is not None
+        )
+    else:
+        dy, d_norm = norm.gate_gradients(dout, dsquares.flatten(), y, z, dz), y.new_empty(0)
+    dy = dy.view(*conv.shape[:2], n_heads, head_dim)
     x, B, C = _heads(conv, inner, head_dim, groups)
     dconv = torch.empty_like(conv)
     dx, dB, dC = _heads(dconv, inner, head_dim, groups)
@@ -103,12 +116,12 @@ def _backward(
 
 
 def _backward_fake(
-    dout, zxbcdt, conv, y, states, dts, conv_weight, conv_bias, A_log, D, norm_weight, *_
+    dout, dsquares, zxbcdt, conv, y, states, dts, conv_weight, conv_bias, A_log, D, norm_weight, *_
 ):
     return (
         zxbcdt.new_empty(zxbcdt.shape),
         dts.new_empty((5, conv.shape[2])),
-        dts.new_empty((3, y.shape[2])),
+        dts.new_empty((3, states.shape[2])),
         dts.new_empty(D.shape if D.ndim == 2 else 0),
         dts.new_empty(0) if norm_weight is None else norm_weight.new_empty(norm_weight.shape),
     )
@@ -117,13 +130,13 @@ def _backward_fake(
 _forward_op = define_op(
     "mamba2_core_forward(Tensor zxbcdt, Tensor conv_weight, Tensor? conv_bias, Tensor dt_bias, "
     "Tensor A_log, Tensor D, Tensor? norm_weight, Tensor? doc, int head_dim, int groups, "
-    "float eps, int norm_group) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "float eps, int norm_group, bool squares) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _forward,
     _forward_fake,
 )
 _backward_op = define_op(
-    "mamba2_core_backward(Tensor dout, Tensor zxbcdt, Tensor conv, Tensor y, Tensor states, "
-    "Tensor dts, Tensor conv_weight, Tensor? conv_bias, Tensor A_log, Tensor D, "
+    "mamba2_core_backward(Tensor dout, Tensor? dsquares, Tensor zxbcdt, Tensor conv, Tensor y, "
+    "Tensor states, Tensor dts, Tensor conv_weight, Tensor? conv_bias, Tensor A_log, Tensor D, "
     "Tensor? norm_weight, Tensor? doc, int groups, float eps, int norm_group)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _backward,
@@ -136,25 +149,28 @@ class _Mamba2Core(torch.autograd.Function):
     def forward(
         ctx: Any, zxbcdt: Tensor, conv_weight: Tensor, conv_bias: Tensor | None, dt_bias: Tensor,
         A_log: Tensor, D: Tensor, norm_weight: Tensor | None, doc: Tensor | None, head_dim: int,
-        groups: int, eps: float, norm_group: int,
-    ) -> Tensor:  # fmt: skip
-        out: Tensor
-        out, conv, y, states, dts = _forward_op(
+        groups: int, eps: float, norm_group: int, squares: bool,
+    ) -> Any:  # fmt: skip
+        out, sums, conv, y, states, dts = _forward_op(
             zxbcdt, conv_weight, conv_bias, dt_bias, A_log, D, norm_weight, doc, head_dim, groups,
-            eps, norm_group,
+            eps, norm_group, squares,
         )  # fmt: skip
         ctx.save_for_backward(
-            zxbcdt, conv, y, states, dts, conv_weight, conv_bias, A_log, D, norm_weight, doc
-        )
+            zxbcdt, conv, out if squares else y, states, dts, conv_weight, conv_bias, A_log, D,
+            norm_weight, doc,
+        )  # fmt: skip
         ctx.options = (groups, eps, norm_group)
         ctx.dt_bias_dtype = dt_bias.dtype
-        return out
+        return (out, sums) if squares else out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         saved = ctx.saved_tensors  # once: activation checkpointing gives them no second time
         conv_weight, conv_bias, A_log, D, norm_weight = saved[5:10]
-        dzxbcdt, taps, sums, dD, d_norm = _backward_op(grads[0], *saved, *ctx.options)
+        dout, dsquares = grads[0], None
+        if len(grads) > 1:
+            dout, dsquares = _one_a_position(dout, grads[1], saved[2])
+        dzxbcdt, taps, sums, dD, d_norm = _backward_op(dout, dsquares, *saved, *ctx.options)
         return (
             dzxbcdt,
             taps[4 - conv_weight.shape[1] : 4].t().to(conv_weight.dtype),
@@ -163,20 +179,29 @@ class _Mamba2Core(torch.autograd.Function):
             sums[0].to(A_log.dtype),
             (sums[2] if D.ndim == 1 else dD).to(D.dtype),
             None if norm_weight is None else d_norm,
-            *(None,) * 5,
+            *(None,) * 6,
         )
+
+
+def _one_a_position(dout: Tensor, dsquares: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of the output and of its squares with one number a position, which a norm over
+    all parts gives; numbers that differ between parts go into the output's."""
+    if dsquares.shape[-1] == 1 or dsquares.stride(-1) == 0:
+        return dout, dsquares[..., 0].contiguous()
+    part = out.shape[-1] // dsquares.shape[-1]
+    extra = 2 * out.float() * dsquares.repeat_interleave(part, -1)
+    return (dout + extra).to(dout.dtype), torch.zeros_like(dsquares[..., 0])
 
 
 def mamba2_core_triton(
     zxbcdt_BLE: Tensor, conv_weight_CK: Tensor, conv_bias_C: Tensor | None, dt_bias_H: Tensor,
     A_log_H: Tensor, D_H: Tensor, norm_weight_I: Tensor | None, head_dim: int, n_groups: int,
-    eps: float, norm_group: int, doc_start_BL: Tensor | None,
-) -> Tensor:  # fmt: skip
+    eps: float, norm_group: int, doc_start_BL: Tensor | None, squares: bool,
+) -> Any:  # fmt: skip
     """See `ablate.kernels.mamba2_core`."""
     inputs = (
         zxbcdt_BLE, conv_weight_CK, conv_bias_C, dt_bias_H, A_log_H, D_H, norm_weight_I,
     )  # fmt: skip
-    out: Tensor = _Mamba2Core.apply(
-        *map(contiguous, inputs), starts(doc_start_BL), head_dim, n_groups, eps, norm_group
+    return _Mamba2Core.apply(
+        *map(contiguous, inputs), starts(doc_start_BL), head_dim, n_groups, eps, norm_group, squares
     )
-    return out

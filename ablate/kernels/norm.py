@@ -14,10 +14,16 @@ from ablate.kernels.dispatch import compute_dtype, use_triton
 
 
 def rms_norm_reference(
-    x: Tensor, weight_D: Tensor | None, *, eps: float = 1e-5, residual: Tensor | None = None
-) -> Tensor | tuple[Tensor, Tensor]:
+    x: Tensor, weight_D: Tensor | None, *, eps: float = 1e-5, residual: Tensor | None = None,
+    squares_xS: Tensor | None = None, squares_of: int = 1,
+) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """The definition, differentiated by autograd; see `rms_norm`."""
-    total = x if residual is None else x + residual
+    total = x
+    if squares_xS is not None:
+        mean = squares_xS.to(compute_dtype(x)).sum(-1, keepdim=True) / squares_of
+        total = x.to(compute_dtype(x)) * torch.rsqrt(mean + eps)
+    if residual is not None:
+        total = (total + residual).to(torch.promote_types(x.dtype, residual.dtype))
     wide = total.to(compute_dtype(total))
     y = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     if weight_D is not None:
@@ -32,20 +38,45 @@ def rms_norm(
     *,
     eps: float = 1e-5,
     residual: Tensor | None = None,
+    squares_xS: Tensor | None = None,
+    squares_of: int = 1,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """x / rms(x) * weight over the last dimension.
 
     x: (..., D); weight_D: (D,) or None for no weight; residual: like x, of any float dtype.
+    squares_xS: sums of squares, float32, over S parts of rows of `squares_of` numbers, by whose
+        root mean square x is divided first: the norm of what x is a linear map of. With a residual
+        only.
     Returns y in x's dtype; with a residual, (y, residual_out) where residual_out = x + residual in
-    the promoted dtype and y = norm(residual_out).
+    the promoted dtype and y = norm(residual_out). Raises ValueError for squares without a residual.
     """
+    if squares_xS is not None and residual is None:
+        raise ValueError("squares_xS needs a residual: x / rms is only ever added to one")
     supported = x.dtype != torch.float64 and x.numel() > 0 and x.shape[-1] <= 16384
     if use_triton(backend, x, supported=supported):
         from ablate.kernels.norm_triton import rms_norm_triton
 
-        return rms_norm_triton(x, weight_D, eps, residual)
-    return rms_norm_reference(x, weight_D, eps=eps, residual=residual)
+        return rms_norm_triton(x, weight_D, eps, residual, squares_xS, squares_of)
+    return rms_norm_reference(
+        x, weight_D, eps=eps, residual=residual, squares_xS=squares_xS, squares_of=squares_of
+    )
+
+
+def scale_columns(matrix_OI: Tensor, scale_I: Tensor, *, backend: str | None = None) -> Tensor:
+    """matrix * scale, what a norm's weight makes of the projection after it, (O, I).
+
+    In the matrix's dtype, under autocast in that of its products.
+    """
+    kind, dtype = matrix_OI.device.type, matrix_OI.dtype
+    if torch.is_autocast_enabled(kind) and dtype == torch.float32:
+        dtype = torch.get_autocast_dtype(kind)
+    supported = matrix_OI.dtype != torch.float64 and matrix_OI.numel() > 0
+    if use_triton(backend, matrix_OI, supported=supported):
+        from ablate.kernels.norm_triton import scale_columns_triton
+
+        return scale_columns_triton(matrix_OI, scale_I, dtype)
+    return (matrix_OI * scale_I).to(dtype)
 
 
 def gated_rms_norm_reference(

@@ -1,4 +1,5 @@
-"""Triton kernels of `rms_norm` (with the residual addition) and `gated_rms_norm`.
+"""Triton kernels of `rms_norm` (with the residual addition), `gated_rms_norm` and what there is in
+its place where the norm is left to the next layer (`ablate.kernels.mamba2_core`).
 
 Forward: one tile of rows a program. Backward: a fixed number of programs walk over the rows, hold
 their share of the weight gradient in registers and write it for a second, ordered sum. Nothing but
@@ -21,7 +22,13 @@ from torch import Tensor
 
 from ablate.kernels.dispatch import INTERPRET, define_op
 from ablate.kernels.sum_rows_triton import sum_rows
-from ablate.kernels.tiles_triton import contiguous, dense_last, sigmoid
+from ablate.kernels.tiles_triton import (
+    away_from_zero,
+    contiguous,
+    dense_last,
+    reciprocal,
+    sigmoid,
+)
 
 
 @dataclass(frozen=True)
@@ -227,10 +234,20 @@ def gated_backward_kernel(
 
 
 @triton.jit
+def _row_scale(squares_ptr, row, rows, of, eps, PARTS: tl.constexpr):
+    """1 / rms of rows of `of` numbers from the sums of squares of their parts."""
+    part = tl.arange(0, triton.next_power_of_2(PARTS))
+    mask = (row < rows)[:, None] & (part < PARTS)[None, :]
+    squares = tl.load(squares_ptr + row[:, None] * PARTS + part[None, :], mask=mask, other=0.0)
+    return tl.rsqrt(tl.sum(squares, 1) / of + eps)
+
+
+@triton.jit
 def forward_kernel(
-    x_ptr, residual_ptr, w_ptr, y_ptr, total_ptr, rows, x_row, residual_row, eps,
+    x_ptr, residual_ptr, w_ptr, squares_ptr, y_ptr, total_ptr, rows, x_row, residual_row, of, eps,
     X_ALIGN: tl.constexpr, R_ALIGN: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
-    HAS_WEIGHT: tl.constexpr, width: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr, PARTS: tl.constexpr, width: tl.constexpr, BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, BLOCK)
@@ -239,6 +256,8 @@ def forward_kernel(
     out = (row * width)[:, None] + column[None, :]
     x_offset = (row * x_row * X_ALIGN)[:, None] + column[None, :]
     x = tl.load(x_ptr + x_offset, mask=mask, other=0.0).to(tl.float32)
+    if PARTS:
+        x *= _row_scale(squares_ptr, row, rows, of, eps, PARTS)[:, None]
     if HAS_RESIDUAL:
         r_offset = (row * residual_row * R_ALIGN)[:, None] + column[None, :]
         x += tl.load(residual_ptr + r_offset, mask=mask, other=0.0).to(tl.float32)
@@ -255,11 +274,12 @@ def forward_kernel(
 
 @triton.jit
 def backward_kernel(
-    total_ptr, w_ptr, dy_ptr, dtotal_ptr, dx_ptr, dresidual_ptr, partial_ptr,
-    rows, total_row, dy_row, dtotal_row, eps,
-    T_ALIGN: tl.constexpr, DY_ALIGN: tl.constexpr, DT_ALIGN: tl.constexpr,
+    total_ptr, w_ptr, dy_ptr, dtotal_ptr, x_ptr, squares_ptr, dx_ptr, dresidual_ptr, dsquares_ptr,
+    partial_ptr, rows, total_row, dy_row, dtotal_row, x_row, of, eps,
+    T_ALIGN: tl.constexpr, DY_ALIGN: tl.constexpr, DT_ALIGN: tl.constexpr, X_ALIGN: tl.constexpr,
     HAS_DTOTAL: tl.constexpr, TWO_OUTPUTS: tl.constexpr, HAS_WEIGHT: tl.constexpr,
-    width: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr,
+    PARTS: tl.constexpr, width: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     column = tl.arange(0, BLOCK)
     inside = column < width
@@ -287,11 +307,73 @@ def backward_kernel(
             dt_offset = (row * dtotal_row * DT_ALIGN)[:, None] + column[None, :]
             dx += tl.load(dtotal_ptr + dt_offset, mask=mask, other=0.0).to(tl.float32)
         out = (row * width)[:, None] + column[None, :]
-        tl.store(dx_ptr + out, dx.to(dx_ptr.dtype.element_ty), mask=mask)
         if TWO_OUTPUTS:
             tl.store(dresidual_ptr + out, dx.to(dresidual_ptr.dtype.element_ty), mask=mask)
+        if PARTS:
+            x_offset = (row * x_row * X_ALIGN)[:, None] + column[None, :]
+            added = tl.load(x_ptr + x_offset, mask=mask, other=0.0).to(tl.float32)
+            inverse = _row_scale(squares_ptr, row, rows, of, eps, PARTS)
+            slope = -0.5 / of * inverse * inverse * inverse
+            tl.store(dsquares_ptr + row, slope * tl.sum(dx * added, 1), mask=row < rows)
+            dx *= inverse[:, None]
+        tl.store(dx_ptr + out, dx.to(dx_ptr.dtype.element_ty), mask=mask)
     if HAS_WEIGHT:
         tl.store(partial_ptr + tl.program_id(0) * width + column, dw, mask=inside)
+
+
+@triton.jit
+def gate_backward_kernel(
+    y_ptr, z_ptr, dy_ptr, dsquares_ptr, dx_ptr, dz_ptr, rows, z_row, dz_row, width: tl.constexpr,
+    Z_ALIGN: tl.constexpr, DZ_ALIGN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Of y = x silu(z), from the gradients of y and of the sum of its squares in each row. x is not
+    needed: y takes its place in dz, as silu'(z) / silu(z) = 1 / z + 1 - sigmoid(z)."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = (row < rows)[:, None] & (column < width)[None, :]
+    at = (row * width)[:, None] + column[None, :]
+    z_at = (row * z_row * Z_ALIGN)[:, None] + column[None, :]
+    y = tl.load(y_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    z = away_from_zero(tl.load(z_ptr + z_at, mask=mask, other=0.0).to(tl.float32))
+    dy = tl.load(dy_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    dy += 2.0 * tl.load(dsquares_ptr + row, mask=row < rows, other=0.0)[:, None] * y
+    gate = sigmoid(z)
+    dx = dy * (z * gate)
+    tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+    dz = dy * (y * reciprocal(z) + y * (1.0 - gate))
+    dz_at = (row * dz_row * DZ_ALIGN)[:, None] + column[None, :]
+    tl.store(dz_ptr + dz_at, dz.to(dz_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def scale_columns_kernel(
+    m_ptr, s_ptr, out_ptr, rows, width, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = (row < rows)[:, None] & (column < width)[None, :]
+    at = row[:, None] * width + column[None, :]
+    m = tl.load(m_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    s = tl.load(s_ptr + column, mask=column < width, other=0.0).to(tl.float32)
+    tl.store(out_ptr + at, (m * s[None, :]).to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def scale_columns_backward_kernel(
+    m_ptr, s_ptr, dout_ptr, dm_ptr, partial_ptr, rows, width,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < width
+    mask = (row < rows)[:, None] & inside[None, :]
+    at = row[:, None] * width + column[None, :]
+    m = tl.load(m_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    s = tl.load(s_ptr + column, mask=inside, other=0.0).to(tl.float32)
+    dout = tl.load(dout_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    tl.store(dm_ptr + at, (dout * s[None, :]).to(dm_ptr.dtype.element_ty), mask=mask)
+    share = tl.sum(dout * m, 0)
+    tl.store(partial_ptr + tl.program_id(0).to(tl.int64) * width + column, share, mask=inside)
 
 
 def _rows(t: Tensor) -> Tensor:
@@ -359,6 +441,49 @@ def gated_gradients(
     return dx, x.new_empty(0) if weight is None else sum_rows(partial, weight.dtype)
 
 
+COLUMN_ROWS, COLUMN_BLOCK, COLUMN_WARPS = 32, 64, 4
+
+
+def gate_tile(width: int) -> tuple[int, int]:
+    """Rows and columns of a program with 4 warps: long pieces of a row, unless they end far outside
+    of it."""
+    return (4, 512) if width % 512 == 0 or width > 2048 else (8, 256)
+
+
+def gate_gradients(dy: Tensor, dsquares: Tensor, y: Tensor, z: Tensor, dz: Tensor) -> Tensor:
+    """Of y = x silu(z) and the sum of squares of each row: writes dz, which may have wider rows as
+    z may, and returns dx. y, dy: dense (M, I); dsquares: (M,)."""
+    rows, width = y.shape
+    dx = torch.empty(rows, width, dtype=y.dtype, device=y.device)
+    (z_row, z_align), (dz_row, dz_align) = _stride(z), _stride(dz)
+    tile, block = gate_tile(width)
+    gate_backward_kernel[(triton.cdiv(rows, tile), triton.cdiv(width, block))](
+        y, z, dy, dsquares, dx, dz, rows, z_row, dz_row, width, Z_ALIGN=z_align, DZ_ALIGN=dz_align,
+        ROWS=tile, BLOCK=block, num_warps=4,
+    )  # fmt: skip
+    return dx
+
+
+def _scale_columns(m: Tensor, s: Tensor, dtype: torch.dtype) -> Tensor:
+    out = torch.empty(m.shape, dtype=dtype, device=m.device)
+    grid = triton.cdiv(m.shape[0], COLUMN_ROWS), triton.cdiv(m.shape[1], COLUMN_BLOCK)
+    scale_columns_kernel[grid](
+        m, s, out, *m.shape, ROWS=COLUMN_ROWS, BLOCK=COLUMN_BLOCK, num_warps=COLUMN_WARPS
+    )
+    return out
+
+
+def _scale_columns_backward(dout: Tensor, m: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+    dm = torch.empty_like(m)
+    grid = triton.cdiv(m.shape[0], COLUMN_ROWS), triton.cdiv(m.shape[1], COLUMN_BLOCK)
+    partial = torch.empty(grid[0], m.shape[1], dtype=torch.float32, device=m.device)
+    scale_columns_backward_kernel[grid](
+        m, s, dout, dm, partial, *m.shape,
+        ROWS=COLUMN_ROWS, BLOCK=COLUMN_BLOCK, num_warps=COLUMN_WARPS,
+    )  # fmt: skip
+    return dm, sum_rows(partial, s.dtype)
+
+
 def _gated_backward(
     dy: Tensor, x: Tensor, z: Tensor, weight: Tensor | None, eps: float, group: int,
     gate_after: bool,
@@ -370,8 +495,9 @@ def _gated_backward(
 
 
 def _norm_forward(
-    x: Tensor, residual: Tensor | None, weight: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor]:
+    x: Tensor, residual: Tensor | None, weight: Tensor | None, squares: Tensor | None, of: int,
+    eps: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """y and x + residual (empty without a residual)."""
     rows, width = x.shape
     block = triton.next_power_of_2(width)
@@ -380,12 +506,16 @@ def _norm_forward(
     total = _empty_total(x, residual)
     (x_row, x_align), (r_row, r_align) = _stride(x), _stride(x if residual is None else residual)
     forward_kernel[(triton.cdiv(rows, config.rows),)](
-        x, x if residual is None else residual, x if weight is None else weight, y, total,
-        rows, x_row, r_row, eps, X_ALIGN=x_align, R_ALIGN=r_align,
-        HAS_RESIDUAL=residual is not None, HAS_WEIGHT=weight is not None, width=width,
-        BLOCK=block, ROWS=config.rows, num_warps=config.warps,
+        x, x if residual is None else residual, x if weight is None else weight, squares, y, total,
+        rows, x_row, r_row, of, eps, X_ALIGN=x_align, R_ALIGN=r_align,
+        HAS_RESIDUAL=residual is not None, HAS_WEIGHT=weight is not None, PARTS=_parts(squares),
+        width=width, BLOCK=block, ROWS=config.rows, num_warps=config.warps,
     )  # fmt: skip
     return y, total
+
+
+def _parts(squares: Tensor | None) -> int:
+    return 0 if squares is None else squares.shape[-1]
 
 
 def _empty_total(x: Tensor, residual: Tensor | None) -> Tensor:
@@ -394,16 +524,25 @@ def _empty_total(x: Tensor, residual: Tensor | None) -> Tensor:
     return x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, residual.dtype))
 
 
+def _two_gradients(
+    dtype: torch.dtype, residual_dtype: torch.dtype | None, squares: Tensor | None
+) -> bool:
+    """Whether x and the residual have a gradient each."""
+    return residual_dtype is not None and (residual_dtype != dtype or squares is not None)
+
+
 def _norm_backward(
-    dy: Tensor, d_total: Tensor | None, total: Tensor, weight: Tensor | None, eps: float,
-    dtype: torch.dtype, residual_dtype: torch.dtype | None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradient in x's dtype, in the residual's dtype (empty when that is the same or there is no
-    residual), and the weight's gradient (empty without a weight)."""
+    dy: Tensor, d_total: Tensor | None, total: Tensor, weight: Tensor | None, x: Tensor | None,
+    squares: Tensor | None, of: int, eps: float, dtype: torch.dtype,
+    residual_dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradient in x's dtype, in the residual's dtype (empty when it is that of x or there is no
+    residual), the weight's gradient (empty without a weight) and that of each row's sum of squares
+    (empty without them)."""
     rows, width = total.shape
     block = triton.next_power_of_2(width)
     config = backward_config(block)
-    two = residual_dtype is not None and residual_dtype != dtype
+    two = _two_gradients(dtype, residual_dtype, squares)
     dx = torch.empty(rows, width, dtype=dtype, device=total.device)
     d_residual = torch.empty(
         (rows, width) if two else 0, dtype=residual_dtype or dtype, device=total.device
@@ -413,15 +552,20 @@ def _norm_backward(
         programs if weight is not None else 0, width, dtype=torch.float32, device=total.device
     )
     other = dy if d_total is None else d_total
-    (t_row, t_align), (dy_row, dy_align), (dt_row, dt_align) = map(_stride, (total, dy, other))
+    added = dy if x is None else x
+    d_squares = partial.new_empty(0 if squares is None else rows)
+    (t_row, t_align), (dy_row, dy_align), (dt_row, dt_align), (x_row, x_align) = map(
+        _stride, (total, dy, other, added)
+    )
     backward_kernel[(programs,)](
-        total, total if weight is None else weight, dy, other, dx, d_residual, partial, rows,
-        t_row, dy_row, dt_row, eps, T_ALIGN=t_align, DY_ALIGN=dy_align, DT_ALIGN=dt_align,
-        HAS_DTOTAL=d_total is not None, TWO_OUTPUTS=two, HAS_WEIGHT=weight is not None,
-        width=width, BLOCK=block, ROWS=config.rows, STAGES=config.stages, num_warps=config.warps,
+        total, total if weight is None else weight, dy, other, added, squares, dx, d_residual,
+        d_squares, partial, rows, t_row, dy_row, dt_row, x_row, of, eps, T_ALIGN=t_align,
+        DY_ALIGN=dy_align, DT_ALIGN=dt_align, X_ALIGN=x_align, HAS_DTOTAL=d_total is not None,
+        TWO_OUTPUTS=two, HAS_WEIGHT=weight is not None, PARTS=_parts(squares), width=width,
+        BLOCK=block, ROWS=config.rows, STAGES=config.stages, num_warps=config.warps,
     )  # fmt: skip
     d_weight = total.new_empty(0) if weight is None else sum_rows(partial, weight.dtype)
-    return dx, d_residual, d_weight
+    return dx, d_residual, d_weight, d_squares
 
 
 def _fake_gated_backward(dy, x, z, weight, *_):
@@ -429,11 +573,14 @@ def _fake_gated_backward(dy, x, z, weight, *_):
     return x.new_empty(x.shape), z.new_empty(z.shape), d_weight
 
 
-def _fake_norm_backward(dy, d_total, total, weight, eps, dtype, residual_dtype):
-    two = residual_dtype is not None and residual_dtype != dtype
+def _fake_norm_backward(
+    dy, d_total, total, weight, x, squares, of, eps, dtype, residual_dtype
+):  # fmt: skip
+    two = _two_gradients(dtype, residual_dtype, squares)
     d_residual = total.new_empty(total.shape if two else (0,), dtype=residual_dtype or dtype)
     d_weight = total.new_empty(0) if weight is None else weight.new_empty(weight.shape)
-    return total.new_empty(total.shape, dtype=dtype), d_residual, d_weight
+    d_squares = total.new_empty(0 if squares is None else total.shape[0], dtype=torch.float32)
+    return total.new_empty(total.shape, dtype=dtype), d_residual, d_weight, d_squares
 
 
 _gated_forward_op = define_op(
@@ -449,15 +596,27 @@ _gated_backward_op = define_op(
     _fake_gated_backward,
 )
 _norm_forward_op = define_op(
-    "rms_norm_forward(Tensor x, Tensor? residual, Tensor? weight, float eps) -> (Tensor, Tensor)",
+    "rms_norm_forward(Tensor x, Tensor? residual, Tensor? weight, Tensor? squares, int of,"
+    " float eps) -> (Tensor, Tensor)",
     _norm_forward,
     lambda x, residual, *_: (x.new_empty(x.shape), _empty_total(x, residual)),
 )
 _norm_backward_op = define_op(
-    "rms_norm_backward(Tensor dy, Tensor? d_total, Tensor total, Tensor? weight, float eps,"
-    " ScalarType dtype, ScalarType? residual_dtype) -> (Tensor, Tensor, Tensor)",
+    "rms_norm_backward(Tensor dy, Tensor? d_total, Tensor total, Tensor? weight, Tensor? x,"
+    " Tensor? squares, int of, float eps, ScalarType dtype, ScalarType? residual_dtype)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
     _norm_backward,
     _fake_norm_backward,
+)
+_scale_columns_op = define_op(
+    "scale_columns(Tensor m, Tensor s, ScalarType dtype) -> Tensor",
+    _scale_columns,
+    lambda m, s, dtype: m.new_empty(m.shape, dtype=dtype),
+)
+_scale_columns_backward_op = define_op(
+    "scale_columns_backward(Tensor dout, Tensor m, Tensor s) -> (Tensor, Tensor)",
+    _scale_columns_backward,
+    lambda dout, m, s: (m.new_empty(m.shape), s.new_empty(s.shape)),
 )
 
 
@@ -484,14 +643,14 @@ class _RmsNorm(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.eps = eps
-        y: Tensor = _norm_forward_op(x, None, weight, eps)[0]
+        y: Tensor = _norm_forward_op(x, None, weight, None, 1, eps)[0]
         return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         x, weight = ctx.saved_tensors
-        dx, _, d_weight = _norm_backward_op(
-            _rows(grads[0]), None, x, weight, ctx.eps, x.dtype, None
+        dx, _, d_weight, _ = _norm_backward_op(
+            _rows(grads[0]), None, x, weight, None, None, 1, ctx.eps, x.dtype, None
         )
         return dx, None if weight is None else d_weight, None
 
@@ -499,23 +658,39 @@ class _RmsNorm(torch.autograd.Function):
 class _AddRmsNorm(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, residual: Tensor, weight: Tensor | None, eps: float
-    ) -> tuple[Tensor, Tensor]:
-        y, total = _norm_forward_op(x, residual, weight, eps)
-        ctx.save_for_backward(total, weight)
-        ctx.options = (eps, x.dtype, residual.dtype)
+        ctx: Any, x: Tensor, residual: Tensor, weight: Tensor | None, squares: Tensor | None,
+        of: int, eps: float,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        y, total = _norm_forward_op(x, residual, weight, squares, of, eps)
+        ctx.save_for_backward(total, weight, None if squares is None else x, squares)
+        ctx.options = (of, eps, x.dtype, residual.dtype)
         return y, total
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        total, weight = ctx.saved_tensors
+        total, weight, x, squares = ctx.saved_tensors
         dy, d_total = grads
-        dx, d_residual, d_weight = _norm_backward_op(
-            _rows(dy), _rows(d_total), total, weight, *ctx.options
+        dx, d_residual, d_weight, d_squares = _norm_backward_op(
+            _rows(dy), _rows(d_total), total, weight, x, squares, *ctx.options
         )
-        if ctx.options[1] == ctx.options[2]:
+        _, _, dtype, residual_dtype = ctx.options
+        if not _two_gradients(dtype, residual_dtype, squares):
             d_residual = dx
-        return dx, d_residual, None if weight is None else d_weight, None
+        d_squares = None if squares is None else d_squares[:, None].expand(squares.shape)
+        return dx, d_residual, None if weight is None else d_weight, d_squares, None, None
+
+
+class _ScaleColumns(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, m: Tensor, s: Tensor, dtype: torch.dtype) -> Tensor:
+        ctx.save_for_backward(m, s)
+        out: Tensor = _scale_columns_op(m, s, dtype)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        dm, ds = _scale_columns_backward_op(grads[0].contiguous(), *ctx.saved_tensors)
+        return dm, ds, None
 
 
 def gated_rms_norm_triton(
@@ -527,12 +702,21 @@ def gated_rms_norm_triton(
 
 
 def rms_norm_triton(
-    x: Tensor, weight: Tensor | None, eps: float, residual: Tensor | None
-) -> Tensor | tuple[Tensor, Tensor]:
+    x: Tensor, weight: Tensor | None, eps: float, residual: Tensor | None, squares: Tensor | None,
+    of: int,
+) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """See `ablate.kernels.rms_norm`."""
     weight = contiguous(weight)
     if residual is None:
         y: Tensor = _RmsNorm.apply(_rows(x), weight, eps)
         return y.view(x.shape)
-    y, total = _AddRmsNorm.apply(_rows(x), _rows(residual), weight, eps)
+    if squares is not None:
+        squares = squares.reshape(-1, squares.shape[-1]).contiguous()
+    y, total = _AddRmsNorm.apply(_rows(x), _rows(residual), weight, squares, of, eps)
     return y.view(x.shape), total.view(x.shape)
+
+
+def scale_columns_triton(m: Tensor, s: Tensor, dtype: torch.dtype) -> Tensor:
+    """See `ablate.kernels.scale_columns`."""
+    out: Tensor = _ScaleColumns.apply(m.contiguous(), s.contiguous(), dtype)
+    return out

@@ -34,11 +34,13 @@ from ablate.kernels.dispatch import define_op
 from ablate.kernels.sum_rows_triton import sum_rows
 from ablate.kernels.tiles_triton import (
     LOG2E,
+    away_from_zero,
     batch_unit,
     before_90,
     dense_rows,
     load_tile,
     precision,
+    sigmoid,
     store_tile,
 )
 
@@ -176,21 +178,24 @@ def _state_kernel(
 
 @triton.jit(do_not_specialize=["one"])
 def _scan_kernel(
-    x_ptr, b_ptr, c_ptr, d_ptr, dts_ptr, doc_ptr, states_ptr, y_ptr,
-    x_stride_b, b_stride_b, c_stride_b, length, plane, n_chunks, one,
+    x_ptr, b_ptr, c_ptr, d_ptr, dts_ptr, doc_ptr, states_ptr, z_ptr, y_ptr, squares_ptr,
+    x_stride_b, b_stride_b, c_stride_b, z_stride_b, length, plane, n_chunks, one,
     UNIT: tl.constexpr, X_STRIDE_L: tl.constexpr,
-    B_STRIDE_L: tl.constexpr, C_STRIDE_L: tl.constexpr,
+    B_STRIDE_L: tl.constexpr, C_STRIDE_L: tl.constexpr, Z_UNIT: tl.constexpr,
+    Z_STRIDE_L: tl.constexpr, GATED: tl.constexpr,
     H: tl.constexpr, G: tl.constexpr, HEADS: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
     BP: tl.constexpr, BN: tl.constexpr, Q: tl.constexpr,
     D_RANK: tl.constexpr, HAS_DOC: tl.constexpr, FULL: tl.constexpr, PREC: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
-    """y of one chunk and HEADS heads of one group."""
+    """y of one chunk and HEADS heads of one group. GATED: y silu(z), and the sum of its squares at
+    each position."""
     SPLITS: tl.constexpr = H // G // HEADS
     chunk = tl.program_id(0) // SPLITS
     b = (tl.program_id(1) // G).to(tl.int64)
     group = tl.program_id(1) % G
-    head = group * (H // G) + tl.program_id(0) % SPLITS * HEADS
+    part = group * SPLITS + tl.program_id(0) % SPLITS
+    head = part * HEADS
     padded = n_chunks * Q
     start = chunk * Q
     left = length - start
@@ -204,6 +209,9 @@ def _scan_kernel(
     y_ptr += (b * length + wide) * (H * P)
     dts_ptr += b * H * padded + start
     states_ptr += (b * n_chunks + chunk) * (H * P * N)
+    if GATED:
+        z_ptr += b * z_stride_b * Z_UNIT + wide * Z_STRIDE_L
+        squares = tl.zeros([Q], tl.float32)
 
     B = load_tile(b_ptr, rows, n, left, N, B_STRIDE_L, FULL, FULL_N)
     C = load_tile(c_ptr, rows, n, left, N, C_STRIDE_L, FULL, FULL_N)
@@ -230,7 +238,15 @@ def _scan_kernel(
         if D_RANK == 2:
             d = tl.load(d_ptr + h * P + p, mask=p < P, other=0.0).to(tl.float32)
             y += d[None, :] * x.to(tl.float32)
+        if GATED:
+            z = load_tile(z_ptr + h * P, rows, p, left, P, Z_STRIDE_L, FULL, FULL_P)
+            z = away_from_zero(z.to(tl.float32))
+            y *= z * sigmoid(z)
+            squares += tl.sum(y * y, axis=1)
         store_tile(y_ptr + h * P, y.to(x.dtype), rows, p, left, P, H * P, FULL, FULL_P)
+    if GATED:
+        at = (b * length + wide + rows) * (G * SPLITS) + part
+        tl.store(squares_ptr + at, squares, mask=rows < left)
 
 
 @triton.jit(do_not_specialize=["one"])
@@ -480,16 +496,19 @@ def _dt_grad_kernel(
 CONFIGS: dict[tuple[str, int], tuple[int, int, int | None]] = {
     ("state", 2): (4, 4, None),
     ("scan", 2): (4, 3, None),
+    ("gated_scan", 2): (4, 3, None),
     ("dx", 2): (4, 3, None),
     ("bc_grad", 2): (4, 3, None),
     ("state", 4): (4, 2, None),
     ("scan", 4): (4, 2, None),
+    ("gated_scan", 4): (4, 2, None),
     ("dx", 4): (4, 1, None),
     ("bc_grad", 4): (8, 1, None),
 }
 # states of more than 64 by 128
 WIDE: dict[tuple[str, int], tuple[int, int, int | None]] = {
     ("scan", 2): (8, 2, None),
+    ("gated_scan", 2): (8, 2, None),
     ("dx", 2): (8, 2, None),
     ("bc_grad", 2): (8, 1, None),
 }
@@ -526,6 +545,11 @@ def _splits(per_group: int, programs: int) -> int:
     while splits < per_group and (per_group % splits or programs * splits < SCAN_PROGRAMS):
         splits += 1
     return splits
+
+
+def scan_parts(n_heads: int, groups: int, batch: int, length: int) -> int:
+    """How many programs of `scan` share the heads of a chunk."""
+    return groups * _splits(n_heads // groups, triton.cdiv(length, Q) * batch * groups)
 
 
 def step_sizes(
@@ -581,25 +605,31 @@ def chunk_states(
 
 def scan(
     x: Tensor, B: Tensor, C: Tensor, D: Tensor | None, dts: Tensor, doc: Tensor | None,
-    states: Tensor,
-) -> Tensor:  # fmt: skip
+    states: Tensor, z: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """y (B, L, H, P); with a gate z (B, L, I) y silu(z), and its sums of squares (B, L, S) over S
+    equal parts of the width (empty without a gate)."""
     b, length, n_heads, head_dim = x.shape
     groups, n_state = B.shape[2:]
     n_chunks = states.shape[1]
     y = x.new_empty((b, length, n_heads, head_dim))
-    splits = _splits(n_heads // groups, n_chunks * b * groups)
-    unit = batch_unit(x, B, C)
+    n_parts = scan_parts(n_heads, groups, b, length)
+    splits = n_parts // groups
+    squares = x.new_empty(0 if z is None else (b, length, n_parts), dtype=torch.float32)
+    gate = x if z is None else z
+    unit, z_unit = batch_unit(x, B, C), batch_unit(gate)
     _scan_kernel[(n_chunks * splits, b * groups)](
-        x, B, C, D, dts, doc, states, y,
-        x.stride(0) // unit, B.stride(0) // unit, C.stride(0) // unit, length, dts[0].numel(),
-        n_chunks, ONE,
+        x, B, C, D, dts, doc, states, gate, y, squares,
+        x.stride(0) // unit, B.stride(0) // unit, C.stride(0) // unit, gate.stride(0) // z_unit,
+        length, dts[0].numel(), n_chunks, ONE,
         UNIT=unit, X_STRIDE_L=x.stride(1), B_STRIDE_L=B.stride(1), C_STRIDE_L=C.stride(1),
+        Z_UNIT=z_unit, Z_STRIDE_L=gate.stride(1), GATED=z is not None,
         H=n_heads, G=groups, HEADS=n_heads // groups // splits, P=head_dim, N=n_state,
         BP=_blocks(head_dim), BN=_blocks(n_state), Q=Q,
         D_RANK=0 if D is None else D.ndim, HAS_DOC=doc is not None, FULL=length % Q == 0,
-        PREC=precision(x.dtype), **_options("scan", x, n_state),
+        PREC=precision(x.dtype), **_options("scan" if z is None else "gated_scan", x, n_state),
     )  # fmt: skip
-    return y
+    return y, squares
 
 
 def gradients(
@@ -668,7 +698,7 @@ def _forward(
     x, B, C = dense_rows(x), dense_rows(B), dense_rows(C)
     dts = step_sizes(dt if dt.stride(2) == 1 else dt.contiguous(), A, dt_bias, softplus)
     states, last = chunk_states(x, B, dts, doc, first, reverse=False)
-    return scan(x, B, C, D, dts, doc, states), last, states, dts
+    return scan(x, B, C, D, dts, doc, states)[0], last, states, dts
 
 
 def _forward_fake(

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ablate.kernels import causal_conv1d_step, gated_rms_norm, mamba2_core, ssd, ssd_step
+from ablate.kernels import (
+    causal_conv1d_step,
+    gated_rms_norm,
+    mamba2_core,
+    rms_norm,
+    scale_columns,
+    ssd,
+    ssd_step,
+)
 from ablate.kernels.ssd import CHUNK
 from ablate.layers.context import (
     Context,
@@ -140,27 +148,53 @@ class Mamba2(ResidualLayer):
         self.norm_group = o.d_inner // o.n_groups if o.norm_per_group else None
 
     def branch(self, u_BLD: Tensor, ctx: Context, state: State | None = None) -> Tensor:
-        o = self.options
         zxbcdt = padded_linear(u_BLD, self.in_proj)
         if state is None:
-            y = mamba2_core(
-                zxbcdt,
-                self.conv_weight,
-                self.conv_bias,
-                self.dt_bias,
-                self.A_log,
-                self.D,
-                self.gate_norm,
-                head_dim=o.head_dim,
-                n_groups=o.n_groups,
-                d_state=o.d_state,
-                eps=self.eps,
-                norm_group_size=self.norm_group,
-                doc_start_BL=ctx.doc_start_BL,
-            )
+            y = self._core(zxbcdt, self.gate_norm, ctx)
         else:
-            y = self._prefill(zxbcdt[..., : o.in_width], ctx, state)
+            y = self._prefill(zxbcdt[..., : self.options.in_width], ctx, state)
         return F.linear(y, self.out_proj)
+
+    def _core(
+        self, zxbcdt: Tensor, norm: Tensor | None, ctx: Context, return_squares: bool = False
+    ) -> Any:
+        o = self.options
+        return mamba2_core(
+            zxbcdt,
+            self.conv_weight,
+            self.conv_bias,
+            self.dt_bias,
+            self.A_log,
+            self.D,
+            norm,
+            head_dim=o.head_dim,
+            n_groups=o.n_groups,
+            d_state=o.d_state,
+            eps=self.eps,
+            norm_group_size=self.norm_group,
+            doc_start_BL=ctx.doc_start_BL,
+            return_squares=return_squares,
+        )
+
+    def chained(
+        self, u_BLD: Tensor, x_BLD: Tensor, next_norm_D: Tensor, ctx: Context
+    ) -> tuple[Tensor, Tensor]:
+        """The norm of all the inner width is left to the projection and to the addition after it:
+        its weight scales the columns of the one, and what it divides by commutes with it."""
+        inner = self.options.d_inner
+        if self.norm_group not in (None, inner):  # several norms, which commute with nothing
+            return super().chained(u_BLD, x_BLD, next_norm_D, ctx)
+        zxbcdt = padded_linear(u_BLD, self.in_proj)
+        y, squares = self._core(zxbcdt, None, ctx, return_squares=True)
+        u, x = rms_norm(
+            F.linear(y, scale_columns(self.out_proj, self.gate_norm)),
+            next_norm_D,
+            eps=self.eps,
+            residual=x_BLD,
+            squares_xS=squares,
+            squares_of=inner,
+        )
+        return u, x
 
     def _prefill(self, zxbcdt: Tensor, ctx: Context, state: State) -> Tensor:
         o = self.options

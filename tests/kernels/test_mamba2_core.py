@@ -4,8 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
-from _check import DEVICES, compare, error
+from _check import (
+    DEVICES,
+    assert_compiles_whole,
+    assert_repeats,
+    assert_replays,
+    compare,
+    error,
+)
 
+from ablate.kernels import rms_norm, scale_columns
 from ablate.kernels.mamba2_core import mamba2_core, mamba2_core_reference
 
 
@@ -186,4 +194,138 @@ def test_bfloat16_scales_no_gradient(device):
         found.append(leaf.grad.double().cpu().split((heads * p, heads * p, 2 * n, heads), -1))
     for name, ours, want in zip(("z", "x", "B and C", "dt"), *found, strict=True):
         scale = float((ours * want).sum() / want.square().sum())
-        assert abs(scale - 1) < 1e-3, f"{name}: {scale:.5f}"
+        assert abs(scale - 1) < 2e-3, f"{name}: {scale:.5f}"  # draws differ by 1e-3
+
+
+def layer_end(t, options, backend, apart):
+    """From the in-projection to the stream and its norm; apart: the gated norm's weight scales the
+    projection's columns, and what it divides by is left to the addition."""
+    t = dict(t)
+    projection, residual, norm = (t.pop(k) for k in ("projection", "residual", "next_norm"))
+    if not apart:
+        y = mamba2_core(**t, **options, backend=backend)
+        out = y @ projection.to(y.dtype).t()
+        return rms_norm(out, norm, residual=residual, backend=backend)
+    weight = t.pop("norm_weight_I")
+    y, squares = mamba2_core(
+        **t, norm_weight_I=None, **options, return_squares=True, backend=backend
+    )
+    out = y @ scale_columns(projection, weight, backend=backend).to(y.dtype).t()
+    return rms_norm(
+        out, norm, residual=residual, squares_xS=squares, squares_of=y.shape[-1], backend=backend
+    )
+
+
+APART = {k: CASES[k] for k in CASES if k in (
+    "plain, two groups", "whole chunks, D a channel, documents", "a reset everywhere",
+)}  # fmt: skip
+
+
+def layer(args, width, dtype, seed=5):
+    """Arguments of `layer_end`, the projection's output in dtype, and scores of its outputs."""
+    g = torch.Generator().manual_seed(seed)
+    inner, rows = args["norm_weight_I"].shape[0], args["zxbcdt_BLE"].shape[:2]
+    shapes = {"projection": (width, inner), "residual": (*rows, width), "next_norm": (width,)}
+    args = args | {
+        k: torch.randn(shape, generator=g, dtype=torch.float64) / inner**0.5
+        for k, shape in shapes.items()
+    }
+    args = {
+        k: v if v is None else v.detach().to(dtype if k == "zxbcdt_BLE" else torch.float32)
+        for k, v in args.items()
+    }
+    return args, [torch.randn(*rows, width, generator=g, dtype=torch.float64) for _ in range(2)]
+
+
+def results(args, scores, options, device, dtype, backend, apart):
+    """Outputs and gradients of `layer_end`; dtype: of all arguments, None for their own."""
+    t = {
+        k: v if v is None else v.clone().to(device, dtype).requires_grad_() for k, v in args.items()
+    }
+    u, x = layer_end(t, on(device, options), backend, apart)
+    sum((o.double().cpu() * s).sum() for o, s in zip((u, x), scores, strict=True)).backward()
+    return {"u": u.detach(), "x": x.detach()} | {k: v.grad for k, v in t.items() if v is not None}
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 1e-5), (torch.bfloat16, 5e-2)])
+@pytest.mark.parametrize("sizes", APART.values(), ids=APART.keys())
+def test_norm_apart_is_the_norm_within(device, dtype, limit, sizes):
+    """Values and the gradient of every input, with gates of zero, of nearly zero and far out."""
+    args, options = case(*sizes)
+    with torch.no_grad():
+        gate = args["zxbcdt_BLE"][..., : args["norm_weight_I"].shape[0]]
+        for i, value in enumerate((0.0, 1e-38, -90.0, 60.0)):
+            gate[..., i::11] = value
+    args, scores = layer(args, 24, dtype)
+    want = results(args, scores, options, "cpu", torch.float64, "reference", False)
+    exact = results(args, scores, options, "cpu", torch.float64, "reference", True)
+    ours = results(args, scores, options, device, None, "triton", True)
+    for name, w in want.items():
+        assert error(exact[name], w) < 1e-9, name
+        if float(w.norm()) > 1e-6:  # resets everywhere leave A nothing
+            assert error(ours[name], w) < limit, name
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_norm_apart_is_as_exact_in_bfloat16(device):
+    """Over three draws no gradient is 1.5 times as far from float64 as with the norm within, though
+    what the norm takes out of a gradient meets it after rounding."""
+    errors = {}
+    for seed in range(3):
+        args, options = case(1, 128, 3, 64, 1, 16, "", seed=seed)
+        args["dt_bias_H"] = args["dt_bias_H"].detach() - 4.0
+        args, scores = layer(args, 96, torch.bfloat16, seed)
+        want = results(args, scores, options, "cpu", torch.float64, "reference", False)
+        for apart in (False, True):
+            got = results(args, scores, options, device, None, "triton", apart)
+            for name, w in want.items():
+                errors.setdefault((name, apart), []).append(error(got[name], w))
+    for name in want:
+        within, ours = (sum(errors[name, apart]) for apart in (False, True))
+        assert ours <= 1.5 * within + 3e-3, f"{name}: {ours / 3:.1e} for {within / 3:.1e}"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("apart", [False, True])
+def test_repeats_compiles_and_replays(apart):
+    args, options = case(2, 130, 4, 16, 1, 16, "docs")
+    args, _ = layer(args, 24, torch.bfloat16)
+    tensors = {k: v.to("cuda").requires_grad_() for k, v in args.items()}
+    options = on("cuda", options)
+
+    def scalar(t):
+        u, x = layer_end(t, options, None, apart)
+        return u.float().cos().sum() + x.sin().sum()
+
+    assert_repeats(scalar, tensors)
+    assert_compiles_whole(scalar, tensors)
+    assert_replays(scalar, tensors)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_squares_of_parts_may_count_differently(device):
+    """A norm over all parts gives each position one gradient; any other use must be right too."""
+    args, options = case(2, 70, 4, 16, 2, 16, "")
+    args["norm_weight_I"] = None
+    found = []
+    for place, dtype, backend in (
+        (device, torch.float32, "triton"), ("cpu", torch.float64, "reference"),
+    ):  # fmt: skip
+        t = {k: v if v is None else v.detach().clone().to(place, dtype) for k, v in args.items()}
+        z = t["zxbcdt_BLE"].requires_grad_()
+        y, squares = mamba2_core(**t, **on(place, options), return_squares=True, backend=backend)
+        if found:  # the reference has one part
+            squares = y.unflatten(-1, (found[0][0].shape[-1], -1)).square().sum(-1)
+        weights = torch.arange(1, squares.shape[-1] + 1, device=place)
+        (squares * weights).sum().backward()
+        found.append((squares.detach(), z.grad))
+    assert found[0][0].shape[-1] > 1
+    for ours, want in zip(*found, strict=True):
+        assert error(ours, want) < 1e-5
+
+
+def test_squares_want_the_gate_alone():
+    args = make(1, 5, 4, 16, 1, 16)
+    with pytest.raises(ValueError, match="return_squares"):
+        mamba2_core(**args, head_dim=16, n_groups=1, d_state=16, return_squares=True)

@@ -111,29 +111,54 @@ def test_gated_norm(arch, group):
 
 @architectures
 @pytest.mark.parametrize("width", [96, 768, 2048, 8192])
-def test_norm_with_residual(arch, width):
+@pytest.mark.parametrize("parts", [0, 1, 4])  # of what is divided by its root mean square first
+def test_norm_with_residual(arch, width, parts):
     block = triton.next_power_of_2(width)
     config = norm_triton.forward_config(block)
+    squares = pointers("squares", "fp32") | integers("of") | {"eps": "fp32"}
     found = resources(
         norm_triton.forward_kernel,
         pointers("x residual y total", "bf16") | pointers("w", "fp32")
-        | integers("rows x_row residual_row") | {"eps": "fp32"},
-        {"X_ALIGN": 16, "R_ALIGN": 16, "HAS_RESIDUAL": True, "HAS_WEIGHT": True, "width": width,
-         "BLOCK": block, "ROWS": config.rows},
+        | integers("rows x_row residual_row") | squares,
+        {"X_ALIGN": 16, "R_ALIGN": 16, "HAS_RESIDUAL": True, "HAS_WEIGHT": True, "PARTS": parts,
+         "width": width, "BLOCK": block, "ROWS": config.rows},
         arch=arch, num_warps=config.warps,
     )  # fmt: skip
     assert_fits(found, arch)
     config = norm_triton.backward_config(block)
     found = resources(
         norm_triton.backward_kernel,
-        pointers("total dy dtotal dx dresidual", "bf16") | pointers("w partial", "fp32")
-        | integers("rows total_row dy_row dtotal_row") | {"eps": "fp32"},
-        {"T_ALIGN": 16, "DY_ALIGN": 16, "DT_ALIGN": 16, "HAS_DTOTAL": True, "TWO_OUTPUTS": False,
-         "HAS_WEIGHT": True, "width": width, "BLOCK": block, "ROWS": config.rows,
-         "STAGES": config.stages},
+        pointers("total dy dtotal x dx", "bf16") | pointers("w partial dresidual dsquares", "fp32")
+        | integers("rows total_row dy_row dtotal_row x_row") | squares,
+        {"T_ALIGN": 16, "DY_ALIGN": 16, "DT_ALIGN": 16, "X_ALIGN": 16, "HAS_DTOTAL": True,
+         "TWO_OUTPUTS": parts > 0, "HAS_WEIGHT": True, "PARTS": parts, "width": width,
+         "BLOCK": block, "ROWS": config.rows, "STAGES": config.stages},
         arch=arch, num_warps=config.warps,
     )  # fmt: skip
     assert_fits(found, arch)
+
+
+@architectures
+@pytest.mark.parametrize("width", [576, 1536])
+def test_gate_and_columns(arch, width):
+    rows, block = norm_triton.gate_tile(width)
+    found = resources(
+        norm_triton.gate_backward_kernel,
+        pointers("y z dy dx dz", "bf16") | pointers("dsquares", "fp32")
+        | integers("rows z_row dz_row"),
+        {"width": width, "Z_ALIGN": 8, "DZ_ALIGN": 8, "ROWS": rows, "BLOCK": block},
+        arch=arch, num_warps=4,
+    )  # fmt: skip
+    assert_fits(found, arch)
+    for name, outputs in (("", "out"), ("_backward", "dout")):
+        kernel = getattr(norm_triton, f"scale_columns{name}_kernel")
+        floats = "m s" if not name else "m s dm partial"
+        found = resources(
+            kernel, pointers(outputs, "bf16") | pointers(floats, "fp32") | integers("rows width"),
+            {"ROWS": norm_triton.COLUMN_ROWS, "BLOCK": norm_triton.COLUMN_BLOCK},
+            arch=arch, num_warps=norm_triton.COLUMN_WARPS,
+        )  # fmt: skip
+        assert_fits(found, arch)
 
 
 @architectures

@@ -16,6 +16,7 @@ from ablate.kernels.norm import (
     gated_rms_norm_reference,
     rms_norm,
     rms_norm_reference,
+    scale_columns,
 )
 
 LIMITS = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
@@ -135,6 +136,29 @@ def test_rms_norm(device, dtype, shape, residual, weight):
     compare(
         triton_form(rms_norm), rms_norm_reference, tensors, limit=LIMITS[dtype],
         dtype=dtype, device=device, eps=1e-3,
+    )  # fmt: skip
+
+
+@on_devices
+@in_dtypes
+@pytest.mark.parametrize("parts", [1, 3])
+def test_rms_norm_of_what_is_divided_first(device, dtype, parts):
+    tensors = make(2, x=(37, 300), weight_D=(300,), residual=(37, 300), squares_xS=(37, parts))
+    tensors["squares_xS"] = (tensors["squares_xS"].detach().square() * 64 + 1).requires_grad_()
+    compare(
+        triton_form(rms_norm), rms_norm_reference, tensors, limit=LIMITS[dtype], dtype=dtype,
+        device=device, squares_of=64,
+    )  # fmt: skip
+
+
+@on_devices
+@in_dtypes
+@pytest.mark.parametrize("shape", [(40, 300), (1, 5), (16, 128)])
+def test_scale_columns(device, dtype, shape):
+    compare(
+        triton_form(scale_columns), lambda matrix_OI, scale_I: matrix_OI * scale_I,
+        make(3, matrix_OI=shape, scale_I=shape[1:]), limit=LIMITS[dtype], dtype=dtype,
+        device=device,
     )  # fmt: skip
 
 

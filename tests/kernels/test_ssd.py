@@ -51,14 +51,24 @@ def run(form, args, *, final=True, **options):
     return outs | {f"grad {k}": v for k, v in zip(leaves, grads, strict=True) if v is not None}
 
 
-def assert_close(got, want, tolerance):
-    # Norm-wise; the floor is for gradients that are exactly zero, as of A with a reset everywhere.
-    assert got.keys() == want.keys()
+def errors(got, want):
+    """Norm-wise; the floor is for gradients that are zero, as of A with a reset everywhere."""
+    found = {}
     for name, w in want.items():
         g = got[name].double().cpu()
         assert torch.isfinite(g).all(), name
-        error = (g - w.double()).norm() / w.double().norm().clamp_min(1e-2)
-        assert error <= tolerance, f"{name}: {error:.2e} > {tolerance:.0e}"
+        found[name] = float((g - w.double()).norm() / w.double().norm().clamp_min(1e-2))
+    return found
+
+
+def assert_close(got, want, tolerance, plain=None):
+    """plain: results of PyTorch's form in the same type, which A's gradient, a small difference of
+    large sums, may leave as far off; three times its errors are no fault."""
+    assert got.keys() == want.keys()
+    allowed = {} if plain is None else errors(plain, want)
+    for name, error in errors(got, want).items():
+        limit = max(tolerance, 3 * allowed.get(name, 0.0))
+        assert error <= limit, f"{name}: {error:.2e} > {limit:.1e}"
 
 
 @pytest.mark.parametrize(
@@ -205,12 +215,19 @@ def triton_against_the_recurrence(shape, docs, device, dtype, tolerance, decay=1
         k: v if v is None else v.detach().to(device, dtype).requires_grad_()
         for k, v in args.items()
     }
+    plain = None
+    if dtype == torch.float32:
+        same = {
+            k: v if v is None else v.detach().to("cpu", copy=True).requires_grad_()
+            for k, v in args.items()
+        }
+        plain = run(ssd_chunked, same, doc_start_BL=starts)
     starts = None if starts is None else starts.to(device)
     got = run(ssd, args, doc_start_BL=starts, backend="triton")
     if docs is not None:  # resets leave A's gradient a small difference of large sums, or nothing
         a, b = got.pop("grad A_H").double().cpu(), want.pop("grad A_H").double()
         assert (a - b).norm() <= 5 * tolerance * b.norm().clamp_min(0.05)
-    assert_close(got, want, tolerance)
+    assert_close(got, want, tolerance, plain)
 
 
 @pytest.mark.interpret
