@@ -167,10 +167,7 @@ def of_loss(
 # --- the rows ------------------------------------------------------------------------------------
 
 
-def best_share(study: Study | None) -> Row:
-    claim = "Loss is lowest with few attention layers: about 8% (130M), 12.5% (350M)"
-    near = [share for share, excess in ATTENTION_SHARE.items() if excess < 0.008]
-    published = f"lowest at 12.5%; {min(near):.0%} to {max(near):.0%} within 0.008 nats"
+def best_share(study: Study | None, claim: str, published: str) -> Row:
     if study is None or study.loss is None:
         return Row(claim, published)
     loss, analysis = study.loss, study.analysis
@@ -427,11 +424,16 @@ def rows(found: dict[str, Study]) -> list[Row]:
         return lambda s: [a for a in s.analysis.arms.index if str(a).endswith(f"n_kv_heads={text}")]
 
     none, half, behind = (v - eighth for v in (curve[0.0], curve[0.5], TRANSFORMER))
+    near = [share for share, excess in curve.items() if excess < 0.008]
     hybrid = "hybrid, attention_share=0.0833"
     return [
-        best_share(share),
+        best_share(share, "Loss is lowest with few attention layers: about 8% (130M), 12.5% (350M)",
+                   f"lowest at 12.5%; {min(near):.0%} to {max(near):.0%} within 0.008 nats"),
+        best_share(mlps, "The same where half of the layers are MLPs", "about 8% (130M)"),
         of_loss(share, "No attention costs loss, against 8%", f"{signed(none, 3)} nats (350M)",
                 none, at(0.0), at(2 / 24), also=older),
+        of_loss(mlps, "The same where half of the layers are MLPs",
+                f"{signed(none, 3)} nats (350M, without MLPs)", none, at(0.0), at(2 / 24)),
         of_loss(share, "Half of the layers as attention cost loss, against 8%",
                 f"{signed(half, 3)} nats (350M)", half, at(0.5), at(2 / 24), also=older),
         of_loss(found.get("attn_ratio_60m"), "The same with 60M parameters: none, against 8%",
