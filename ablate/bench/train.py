@@ -215,6 +215,7 @@ _OF_KIND = {
     "ssd": "Mamba-2, RetNet: ssd",
     "mamba2_core": "Mamba-2: core",
     "scale_columns": "Mamba-2: core",
+    "weight_gradient": "GEMMs",
     "gated_rms_norm": "Mamba-2, linear attention: gated norm",
     "gated_delta_rule": "Gated DeltaNet: rule",
     "gla": "GLA: core",

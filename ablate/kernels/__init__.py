@@ -18,6 +18,7 @@ from ablate.kernels.rotary import rotary, rotary_qkv, rotary_table
 from ablate.kernels.selective_scan import selective_scan, selective_scan_step
 from ablate.kernels.ssd import ssd, ssd_step
 from ablate.kernels.swiglu import swiglu
+from ablate.kernels.weight_gradient import weight_gradient
 
 __all__ = [
     "attention",
@@ -43,4 +44,5 @@ __all__ = [
     "ssd",
     "ssd_step",
     "swiglu",
+    "weight_gradient",
 ]

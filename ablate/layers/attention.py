@@ -14,12 +14,11 @@ from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
 from ablate.kernels import attention, attention_step, causal_conv1d_step, rotary_qkv
-from ablate.layers.context import Context, ResidualLayer, State, short_conv
+from ablate.layers.context import Context, ResidualLayer, State, linear, short_conv
 from ablate.layers.options import DERIVED, STRICT, DerivedInt, PositiveFloat, PositiveInt, heads_of
 
 
@@ -162,7 +161,7 @@ class Attention(ResidualLayer):
 
     def branch(self, u_BLD: Tensor, ctx: Context, state: State | None = None) -> Tensor:
         o = self.options
-        qkv = F.linear(u_BLD, self.qkv_proj, self.qkv_bias)
+        qkv = linear(u_BLD, self.qkv_proj, self.qkv_bias)
         if self.conv_weight is not None:
             qkv, conv = short_conv(qkv, self.conv_weight, self.conv_bias, ctx, activation=None)
             if state is not None:
@@ -171,7 +170,7 @@ class Attention(ResidualLayer):
         if state is not None:
             self._fill(state, k, v, ctx.lengths_B)
         y = attention(q, k, v, window=o.window, doc_start_BL=ctx.doc_start_BL)
-        return F.linear(y.flatten(-2), self.out_proj, self.out_bias)
+        return linear(y.flatten(-2), self.out_proj, self.out_bias)
 
     @staticmethod
     def _fill(state: State, k: Tensor, v: Tensor, lengths_B: Tensor | None) -> None:
@@ -205,7 +204,7 @@ class Attention(ResidualLayer):
 
     def branch_step(self, u_BD: Tensor, ctx: Context, state: State) -> Tensor:
         o = self.options
-        qkv = F.linear(u_BD, self.qkv_proj, self.qkv_bias)
+        qkv = linear(u_BD, self.qkv_proj, self.qkv_bias)
         if self.conv_weight is not None:
             qkv = causal_conv1d_step(
                 qkv, self.conv_weight, self.conv_bias, activation=None, state_BKD=state["conv"]
@@ -219,4 +218,4 @@ class Attention(ResidualLayer):
             dim=o.rope_dim,
             table=ctx.tables.get((o.rope_base, o.rope_dim)) if o.rope_base else None,
         )
-        return F.linear(y.flatten(-2), self.out_proj, self.out_bias)
+        return linear(y.flatten(-2), self.out_proj, self.out_bias)

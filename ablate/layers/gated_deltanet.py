@@ -17,6 +17,7 @@ from ablate.layers.context import (
     State,
     aligned_linear,
     gated_output,
+    linear,
     short_conv,
     stop_at_end,
 )
@@ -196,7 +197,7 @@ class GatedDeltaNet(ResidualLayer):
         }
 
     def branch_step(self, u_BD: Tensor, ctx: Context, state: State) -> Tensor:
-        z, qkv, b, a = self._split(F.linear(u_BD, self.in_proj))
+        z, qkv, b, a = self._split(linear(u_BD, self.in_proj))
         qkv = causal_conv1d_step(qkv, self.conv_weight, self.conv_bias, state_BKD=state["conv"])
         y = gated_delta_rule_step(
             *self._heads(qkv), *self._rates(b, a), normalize_qk=True, state_BHKV=state["scan"]

@@ -18,6 +18,7 @@ from ablate.layers.context import (
     aligned_linear,
     beyond,
     gated_output,
+    linear,
 )
 from ablate.layers.options import DERIVED, STRICT, DerivedInt, PositiveFloat, PositiveInt, tile_work
 
@@ -120,7 +121,7 @@ class GLA(ResidualLayer):
         o = self.options
         widths = (o.d_key, o.d_key, o.d_value, o.d_value, o.gate_rank)
         q, k, v, z, low = aligned_linear(u, self.in_proj).split(widths, dim=-1)
-        decay = F.linear(low, self.decay_proj) + self.decay_bias  # the bias is float32 always
+        decay = linear(low, self.decay_proj) + self.decay_bias  # the bias is float32 always
         g = (F.logsigmoid(decay) / o.gate_normalizer).to(q.dtype)
         return [t.unflatten(-1, (o.n_heads, -1)) for t in (q, k, v, g)], z
 

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ablate.kernels import causal_conv1d_step, selective_scan, selective_scan_step
@@ -15,6 +14,7 @@ from ablate.layers.context import (
     ResidualLayer,
     State,
     aligned_linear,
+    linear,
     short_conv,
     stop_at_end,
 )
@@ -115,10 +115,10 @@ class Mamba1(ResidualLayer):
         """Step sizes before bias and softplus, B and C."""
         o = self.options
         dt, B, C = aligned_linear(u, self.x_proj).split((o.dt_rank, o.d_state, o.d_state), dim=-1)
-        return F.linear(dt, self.dt_proj), B, C
+        return linear(dt, self.dt_proj), B, C
 
     def branch(self, u_BLD: Tensor, ctx: Context, state: State | None = None) -> Tensor:
-        u, z = F.linear(u_BLD, self.in_proj).chunk(2, dim=-1)
+        u, z = linear(u_BLD, self.in_proj).chunk(2, dim=-1)
         u, conv = short_conv(u, self.conv_weight, self.conv_bias, ctx)
         dt, B, C = self._maps(u)
         y, ssm = selective_scan(
@@ -137,7 +137,7 @@ class Mamba1(ResidualLayer):
         if state is not None:
             state["conv"].copy_(conv)
             state["ssm"].copy_(ssm)
-        return F.linear(y, self.out_proj)
+        return linear(y, self.out_proj)
 
     def init_state(
         self, batch: int, max_len: int, device: torch.device | None, dtype: torch.dtype
@@ -150,7 +150,7 @@ class Mamba1(ResidualLayer):
         }
 
     def branch_step(self, u_BD: Tensor, ctx: Context, state: State) -> Tensor:
-        u, z = F.linear(u_BD, self.in_proj).chunk(2, dim=-1)
+        u, z = linear(u_BD, self.in_proj).chunk(2, dim=-1)
         u = causal_conv1d_step(u, self.conv_weight, self.conv_bias, state_BKD=state["conv"])
         dt, B, C = self._maps(u)
         y = selective_scan_step(
@@ -165,4 +165,4 @@ class Mamba1(ResidualLayer):
             delta_softplus=True,
             state_BDN=state["ssm"],
         )
-        return F.linear(y, self.out_proj)
+        return linear(y, self.out_proj)

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ablate.kernels import (
@@ -23,6 +22,7 @@ from ablate.layers.context import (
     Context,
     ResidualLayer,
     State,
+    linear,
     padded_linear,
     short_conv,
     stop_at_end,
@@ -153,7 +153,7 @@ class Mamba2(ResidualLayer):
             y = self._core(zxbcdt, self.gate_norm, ctx)
         else:
             y = self._prefill(zxbcdt[..., : self.options.in_width], ctx, state)
-        return F.linear(y, self.out_proj)
+        return linear(y, self.out_proj)
 
     def _core(
         self, zxbcdt: Tensor, norm: Tensor | None, ctx: Context, return_squares: bool = False
@@ -187,7 +187,7 @@ class Mamba2(ResidualLayer):
         zxbcdt = padded_linear(u_BLD, self.in_proj)
         y, squares = self._core(zxbcdt, None, ctx, return_squares=True)
         u, x = rms_norm(
-            F.linear(y, scale_columns(self.out_proj, self.gate_norm)),
+            linear(y, scale_columns(self.out_proj, self.gate_norm)),
             next_norm_D,
             eps=self.eps,
             residual=x_BLD,
@@ -241,7 +241,7 @@ class Mamba2(ResidualLayer):
 
     def branch_step(self, u_BD: Tensor, ctx: Context, state: State) -> Tensor:
         o = self.options
-        zxbcdt = F.linear(u_BD, self.in_proj)
+        zxbcdt = linear(u_BD, self.in_proj)
         z, xbc, dt = zxbcdt.split((o.d_inner, o.conv_width, o.n_heads), dim=-1)
         xbc = causal_conv1d_step(xbc, self.conv_weight, self.conv_bias, state_BKD=state["conv"])
         x, B, C = self._heads(xbc)
@@ -256,4 +256,4 @@ class Mamba2(ResidualLayer):
             dt_softplus=True,
             state_BHPN=state["ssm"],
         )
-        return F.linear(self._normed(y, z), self.out_proj)
+        return linear(self._normed(y, z), self.out_proj)

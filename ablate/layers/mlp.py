@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ablate.kernels import gelu, swiglu
-from ablate.layers.context import Context, ResidualLayer, State
+from ablate.layers.context import Context, ResidualLayer, State, linear
 from ablate.layers.options import DERIVED, STRICT, DerivedInt, PositiveInt
 
 
@@ -76,14 +76,14 @@ class MLP(ResidualLayer):
         self.out_bias = nn.Parameter(torch.empty(o.d_model)) if o.bias else None
 
     def branch(self, u_BLD: Tensor, ctx: Context, state: State | None = None) -> Tensor:
-        h = F.linear(u_BLD, self.in_proj, self.in_bias)
+        h = linear(u_BLD, self.in_proj, self.in_bias)
         if self.options.kind == "swiglu":
             h = swiglu(h)
         elif self.options.kind == "gelu":
             h = gelu(h)
         else:
             h = F.relu(h).square()
-        return F.linear(h, self.out_proj, self.out_bias)
+        return linear(h, self.out_proj, self.out_bias)
 
     def init_state(
         self, batch: int, max_len: int, device: torch.device | None, dtype: torch.dtype

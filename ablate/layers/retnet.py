@@ -6,12 +6,11 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ablate.kernels import rotary, ssd, ssd_step
 from ablate.kernels.ssd import CHUNK
-from ablate.layers.context import Context, ResidualLayer, State, beyond, gated_output
+from ablate.layers.context import Context, ResidualLayer, State, beyond, gated_output, linear
 from ablate.layers.options import (
     DERIVED,
     STRICT,
@@ -126,7 +125,7 @@ class RetNet(ResidualLayer):
         and the output gate."""
         o = self.options
         widths = (o.d_key, o.d_key, o.d_value, o.d_value)
-        q, k, v, z = F.linear(u, self.in_proj).split(widths, dim=-1)
+        q, k, v, z = linear(u, self.in_proj).split(widths, dim=-1)
         q, k, v = (t.unflatten(-1, (o.n_heads, -1)) for t in (q, k, v))
         if o.rope_base is not None:
             table = ctx.tables.get((o.rope_base, o.rope_dim))
