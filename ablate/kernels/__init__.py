@@ -11,6 +11,7 @@ from ablate.kernels.conv1d import causal_conv1d, causal_conv1d_step
 from ablate.kernels.cross_entropy import linear_cross_entropy
 from ablate.kernels.gated_delta_rule import gated_delta_rule, gated_delta_rule_step
 from ablate.kernels.gelu import gelu
+from ablate.kernels.gelu_mlp import gelu_mlp
 from ablate.kernels.gla import gla, gla_step
 from ablate.kernels.mamba2_core import mamba2_core
 from ablate.kernels.norm import gated_rms_norm, rms_norm, scale_columns
@@ -30,6 +31,7 @@ __all__ = [
     "gated_delta_rule_step",
     "gated_rms_norm",
     "gelu",
+    "gelu_mlp",
     "gla",
     "gla_step",
     "linear_cross_entropy",

@@ -92,6 +92,8 @@ def test_every_model_composes_to_its_size() -> None:
         (["aten::mm", "_LinearCrossEntropy"], "loss"),
         (["ablate::ssd_backward", "CompiledFunctionBackward"], "Mamba-2, RetNet: ssd"),
         (["ablate::rms_norm_forward"], "all: norm"),
+        (["aten::mm", "ablate::gelu_mlp_forward"], "MLP: products with GELU"),
+        (["ablate::gelu_mlp_backward"], "MLP: products with GELU"),
         (["aten::_fused_adamw_", "Optimizer.step#AdamW.step"], "optimiser"),
         (["aten::_foreach_norm"], "optimiser"),
         (["aten::_flash_attention_backward"], "attention: core"),

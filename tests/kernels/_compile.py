@@ -27,12 +27,15 @@ SHARED_LIMIT = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024}
 
 @dataclass(frozen=True)
 class Resources:
-    """Bytes of shared memory, registers a thread, bytes spilled to local memory, and the PTX."""
+    """Bytes of shared memory, registers a thread, bytes spilled to local memory, bytes of global
+    memory a launch would allocate, the PTX, and what the assembler made of it."""
 
     shared: int
     registers: int
     spills: int
+    scratch: int
     ptx: str
+    sass: str
 
 
 def resources(
@@ -46,7 +49,7 @@ def resources(
     registers: int | None = None,
     aligned: tuple[str, ...] | None = None,
 ) -> Resources:
-    """Compiles `kernel` for sm_<arch>.
+    """Compiles `kernel`, in Triton or in Gluon, for sm_<arch>.
 
     signature: type of every argument that is not a constexpr ("*bf16", "i32", "fp32", ...).
     constants: the constexprs by name. registers: the most a thread may use.
@@ -63,8 +66,11 @@ def resources(
         for i, name in enumerate(kernel.arg_names)
         if name in aligned
     }
+    source = ASTSource
+    if kernel.is_gluon():
+        from triton.experimental.gluon._runtime import GluonASTSource as source
     compiled = triton.compile(
-        ASTSource(kernel, types, constants, attributes),
+        source(kernel, types, constants, attributes),
         target=GPUTarget("cuda", arch, 32),
         options={"num_warps": num_warps, "num_stages": num_stages, "maxnreg": registers},
     )
@@ -72,14 +78,17 @@ def resources(
         file.write(compiled.asm["cubin"])
         file.flush()
         report = _run("cuobjdump", "--dump-resource-usage", file.name)
-        unset = unset_in(file.name)
+        sass = _run("nvdisasm", "--print-code", file.name)
+    unset = unset_registers(sass)
     assert not unset, f"the assembler reads uniform registers that nothing has set: {unset[0]}"
     used = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", report))
     return Resources(
         shared=compiled.metadata.shared,
         registers=int(used["REG"]),
         spills=int(used["LOCAL"]) + int(used["STACK"]),
+        scratch=compiled.metadata.global_scratch_size,
         ptx=compiled.asm["ptx"],
+        sass=sass,
     )
 
 
