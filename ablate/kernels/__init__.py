@@ -13,13 +13,13 @@ from ablate.kernels.gated_delta_rule import gated_delta_rule, gated_delta_rule_s
 from ablate.kernels.gelu import gelu
 from ablate.kernels.gelu_mlp import gelu_mlp
 from ablate.kernels.gla import gla, gla_step
+from ablate.kernels.linear import linear
 from ablate.kernels.mamba2_core import mamba2_core
 from ablate.kernels.norm import gated_rms_norm, rms_norm, scale_columns
 from ablate.kernels.rotary import rotary, rotary_qkv, rotary_table
 from ablate.kernels.selective_scan import selective_scan, selective_scan_step
 from ablate.kernels.ssd import ssd, ssd_step
 from ablate.kernels.swiglu import swiglu
-from ablate.kernels.weight_gradient import weight_gradient
 
 __all__ = [
     "attention",
@@ -34,6 +34,7 @@ __all__ = [
     "gelu_mlp",
     "gla",
     "gla_step",
+    "linear",
     "linear_cross_entropy",
     "mamba2_core",
     "rms_norm",
@@ -46,5 +47,4 @@ __all__ = [
     "ssd",
     "ssd_step",
     "swiglu",
-    "weight_gradient",
 ]

@@ -8,11 +8,11 @@ registers, instead of in passes of their own over the widest tensors of a Transf
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ablate.kernels.dispatch import ALIGN, use_triton
 from ablate.kernels.gelu import gelu
+from ablate.kernels.linear import linear
 
 LEAST_ROWS = 4096
 """below which the fused products leave too many multiprocessors without a tile"""
@@ -52,7 +52,7 @@ def gelu_mlp(x: Tensor, w_in_HD: Tensor, w_out_DH: Tensor, *, backend: str | Non
         from ablate.kernels.gelu_mlp_triton import gelu_mlp_triton
 
         return gelu_mlp_triton(x, w_in_HD, w_out_DH)
-    return F.linear(gelu(F.linear(x, w_in_HD), backend=backend), w_out_DH)
+    return linear(gelu(linear(x, w_in_HD), backend=backend), w_out_DH)
 
 
 def _supported(x: Tensor, w_in_HD: Tensor, w_out_DH: Tensor, backend: str | None) -> bool:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ablate.kernels import gelu_triton
 from ablate.kernels.dispatch import INTERPRET, define_op
-from ablate.kernels.weight_gradient import weight_gradient
+from ablate.kernels.linear import weight_gradient
 
 TESTED = re.compile(r"3\.[67]\.\d+")  # releases: between them a version can be anything
 
@@ -80,7 +80,7 @@ _backward_op = define_op(
 
 class _GeluMLP(torch.autograd.Function):
     """Weights of float32 are rounded to x's type, and have their gradients in float32 from the
-    products themselves, as by `ablate.layers.context.linear`."""
+    products themselves, as by `ablate.kernels.linear`."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, w_in: Tensor, w_out: Tensor) -> Any:

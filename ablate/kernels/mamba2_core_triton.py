@@ -20,7 +20,7 @@ from ablate.kernels import conv1d_triton as conv1d
 from ablate.kernels import norm_triton as norm
 from ablate.kernels import ssd_triton as ssd
 from ablate.kernels.dispatch import define_op
-from ablate.kernels.tiles_triton import contiguous, starts
+from ablate.kernels.tiles_triton import contiguous, dense_last, starts
 
 
 def _split(t: Tensor, inner: int, channels: int, n_heads: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -97,13 +97,16 @@ def _backward(
     dzxbcdt = torch.empty_like(zxbcdt)
     dz, dxbc, ddt = _split(dzxbcdt, inner, channels, n_heads)
     dzxbcdt[..., inner + channels + n_heads :].zero_()
-    dout, y = dout.reshape(z.shape), y.view(z.shape)
+    dout, y = dense_last(dout.reshape(z.shape)), y.view(z.shape)
     if dsquares is None:
         dy, d_norm = norm.gated_gradients(
             dout, y, z, norm_weight, dz, eps, norm_group, False, norm_weight is not None
         )
     else:
-        dy, d_norm = norm.gate_gradients(dout, dsquares.flatten(), y, z, dz), y.new_empty(0)
+        dy, d_norm = (
+            norm.gate_gradients(dout.contiguous(), dsquares.flatten(), y, z, dz),
+            y.new_empty(0),
+        )
     dy = dy.view(*conv.shape[:2], n_heads, head_dim)
     x, B, C = _heads(conv, inner, head_dim, groups)
     dconv = torch.empty_like(conv)

@@ -17,8 +17,8 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from ablate.kernels import attention, attention_step, causal_conv1d_step, rotary_qkv
-from ablate.layers.context import Context, ResidualLayer, State, linear, short_conv
+from ablate.kernels import attention, attention_step, causal_conv1d_step, linear, rotary_qkv
+from ablate.layers.context import Context, ResidualLayer, State, short_conv
 from ablate.layers.options import DERIVED, STRICT, DerivedInt, PositiveFloat, PositiveInt, heads_of
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ablate.kernels import causal_conv1d, gated_rms_norm, rms_norm, weight_gradient
+from ablate.kernels import causal_conv1d, gated_rms_norm, linear, rms_norm
 from ablate.kernels.dispatch import ALIGN
 
 State = dict[str, Tensor]  # the decoding cache of one layer
@@ -145,38 +145,6 @@ def gated_output(
         norm_before_gate=True,
     )
     return linear(y, out_proj_DE)
-
-
-def linear(x: Tensor, weight_ED: Tensor, bias_E: Tensor | None = None) -> Tensor:
-    """x weight^T + bias, under autocast in its type.
-
-    There the gradient of a float32 weight comes out of its product in float32. Autocast's own is
-    rounded to the lower type and widened again, which takes a pass over it besides.
-    """
-    mixed = x.is_cuda and weight_ED.dtype == torch.float32 and torch.is_autocast_enabled("cuda")
-    if mixed and bias_E is None and torch.is_grad_enabled():
-        dtype = torch.get_autocast_dtype("cuda")
-        out: Tensor = MixedLinear.apply(x.to(dtype), weight_ED, dtype)
-        return out
-    return F.linear(x, weight_ED, bias_E)
-
-
-class MixedLinear(torch.autograd.Function):
-    """x weight^T in dtype, which x has, with the weight's gradient in float32."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
-        low = weight.to(dtype)
-        ctx.save_for_backward(x, low)
-        return F.linear(x, low)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        x, low = ctx.saved_tensors
-        (dy,) = grads
-        need_x, need_weight, _ = ctx.needs_input_grad
-        dx = dy @ low if need_x else None
-        return dx, weight_gradient(dy, x) if need_weight else None, None
 
 
 def padded_linear(x: Tensor, weight_ED: Tensor) -> Tensor:

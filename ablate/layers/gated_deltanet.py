@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ablate.kernels import causal_conv1d_step, gated_delta_rule, gated_delta_rule_step
+from ablate.kernels import causal_conv1d_step, gated_delta_rule, gated_delta_rule_step, linear
 from ablate.kernels.gated_delta_rule import CHUNK
 from ablate.layers.context import (
     Context,
@@ -17,7 +17,6 @@ from ablate.layers.context import (
     State,
     aligned_linear,
     gated_output,
-    linear,
     short_conv,
     stop_at_end,
 )

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ablate.kernels import gla, gla_step
+from ablate.kernels import gla, gla_step, linear
 from ablate.kernels.gla import CHUNK
 from ablate.layers.context import (
     Context,
@@ -18,7 +18,6 @@ from ablate.layers.context import (
     aligned_linear,
     beyond,
     gated_output,
-    linear,
 )
 from ablate.layers.options import DERIVED, STRICT, DerivedInt, PositiveFloat, PositiveInt, tile_work
 

@@ -8,13 +8,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from ablate.kernels import causal_conv1d_step, selective_scan, selective_scan_step
+from ablate.kernels import causal_conv1d_step, linear, selective_scan, selective_scan_step
 from ablate.layers.context import (
     Context,
     ResidualLayer,
     State,
     aligned_linear,
-    linear,
     short_conv,
     stop_at_end,
 )

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ablate.kernels import (
     causal_conv1d_step,
     gated_rms_norm,
+    linear,
     mamba2_core,
     rms_norm,
     scale_columns,
@@ -22,7 +23,6 @@ from ablate.layers.context import (
     Context,
     ResidualLayer,
     State,
-    linear,
     padded_linear,
     short_conv,
     stop_at_end,
@@ -182,7 +182,8 @@ class Mamba2(ResidualLayer):
         """The norm of all the inner width is left to the projection and to the addition after it:
         its weight scales the columns of the one, and what it divides by commutes with it."""
         inner = self.options.d_inner
-        if self.norm_group not in (None, inner):  # several norms, which commute with nothing
+        several = self.norm_group not in (None, inner)  # norms, which commute with nothing
+        if several or type(self).branch is not Mamba2.branch:  # or a user's own layer
             return super().chained(u_BLD, x_BLD, next_norm_D, ctx)
         zxbcdt = padded_linear(u_BLD, self.in_proj)
         y, squares = self._core(zxbcdt, None, ctx, return_squares=True)

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ablate.kernels import gelu, gelu_mlp, swiglu
-from ablate.layers.context import Context, ResidualLayer, State, linear
+from ablate.kernels import gelu, gelu_mlp, linear, swiglu
+from ablate.layers.context import Context, ResidualLayer, State
 from ablate.layers.options import DERIVED, STRICT, DerivedInt, PositiveInt
 
 

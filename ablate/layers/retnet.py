@@ -8,9 +8,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from ablate.kernels import rotary, ssd, ssd_step
+from ablate.kernels import linear, rotary, ssd, ssd_step
 from ablate.kernels.ssd import CHUNK
-from ablate.layers.context import Context, ResidualLayer, State, beyond, gated_output, linear
+from ablate.layers.context import Context, ResidualLayer, State, beyond, gated_output
 from ablate.layers.options import (
     DERIVED,
     STRICT,

@@ -325,6 +325,32 @@ def test_squares_of_parts_may_count_differently(device):
         assert error(ours, want) < 1e-5
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("squares", [False, True])
+@pytest.mark.parametrize("use", ["sum", "a piece of more", "transposed"])
+def test_gradients_may_lie_in_any_way(device, squares, use):
+    args, options = case(1, 70, 2, 16, 1, 16, "no_norm")
+    found = []
+    for place, dtype, backend in (
+        (device, torch.float32, "triton"), ("cpu", torch.float64, "reference"),
+    ):  # fmt: skip
+        t = {k: v if v is None else v.detach().clone().to(place, dtype) for k, v in args.items()}
+        z = t["zxbcdt_BLE"].requires_grad_()
+        out = mamba2_core(**t, **on(place, options), return_squares=squares, backend=backend)
+        y, sums = out if squares else (out, z[..., :1] * 0)
+        total = sums.sum(-1).log1p().sum()
+        if use == "sum":
+            total = total + y.sum()
+        elif use == "transposed":
+            total = total + (y.transpose(1, 2) * torch.arange(70, device=place)).sum()
+        else:
+            wide = torch.cat([y, y.detach()], -1)
+            total = total + (wide * torch.arange(64, device=place)).sum()
+        total.backward()
+        found.append(z.grad)
+    assert error(*found) < 1e-5
+
+
 def test_squares_want_the_gate_alone():
     args = make(1, 5, 4, 16, 1, 16)
     with pytest.raises(ValueError, match="return_squares"):

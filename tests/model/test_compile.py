@@ -12,7 +12,8 @@ from torch._dynamo.utils import counters
 from ablate.arch.spec import Architecture
 from ablate.config import load
 from ablate.data import Batch
-from ablate.layers.context import pre_norm
+from ablate.layers.context import ResidualLayer, pre_norm
+from ablate.layers.mamba2 import Mamba2
 from ablate.layers.mlp import MLP
 from ablate.model import LanguageModel, param_groups
 from ablate.train.optim import make_adamw
@@ -153,21 +154,27 @@ class Doubling(MLP):
         return x_BLD + 2 * self.branch(pre_norm(x_BLD, self.norm, self.eps), ctx, state)
 
 
+class Twice(Mamba2):
+    def branch(self, u_BLD, ctx, state=None):
+        return 2 * super().branch(u_BLD, ctx, state)
+
+
 class Dropping(MLP):
     def branch(self, u_BLD, ctx, state=None):
         return torch.nn.functional.dropout(super().branch(u_BLD, ctx, state), 0.5)
 
 
-def with_layer(kind: type[MLP]) -> LanguageModel:
+def with_layer(kind: type[ResidualLayer], place: int = 1) -> LanguageModel:
     net = model("M-*-")
-    own = kind(net.layers[1].options, net.layers[1].eps)
-    own.load_state_dict(net.layers[1].state_dict())
-    net.layers[1] = own
+    own = kind(net.layers[place].options, net.layers[place].eps)
+    own.load_state_dict(net.layers[place].state_dict())
+    net.layers[place] = own
     return net.train()
 
 
-def test_a_forward_of_ones_own_is_the_one_that_runs() -> None:
-    plain, chained = with_layer(Doubling), with_layer(Doubling)
+@pytest.mark.parametrize(("kind", "place"), [(Doubling, 1), (Twice, 0)])
+def test_a_forward_of_ones_own_is_the_one_that_runs(kind, place) -> None:
+    plain, chained = with_layer(kind, place), with_layer(kind, place)
     chained.compile_layers(backend="eager")
     want, got = loss_and_gradients(plain, False), loss_and_gradients(chained, False)
     torch.testing.assert_close(got, want)
