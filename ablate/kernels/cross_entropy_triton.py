@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ablate.kernels.dispatch import define_op
+from ablate.kernels.linear import float32_product
 from ablate.kernels.tiles_triton import LOG2E
 
 # Logits of one chunk. Large chunks cost fewer passes over the float32 weight gradient and fill the
@@ -135,13 +136,10 @@ def _launch(
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
     """total (float32) = [total +] a @ b."""
-    if a.is_cuda and a.dtype != torch.float32:
-        if first:
-            torch.mm(a, b, out_dtype=torch.float32, out=total)
-        else:
-            torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
-    elif first:
-        torch.mm(a.float(), b.float(), out=total)
+    if first:
+        float32_product(a, b, out=total)
+    elif a.is_cuda and a.dtype != torch.float32:
+        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
     else:
         total.addmm_(a.float(), b.float())
 

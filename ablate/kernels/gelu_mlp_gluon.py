@@ -21,7 +21,6 @@ this file, for the versions it was tested with, and has the separate form for al
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
@@ -37,6 +36,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from ablate.kernels.tiles_triton import multiprocessors
 
 ROWS, COLUMNS, DEPTH = 128, 128, 64  # of a tile, and of a step of its product
 STAGES = 5  # steps of operands in shared memory, which holds no sixth: 224 of 227 KiB
@@ -296,19 +297,13 @@ def _described(v: Tensor, rows: int, columns: int) -> TensorDescriptor:
     return TensorDescriptor.from_tensor(v, [rows, columns], layout)
 
 
-@functools.cache
-def _multiprocessors(device: torch.device) -> int:
-    cuda = device.type == "cuda"
-    return torch.cuda.get_device_properties(device).multi_processor_count if cuda else 132
-
-
 def _launch(
     kernel: Any, group: int, left: Tensor, right: Tensor, block: tuple[int, int], *wide: Tensor
 ) -> None:
     """left (M, K); right, of which a step takes a `block`; wide: two of (M, N)."""
     M, N = wide[0].shape
     tiles = triton.cdiv(M, ROWS) * triton.cdiv(N, COLUMNS)
-    kernel[(min(tiles, _multiprocessors(left.device)),)](
+    kernel[(min(tiles, multiprocessors(left.device)),)](
         _described(left, ROWS, DEPTH), _described(right, *block),
         *(_described(v, ROWS, COLUMNS // 2) for v in wide), M, N, left.shape[1], ROWS, COLUMNS,
         DEPTH, group, STAGES, num_warps=4, maxnreg=REGISTERS,

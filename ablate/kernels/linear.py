@@ -11,12 +11,16 @@ from torch import Tensor
 from ablate.kernels.dispatch import define_op
 
 
+def float32_product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
+    """a @ b of matrices of 16 bits as it is accumulated, in float32."""
+    if a.is_cuda and a.dtype != torch.float32:
+        return torch.mm(a, b, out_dtype=torch.float32, out=out)
+    with torch.autocast(a.device.type, enabled=False):  # where a backward pass runs within one
+        return torch.mm(a.float(), b.float(), out=out)
+
+
 def _weight_gradient(dy: Tensor, x: Tensor) -> Tensor:
-    rows, columns = dy.flatten(0, -2), x.flatten(0, -2)
-    if dy.is_cuda and dy.dtype != torch.float32:
-        return torch.mm(rows.t(), columns, out_dtype=torch.float32)
-    with torch.autocast(dy.device.type, enabled=False):  # where a backward pass runs within one
-        return torch.mm(rows.t().float(), columns.float())
+    return float32_product(dy.flatten(0, -2).t(), x.flatten(0, -2))
 
 
 _op = define_op(
@@ -40,18 +44,17 @@ def linear(x: Tensor, weight_ED: Tensor, bias_E: Tensor | None = None) -> Tensor
     """
     mixed = x.is_cuda and weight_ED.dtype == torch.float32 and torch.is_autocast_enabled("cuda")
     if mixed and bias_E is None and torch.is_grad_enabled():
-        dtype = torch.get_autocast_dtype("cuda")
-        out: Tensor = MixedLinear.apply(x.to(dtype), weight_ED, dtype)
+        out: Tensor = MixedLinear.apply(x.to(torch.get_autocast_dtype("cuda")), weight_ED)
         return out
     return F.linear(x, weight_ED, bias_E)
 
 
 class MixedLinear(torch.autograd.Function):
-    """x weight^T in dtype, which x has, with the weight's gradient in float32."""
+    """x weight^T in x's type, with the weight's gradient in float32."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
-        low = weight.to(dtype)
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        low = weight.to(x.dtype)
         ctx.save_for_backward(x, low)
         return F.linear(x, low)
 
@@ -59,6 +62,6 @@ class MixedLinear(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> Any:
         x, low = ctx.saved_tensors
         (dy,) = grads
-        need_x, need_weight, _ = ctx.needs_input_grad
+        need_x, need_weight = ctx.needs_input_grad
         dx = dy @ low if need_x else None
-        return dx, weight_gradient(dy, x) if need_weight else None, None
+        return dx, weight_gradient(dy, x) if need_weight else None

@@ -10,7 +10,6 @@ the inputs is kept for the backward pass: the row's scale is cheaper to compute 
 
 from __future__ import annotations
 
-import functools
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -20,12 +19,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ablate.kernels.dispatch import INTERPRET, define_op
+from ablate.kernels.dispatch import define_op
 from ablate.kernels.sum_rows_triton import sum_rows
 from ablate.kernels.tiles_triton import (
     away_from_zero,
     contiguous,
     dense_last,
+    multiprocessors,
     reciprocal,
     sigmoid,
 )
@@ -72,13 +72,6 @@ def gated_backward_config(block: int) -> Config:
     if block <= 2048:
         return Config(rows=1, warps=max(1, block // 512), programs=4, stages=3)
     return Config(rows=1, warps=8 if block <= 8192 else 16, programs=2)
-
-
-@functools.cache
-def _multiprocessors(device: torch.device) -> int:
-    if INTERPRET or device.type != "cuda":
-        return 2
-    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 @triton.jit
@@ -388,7 +381,7 @@ def _stride(t: Tensor) -> tuple[int, int]:
 
 
 def _programs(rows: int, config: Config, device: torch.device) -> int:
-    return min(triton.cdiv(rows, config.rows), config.programs * _multiprocessors(device))
+    return min(triton.cdiv(rows, config.rows), config.programs * multiprocessors(device))
 
 
 def head_and_tail(width: int) -> tuple[int, int]:

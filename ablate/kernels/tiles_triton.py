@@ -5,6 +5,8 @@ few instructions as a GPU has for them."""
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -79,6 +81,14 @@ def precision(dtype: torch.dtype) -> str:
 def before_90(v: Tensor) -> bool:
     """Whether v lies on a GPU before sm_90; on a CPU, for the interpreter, it does not."""
     return v.is_cuda and torch.cuda.get_device_capability(v.device) < (9, 0)
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """Of a GPU; 2 where there is none, for the interpreter."""
+    if INTERPRET or device.type != "cuda":
+        return 2
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def contiguous(v: Tensor | None) -> Tensor | None:

@@ -25,7 +25,7 @@ def test_gradients_are_those_of_the_rounded_product(device, compiled):
     x, w = x.requires_grad_(), w.requires_grad_()
 
     def call(x, w):
-        return MixedLinear.apply(x, w, BF16)
+        return MixedLinear.apply(x, w)
 
     fn = torch.compile(call, backend="aot_eager", fullgraph=True) if compiled else call
     y = fn(x, w)
@@ -40,10 +40,10 @@ def test_gradients_are_those_of_the_rounded_product(device, compiled):
 
 def test_what_needs_no_gradient_gets_none():
     x, w, dy = make("cpu")
-    y = MixedLinear.apply(x, w.requires_grad_(), BF16)
+    y = MixedLinear.apply(x, w.requires_grad_())
     (dw,) = torch.autograd.grad(y, (w,), dy)
     assert dw.shape == w.shape
-    y = MixedLinear.apply(x.requires_grad_(), w.detach(), BF16)
+    y = MixedLinear.apply(x.requires_grad_(), w.detach())
     (dx,) = torch.autograd.grad(y, (x,), dy)
     assert dx.shape == x.shape
 
