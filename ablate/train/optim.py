@@ -1,12 +1,14 @@
 """AdamW over the model's parameter groups, its state by parameter name.
 
-Only the fused kernel is used: it exists for CPU and CUDA, takes the clipping factor and the
-"skip this step" flag as device tensors, and so needs no host synchronisation.
+On a GPU our kernels take a step (`ablate.kernels.adamw_triton`), elsewhere torch's fused one does.
+Both read the clipping factor and the "skip this step" flag on the device, and so need no host
+synchronisation.
 """
 
 from __future__ import annotations
 
 import inspect
+import struct
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -14,20 +16,95 @@ import torch
 from torch import Tensor, nn
 
 from ablate.config import TrainConfig
+from ablate.kernels.dispatch import use_triton
 
 STATE = ("step", "exp_avg", "exp_avg_sq")
 
 
-class _AdamW(torch.optim.AdamW):
-    """torch keeps these from being traced, for which it imports its whole compiler: on a CPU, which
-    compiles nothing, half of what a process takes to its first step. Nothing here is traced."""
+class AdamW(torch.optim.AdamW):
+    """torch's, with a step that clips. torch keeps its methods from being traced, for which it
+    imports its whole compiler: on a CPU, which compiles nothing, half of what a process takes to
+    its first step. Nothing here is traced."""
 
     add_param_group = inspect.unwrap(torch.optim.AdamW.add_param_group)
     zero_grad = inspect.unwrap(torch.optim.AdamW.zero_grad)
     step = torch.no_grad()(inspect.unwrap(torch.optim.AdamW.step))
 
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._blocks: tuple[list[int], Tensor] | None = None  # of tensors of which sizes
+        self._spare: Tensor | None = None  # pinned, for the table of the next graph
+        self._kept: list[Tensor] = []  # of graphs
 
-def make_adamw(groups: list[dict[str, Any]], cfg: TrainConfig) -> torch.optim.AdamW:
+    @torch.no_grad()
+    def clipped_step(self, loss: Tensor, clip: float) -> tuple[Tensor, Tensor]:
+        """One update with gradients clipped to the total norm `clip`, or none where that norm or
+        `loss` is not finite; no pass over the gradients to clip them, nothing read by the host.
+
+        Returns the norm before clipping and whether there was no update, both 0-dim.
+        """
+        rows = self._rows()
+        if rows is not None:
+            from ablate.kernels.adamw_triton import blocks_of, prepare, update
+
+            table, sizes = self._table(rows, loss.device), [row[6] for row in rows]
+            if self._blocks is None or self._blocks[0] != sizes:
+                self._blocks = sizes, blocks_of(sizes, loss.device)
+            blocks = self._blocks[1]
+            norm, bad, factors = prepare(table, blocks, loss, clip)
+            update(table, blocks, factors)
+            return norm, bad
+        params = (p for group in self.param_groups for p in group["params"])
+        grads = [p.grad for p in params if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(grads, foreach=True)
+        bad = ~(norm.isfinite() & loss.isfinite())
+        # The hooks that torch.amp.GradScaler uses.
+        hooks: Any = self
+        hooks.grad_scale, hooks.found_inf = (norm / clip).clamp(min=1.0).float(), bad.float()
+        self.step()
+        return norm, bad
+
+    def _rows(self) -> list[list[int]] | None:
+        """The rows of our kernels' table; None where a tensor is nothing for them."""
+        rows = []
+        for group in self.param_groups:
+            numbers = (group["weight_decay"], *group["betas"], group["eps"])
+            bits = struct.unpack("4q", struct.pack("4d", *numbers))
+            for p in group["params"]:
+                if p.grad is None or not isinstance(group["lr"], Tensor):
+                    return None
+                state = self.state[p]
+                if not state:  # as torch begins
+                    state["step"] = torch.zeros((), device=p.device)
+                    state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
+                moments = state["exp_avg"], state["exp_avg_sq"]
+                tensors = (p, p.grad, *moments, state["step"], group["lr"])
+                supported = all(t.dtype == torch.float32 and t.is_contiguous() for t in tensors)
+                if not use_triton(None, *tensors, supported=supported):
+                    return None
+                rows.append([*(t.data_ptr() for t in tensors), p.numel(), *bits])
+        return rows
+
+    def _table(self, rows: list[list[int]], device: torch.device) -> Tensor:
+        """The table on the device, new with every call, as gradients need not stay in place.
+
+        A graph copies its table whenever it is replayed, from memory that is pinned before, since
+        that cannot be captured, and kept.
+        """
+        table = torch.tensor(rows)
+        if device.type != "cuda":
+            return table
+        if not torch.cuda.is_current_stream_capturing():
+            self._spare = table.pin_memory()
+            return self._spare.to(device, non_blocking=True)
+        if self._spare is None:
+            raise RuntimeError("AdamW takes an ordinary step before each one that is captured")
+        self._kept.append(self._spare.copy_(table))
+        self._spare = None
+        return self._kept[-1].to(device, non_blocking=True)
+
+
+def make_adamw(groups: list[dict[str, Any]], cfg: TrainConfig) -> AdamW:
     """AdamW (Loshchilov and Hutter 2019) over `groups` from `model.param_groups`.
 
     On a GPU the learning rate is a tensor there, which a captured step reads.
@@ -35,7 +112,7 @@ def make_adamw(groups: list[dict[str, Any]], cfg: TrainConfig) -> torch.optim.Ad
     device = groups[0]["params"][0].device
     on_gpu = device.type == "cuda"
     lr: float | Tensor = torch.tensor(cfg.lr, device=device) if on_gpu else cfg.lr
-    return _AdamW(
+    return AdamW(
         groups, lr=lr, betas=(cfg.beta1, cfg.beta2), eps=cfg.eps, fused=True, capturable=on_gpu
     )
 
@@ -46,19 +123,6 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
             group["lr"].fill_(lr)
         else:
             group["lr"] = lr
-
-
-def apply_step(optimizer: torch.optim.AdamW, norm: Tensor, clip: float, skip: Tensor) -> None:
-    """One update with gradients clipped to `clip`, or none where `skip` is 1.
-
-    Clipping and skipping happen inside the fused kernel (the hooks that torch.amp.GradScaler
-    uses): no pass over the gradients of their own, and nothing read back by the host.
-    norm: 0-dim, the gradients' total norm; skip: 0-dim float32, 0 or 1.
-    """
-    hooks: Any = optimizer
-    hooks.grad_scale = (norm / clip).clamp(min=1.0).float()
-    hooks.found_inf = skip
-    optimizer.step()
 
 
 def group_table(model: nn.Module, groups: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:

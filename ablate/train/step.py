@@ -26,7 +26,7 @@ from ablate.data.tokens import usable_cores
 from ablate.errors import UserError
 from ablate.kernels.precompile import compile_together
 from ablate.model.lm import LanguageModel
-from ablate.train.optim import apply_step, set_lr
+from ablate.train.optim import AdamW, set_lr
 from ablate.train.ranks import Ranks
 from ablate.train.stop import TrialFailed, is_out_of_memory
 
@@ -65,7 +65,7 @@ class Stepper:
     def __init__(
         self,
         model: LanguageModel,
-        optimizer: torch.optim.AdamW,
+        optimizer: AdamW,
         cfg: TrainConfig,
         bf16: bool,
         capture: bool = False,
@@ -236,11 +236,7 @@ class Stepper:
             for part in batch.split(self.micro_batch):
                 loss += self.forward_backward(part)
         self.ranks.add_up([p.grad for p in self.params if p.grad is not None], loss)
-        norm = torch.nn.utils.get_total_norm(
-            [p.grad for p in self.params if p.grad is not None], foreach=True
-        )
-        bad = ~(norm.isfinite() & loss.isfinite())
-        apply_step(self.optimizer, norm, self.cfg.clip, bad.float())
+        norm, bad = self.optimizer.clipped_step(loss, self.cfg.clip)
         self.optimizer.zero_grad(set_to_none=True)
         self._count(loss, norm, bad)
 

@@ -1,8 +1,9 @@
-"""AdamW: its groups, clipping and skipping inside the fused kernel, its state by name."""
+"""AdamW: its groups, clipping and skipping inside the step, its state by name."""
 
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,8 +11,8 @@ import torch
 from ablate.arch.spec import Architecture
 from ablate.config import load
 from ablate.model import LanguageModel, param_groups
+from ablate.train import checkpoint
 from ablate.train.optim import (
-    apply_step,
     group_table,
     load_state_tensors,
     make_adamw,
@@ -21,10 +22,13 @@ from ablate.train.optim import (
 CFG = load({"train": {"tokens": 1, "lr": 0.01}}).train
 
 
-def model() -> LanguageModel:
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+def model(device: str = "cpu") -> LanguageModel:
     options = {"mamba2": {"d_state": 4, "head_dim": 8}, "attention": {"head_dim": 8}}
     arch = Architecture("M-m*", d_model=16, vocab_size=64, options=options)
-    return LanguageModel(arch, seed=0)
+    return LanguageModel(arch, seed=0).to(device)
 
 
 def test_groups_hold_every_parameter_once_and_spare_the_right_ones() -> None:
@@ -49,49 +53,61 @@ def test_a_forgotten_parameter_is_an_error() -> None:
         group_table(net, groups)
 
 
-def gradients(net: torch.nn.Module, size: float) -> list[torch.Tensor]:
+def gradients(net: torch.nn.Module, size: float) -> None:
     generator = torch.Generator().manual_seed(1)
     for p in net.parameters():
-        p.grad = size * torch.randn(p.shape, generator=generator)
-    return [p.grad for p in net.parameters() if p.grad is not None]
+        p.grad = (size * torch.randn(p.shape, generator=generator)).to(p.device)
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("size", [1e-4, 10.0])
-def test_clips_like_clip_grad_norm(size: float) -> None:
-    net, twin = model(), model()
+def test_clips_like_clip_grad_norm(size: float, device: str) -> None:
+    net, twin = model(device), model(device)
     ours = make_adamw(param_groups(net, 0.1), CFG)
     theirs = torch.optim.AdamW(param_groups(twin, 0.1), lr=0.01, betas=(0.9, 0.95), foreach=False)
     for _ in range(3):
-        norm = torch.nn.utils.get_total_norm(gradients(net, size))
-        apply_step(ours, norm, CFG.clip, torch.zeros(()))
+        gradients(net, size)
+        norm, bad = ours.clipped_step(torch.ones((), device=device), CFG.clip)
+        assert not bad
         gradients(twin, size)
-        torch.nn.utils.clip_grad_norm_(twin.parameters(), CFG.clip)
+        want = torch.nn.utils.clip_grad_norm_(twin.parameters(), CFG.clip)
+        torch.testing.assert_close(norm, want)
         theirs.step()
     for a, b in zip(net.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
 
 
-def test_a_skipped_step_changes_nothing() -> None:
-    net = model()
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("size", "loss"), [(float("nan"), 1.0), (1.0, float("inf"))])
+def test_a_skipped_step_changes_nothing(size: float, loss: float, device: str) -> None:
+    net = model(device)
     optimizer = make_adamw(param_groups(net, 0.1), CFG)
-    norm = torch.nn.utils.get_total_norm(gradients(net, 1.0))
-    apply_step(optimizer, norm, 1.0, torch.zeros(()))
+    gradients(net, 1.0)
+    optimizer.clipped_step(torch.ones((), device=device), 1.0)
     before = copy.deepcopy({**net.state_dict(), **state_tensors(net, optimizer)})
-    gradients(net, float("nan"))
-    apply_step(optimizer, torch.tensor(float("nan")), 1.0, torch.ones(()))
+    gradients(net, size)
+    _, bad = optimizer.clipped_step(torch.tensor(loss, device=device), 1.0)
+    assert bad
     after = {**net.state_dict(), **state_tensors(net, optimizer)}
     assert before.keys() == after.keys()
     assert all(torch.equal(before[k], after[k]) for k in before)
 
 
-def test_state_comes_back_exactly() -> None:
-    net, twin = model(), model()
+@pytest.mark.parametrize("device", DEVICES)
+def test_state_comes_back_exactly(device: str, tmp_path: Path) -> None:
+    net, twin = model(device), model(device)
     optimizer = make_adamw(param_groups(net, 0.1), CFG)
-    apply_step(optimizer, torch.nn.utils.get_total_norm(gradients(net, 1.0)), 1.0, torch.zeros(()))
+    loss = torch.ones((), device=device)
+    gradients(net, 1.0)
+    optimizer.clipped_step(loss, 1.0)
+    kept = dict(net.named_parameters())
+    checkpoint.save(tmp_path, 1, kept, state_tensors(net, optimizer), {})
+    saved = checkpoint.load(tmp_path, 1)
+    assert {name.rsplit("/", 1)[0] for name in saved.optimizer} == set(kept)
     twin.load_state_dict(net.state_dict())
     other = make_adamw(param_groups(twin, 0.1), CFG)
-    load_state_tensors(twin, other, state_tensors(net, optimizer))
+    load_state_tensors(twin, other, saved.optimizer)
     for which, opt in ((net, optimizer), (twin, other)):
-        norm = torch.nn.utils.get_total_norm(gradients(which, 0.3))
-        apply_step(opt, norm, 1.0, torch.zeros(()))
+        gradients(which, 0.3)
+        opt.clipped_step(loss, 1.0)
     assert all(torch.equal(a, b) for a, b in zip(net.parameters(), twin.parameters(), strict=True))
