@@ -125,6 +125,13 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
             group["lr"] = lr
 
 
+def rehearse(cfg: TrainConfig, device: torch.device) -> None:
+    """A step of a parameter that nobody needs, which compiles what a step needs."""
+    p = nn.Parameter(torch.zeros(1, device=device))
+    p.grad = torch.zeros_like(p)
+    make_adamw([{"params": [p]}], cfg).clipped_step(p.grad.sum(), cfg.clip)
+
+
 def group_table(model: nn.Module, groups: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """One row a parameter group: what it is called, how large it is, whether it decays.
 

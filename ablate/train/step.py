@@ -26,7 +26,7 @@ from ablate.data.tokens import usable_cores
 from ablate.errors import UserError
 from ablate.kernels.precompile import compile_together
 from ablate.model.lm import LanguageModel
-from ablate.train.optim import AdamW, set_lr
+from ablate.train.optim import AdamW, rehearse, set_lr
 from ablate.train.ranks import Ranks
 from ablate.train.stop import TrialFailed, is_out_of_memory
 
@@ -187,6 +187,7 @@ class Stepper:
             if on_gpu:
                 with dry_run():
                     self._one_of_each(part)
+                    rehearse(self.cfg, self.device)
             with self._counted():
                 self.forward_backward(part)
         self.optimizer.zero_grad(set_to_none=True)

@@ -14,6 +14,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
+from ablate.kernels import adamw_triton
 from ablate.kernels.precompile import compile_together
 
 pytestmark = pytest.mark.compile
@@ -88,6 +89,19 @@ def test_a_kernel_that_does_not_compile_raises_where_it_runs(compilers: list[str
             wrong[(1,)](torch.ones(1))
         with pytest.raises(triton.CompilationError, match="no_such_name"):
             wrong[(1,)](torch.ones(1))
+
+
+def test_a_step_of_one_number_compiles_what_any_step_of_adamw_needs(compilers: list[str]) -> None:
+    for kernel in vars(adamw_triton).values():
+        if isinstance(kernel, triton.JITFunction):
+            kernel.device_caches.clear()
+    with compile_together(2) as dry_run, dry_run():
+        for sizes, clip in (([1], 1.0), ([5000] * 16, 0.5), ([7, 8, 9], 2.0)):
+            table = torch.zeros(len(sizes), adamw_triton.COLUMNS.value, dtype=torch.int64)
+            blocks = adamw_triton.blocks_of(sizes, table.device)
+            *_, factors = adamw_triton.prepare(table, blocks, torch.ones(()), clip)
+            adamw_triton.update(table, blocks, factors)
+    assert len(compilers) == 3
 
 
 def test_afterwards_kernels_are_launched_again() -> None:
