@@ -225,7 +225,7 @@ _OF_KIND = {
     "attention": "attention: core",
     "gelu_mlp": "MLP: products with GELU",
 }
-_OPTIMISER = ("Optimizer.step", "_foreach_norm", "vector_norm", "_fused_adam")
+_OPTIMISER = ("Optimizer.step", "_foreach_norm", "vector_norm", "_fused_adam", "ablate::adamw")
 _ATTENTION = ("attention", "flash", "flex", "sdpa")
 _GEMM = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::matmul", "aten::linear")
 

@@ -96,6 +96,7 @@ def test_every_model_composes_to_its_size() -> None:
         (["ablate::gelu_mlp_backward"], "MLP: products with GELU"),
         (["aten::_fused_adamw_", "Optimizer.step#AdamW.step"], "optimiser"),
         (["aten::_foreach_norm"], "optimiser"),
+        (["ablate::adamw_update"], "optimiser"),
         (["aten::_flash_attention_backward"], "attention: core"),
         (["triton_poi_fused_mul_0"], "compiled elementwise"),
         (["aten::copy_"], "other"),
