@@ -24,7 +24,7 @@ WIDTH, TENSORS, PREPARE_WARPS = 8192, 256, 16  # of the one program between the 
 # A row of the table: addresses of parameter, gradient, both moments, count of steps and learning
 # rate; numbers in the tensor; the bits of weight decay, both betas and epsilon in float64.
 COLUMNS = tl.constexpr(11)
-# Per tensor: what gradients are multiplied by (0: no step), lr * decay, lr and the second moment's
+# Per tensor: what gradients are multiplied by (-1: no step), lr * decay, lr and the second moment's
 # root by their bias corrections, 1 - beta1, 1 - beta2, epsilon.
 FACTORS = tl.constexpr(7)
 
@@ -79,7 +79,7 @@ def prepare_kernel(
     good = nothing == 0.0
     tl.store(norm_ptr, norm)
     tl.store(bad_ptr, nothing != 0.0)
-    scale = tl.where(good, tl.minimum(clip / norm, 1.0), 0.0)
+    scale = tl.where(good, tl.minimum(clip / norm, 1.0), -1.0)  # 0 is a factor that underflows
     for start in range(0, tensors, TENSORS):
         tensor = start + tl.arange(0, TENSORS)
         mask = tensor < tensors
@@ -134,7 +134,7 @@ def update_kernel(table_ptr, block_ptr, factor_ptr, BLOCK: tl.constexpr):
     tensor, row, start, left = _place(table_ptr, block_ptr, BLOCK)
     factor = factor_ptr + tensor * FACTORS
     p, g, m, v = tl.load(row), tl.load(row + 1), tl.load(row + 2), tl.load(row + 3)
-    if tl.load(factor) > 0.0:
+    if tl.load(factor) >= 0.0:
         if (left >= BLOCK) & ((p | g | m | v) % 16 == 0):
             _update(p, g, m, v, factor, start, None, BLOCK, True)
         else:

@@ -154,6 +154,19 @@ def test_gradients_of_zero_and_steps_that_differ(device: str) -> None:
 
 
 @on_devices
+def test_gradients_that_are_clipped_to_nothing_still_make_a_step(device: str) -> None:
+    params = parameters(device)
+    optimizer, before = ours(params, device), copy.deepcopy(params)
+    for p in params:
+        p.grad = torch.full_like(p, 1e17)
+    _, bad = optimizer.clipped_step(torch.ones((), device=device), 1e-30)
+    assert not bad
+    assert state(params, optimizer, "step").tolist() == [1.0] * len(params)
+    for i, (p, old) in enumerate(zip(params, before, strict=True)):
+        torch.testing.assert_close(p, old * (1 - 0.01 * 0.1) if i < 3 else old)
+
+
+@on_devices
 @pytest.mark.parametrize("odd", ["no gradient", "transposed", "float64"])
 def test_what_is_not_for_our_kernels_is_for_torchs(device: str, odd: str) -> None:
     params, twins = parameters(device), parameters(device)
