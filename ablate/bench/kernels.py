@@ -253,6 +253,22 @@ def _mlp_peers() -> dict[str, Function]:
     return {"apart": apart} | _compiled(_mlp_torch)
 
 
+def _projection_inputs(batch: int, length: int, width: int, out: int) -> Inputs:
+    return {
+        "x": _randn(batch * length, width),
+        "weight": _randn(out, width, scale=width**-0.5, dtype=torch.float32),
+    }
+
+
+def _under_autocast(fn: Callable[..., Any], t: Inputs) -> Any:
+    with torch.autocast("cuda", torch.bfloat16):
+        return fn(t["x"], t["weight"])
+
+
+def _projection_peers() -> dict[str, Function]:
+    return {"autocast": partial(_under_autocast, F.linear)}
+
+
 # -- state space ------------------------------------------------------------------------------
 
 
@@ -444,6 +460,8 @@ def _cases() -> list[Case]:
                   head_dim=64, n_groups=1, d_state=128)  # fmt: skip
     # "triton": what is compared with the definition has fewer rows than are fused by themselves
     mlp, _ = _forms("gelu_mlp", "gelu_mlp", "gelu_mlp", "x w_in w_out", backend="triton")
+    linear = partial(_under_autocast, importlib.import_module("ablate.kernels.linear").linear)
+    projection = (linear, lambda t: F.linear(t["x"], t["weight"]), _projection_peers)
     window = _forms("attention", "attention", "attention_reference",
                     "q k v window=window doc_start_BL=doc")  # fmt: skip
     none: Callable[[], dict[str, Function]] = dict
@@ -462,7 +480,11 @@ def _cases() -> list[Case]:
              partial(_add_inputs, width=288, stream=torch.float32), *add, none, (0.053, 0.123)),
         Case("linear_cross_entropy", "M=32768 D=768 V=50304", 8, 4096, _loss_inputs, loss,
              _loss_torch, _loss_peers, (None, 14.2), (None, 14.5)),
-        # of two products forwards and four backwards, at 790 TFLOP/s, and nothing else
+        # of products alone, at 790 TFLOP/s
+        Case("linear", "M=32768 D=768 E=3352", 8, 4096,
+             partial(_projection_inputs, width=768, out=3352), *projection, (0.214, 0.641)),
+        Case("linear", "M=32768 D=1536 E=768", 8, 4096,
+             partial(_projection_inputs, width=1536, out=768), *projection, (0.098, 0.294)),
         Case("gelu_mlp", "M=32768 D=768 H=3072", 8, 4096, _mlp_inputs, mlp, _mlp_torch, _mlp_peers,
              (0.391, 1.174)),
         Case("ssd", "B=8 L=4096 H=24 P=64 N=128", 8, 4096, partial(_ssd_inputs, heads=24), *ssd,
