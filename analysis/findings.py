@@ -20,13 +20,27 @@ from scipy.stats import f, sem, ttest_1samp, ttest_ind
 from ablate.report import analyse, load_study
 from ablate.report.evaluation import Evaluations
 from ablate.report.export import is_export
-from ablate.report.frames import load_evaluation
+from ablate.report.frames import load_details, load_evaluation
 from ablate.report.published import ATTENTION_SHARE, GROUPED_QUERIES, ROUNDING, TRANSFORMER
 from ablate.report.stats import ALPHA, ArmFit, Estimate, fit_arms, paired_items, t_estimate
 from ablate.report.verdicts import LOSS, Analysis, Comparison, p_value, signed
+from ablate.study.show import si
 
 RESULTS = Path(__file__).parent / "results"
 NOT_RUN = "not run yet"
+KINDS = {  # arms of the recall study, by how their names start
+    "transformer": "Transformer",
+    "mamba2": "Mamba-2",
+    "hybrid_4": "4% attention",
+    "hybrid_8": "8% attention",
+    "hybrid_25": "25% attention",
+}
+TASKS = {
+    "phonebook": "phonebook (entries)",
+    "phonebook_reversed": "phonebook, query first (entries)",
+    "needle": "needle (tokens)",
+    "mqar_text": "associative recall (pairs)",
+}
 # What no attention at all costs, as published: an interval that reaches beyond says nothing of a
 # claim that something costs nothing.
 LARGE = ATTENTION_SHARE[0.0] - ATTENTION_SHARE[4 / 48]
@@ -201,6 +215,55 @@ def of_loss(
 
 
 # --- the rows ------------------------------------------------------------------------------------
+
+
+def in_short(found: dict[str, Study]) -> str:
+    """What attention does to loss and to recall, for who reads no further; empty without either.
+
+    Differences from none have Dunnett's intervals, so that picking the lowest flatters nothing."""
+    told = []
+    study = found.get("attn_ratio")
+    if study is not None and study.loss is not None and study.loss.has_interval:
+        fit, places, short = study.loss.fit, study.analysis.arms["x"], study.analysis.short
+        none, most = (str(g(places[list(fit.arms)])) for g in (pd.Series.idxmin, pd.Series.idxmax))
+        lowest = fit.arms[int(np.argmin(fit.means))]
+        rows = fit.against(none).set_index("arm")
+
+        def less(arm: str) -> str:
+            r, than = rows.loc[arm], f"nats from that at {short(none)}"
+            e = Estimate(r["difference"], low=r["dunnett_low"], high=r["dunnett_high"])
+            if study.on_a is None or not {arm, none} <= set(study.on_a.arms):
+                return f"{show(e)} {than}"
+            on_a = signed(study.on_a.difference(arm, none).value)
+            return f"{show(e)} {than} on validation B, {on_a} on A"
+
+        text = f"**Loss** is lowest at {short(lowest)} attention"
+        text += f": {less(lowest)}" if lowest != none else ""
+        same = [short(a) for a in fit.arms if a in study.loss.best and a != lowest]
+        text += f"; not told from it: {', '.join(same) or 'no other'}."
+        if most not in (lowest, none):
+            text += f" At {short(most)}: {less(most)}."
+        told.append(f"{text} ({set_up(study)}, equal tokens but not equal FLOPs.)")
+    study = found.get("recall")
+    if study is not None and len(study.scores):
+        arms = {KINDS[kind]: arm for kind in KINDS for arm in widest(study, kind)}
+        lines = [f"| exact match, all sizes (each seed) | {' | '.join(arms)} |"]
+        lines += ["|---" * (len(arms) + 1) + "|"]
+        for task, name in TASKS.items():
+            own = study.scores[study.scores["task"] == task]
+            rows = [own.loc[own["arm"] == arm, "by_seed"].str.split() for arm in arms.values()]
+            if all(map(len, rows)):
+                each = [np.array(r.tolist(), dtype=float).mean(axis=0) for r in rows]
+                cells = [f"{v.mean():.0%} ({', '.join(f'{s:.0%}' for s in v)})" for v in each]
+                lines.append(f"| {name.partition(' (')[0]} | {' | '.join(cells)} |")
+        if len(lines) > 2:
+            taught = f"{load_details(study.path)['config.data.recall.share'].mean():.0%}"
+            told.append(
+                f"**Recall**, of models of which {taught} of the training rows are such documents, "
+                "in other templates:"
+            )
+            told.append("\n".join(lines))
+    return "".join(f"{paragraph}\n\n" for paragraph in told)
 
 
 def best_share(study: Study | None, claim: str, published: str) -> Row:
@@ -557,6 +620,17 @@ def seed_counts(done: pd.DataFrame) -> str:
     if most == 1:
         return "1 seed, no interval"
     return f"{most} seeds" if fewest == most else f"{fewest} to {most} seeds"
+
+
+def set_up(study: Study) -> str:
+    """'24 layers, 13.9M parameters beside the embedding, 120M tokens a trial, 6 seeds'."""
+    frame = study.analysis.frame
+    done = frame[frame["state"] == "done"]
+    return (
+        f"{done['n_layers'].max():.0f} layers, "
+        f"{si(done['non_embedding_params'].median())} parameters beside the embedding, "
+        f"{si(done['tokens'].median())} tokens a trial, {seed_counts(done)}"
+    )
 
 
 def repeated(study: Study, other: Study) -> str:
