@@ -31,6 +31,19 @@ ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = ("attention_share.ipynb", "recall.ipynb")
 NONE_YET = "No study on a GPU is committed yet; `docs/reproduction.md` says how they are run.\n"
 
+PROVENANCE = (
+    "Published figures: Waleffe et al. 2024 (arXiv 2406.07887; 130M, 840M, 8B) and, with 350M, Dao "
+    "and Gu 2024 (arXiv 2405.21060), as secondary sources give them, on other text and at other "
+    "sizes: what agrees is a direction or a difference, not a loss."
+)
+MODEL = (
+    "Intervals and p of losses and speeds are those of arm + seed + noise, with one normal noise "
+    "for all arms of a study (so that two seeds have the degrees of freedom of all arms; an arm "
+    "that varies more than others has too narrow an interval), and of 'worse than the best' those "
+    "of Hsu's comparisons. They cover seeds: not other text, machines, sizes or learning rates. "
+    "Nothing is corrected for the number of rows."
+)
+
 
 def main(words: list[str]) -> int:
     """Build everything; 2 with one sentence where something is missing."""
@@ -58,7 +71,8 @@ def build(root: Path, *, notebooks: bool = True) -> None:
     ]
     table = findings.table(found)
     atomic_write(results / "findings.csv", table.to_csv(index=False))
-    block = "".join(f"![{p.caption}](docs/{p.png.name})\n\n*{p.caption}*\n\n" for p in shown)
+    block = findings.in_short(found)
+    block += "".join(f"![{p.caption}](docs/{p.png.name})\n\n*{p.caption}*\n\n" for p in shown)
     block += _findings(table, found) + "\n" + _cost(found) if found else NONE_YET
     put(root / "README.md", "results", block)
     put(docs / "reproduction.md", "cost", _costs(found) if found else NONE_YET)
@@ -87,15 +101,16 @@ def _findings(table: pd.DataFrame, found: dict[str, Study]) -> str:
     run = table[table["ours"] != findings.NOT_RUN]
     lines = []
     if len(run):
-        lines += [
-            "| published claim | published | ours (95%, each on its own) | what follows | study |"
-        ]
+        header = ["published claim", "published", "ours (95%, each on its own)"]
+        lines += [f"| {' | '.join([*header, 'what follows', 'study (seeds)'])} |"]
         lines += ["|---|---|---|---|---|"]
     for row in run.itertuples():
         lines.append(
             f"| {row.claim} | {row.published} | {row.ours} | {row.follows or '–'} | "
-            f"{_link(row.study)} |"
+            f"{_link(row.study)} ({_seeds(found[row.study])}) |"
         )
+    if len(run):
+        lines += ["", PROVENANCE, "", MODEL]
     for name in sorted(set(found) - set(run["study"])):
         question = study_of(found[name].path).get("question")
         lines += ["", f"{_link(name)}: {question} {_best(found[name], found)}"]
@@ -103,6 +118,11 @@ def _findings(table: pd.DataFrame, found: dict[str, Study]) -> str:
         lines += ["", f"{len(table) - len(run)} of the {len(table)} published claims in "]
         lines[-1] += "`analysis/results/findings.csv` have not been tried here yet."
     return "\n".join(lines).strip() + "\n"
+
+
+def _seeds(study: Study) -> str:
+    frame = study.analysis.frame
+    return findings.seed_counts(frame[frame["state"] == "done"])
 
 
 def _link(study: str) -> str:

@@ -20,13 +20,30 @@ from scipy.stats import f, sem, ttest_1samp, ttest_ind
 from ablate.report import analyse, load_study
 from ablate.report.evaluation import Evaluations
 from ablate.report.export import is_export
-from ablate.report.frames import load_evaluation
+from ablate.report.frames import load_details, load_evaluation
 from ablate.report.published import ATTENTION_SHARE, GROUPED_QUERIES, ROUNDING, TRANSFORMER
 from ablate.report.stats import ALPHA, ArmFit, Estimate, fit_arms, paired_items, t_estimate
 from ablate.report.verdicts import LOSS, Analysis, Comparison, p_value, signed
+from ablate.study.show import si
 
 RESULTS = Path(__file__).parent / "results"
 NOT_RUN = "not run yet"
+KINDS = {  # arms of the recall study, by how their names start
+    "transformer": "Transformer",
+    "mamba2": "Mamba-2",
+    "hybrid_4": "4% attention",
+    "hybrid_8": "8% attention",
+    "hybrid_25": "25% attention",
+}
+TASKS = {
+    "phonebook": "phonebook (entries)",
+    "phonebook_reversed": "phonebook, query first (entries)",
+    "needle": "needle (tokens)",
+    "mqar_text": "associative recall (pairs)",
+}
+# What no attention at all costs, as published: an interval that reaches beyond says nothing of a
+# claim that something costs nothing.
+LARGE = ATTENTION_SHARE[0.0] - ATTENTION_SHARE[4 / 48]
 
 
 @dataclass(frozen=True)
@@ -112,26 +129,53 @@ def show(e: Estimate, digits: int = 4) -> str:
     return f"{signed(e.value, digits)} ({signed(e.low, digits)} to {signed(e.high, digits)})"
 
 
-def verdict(ours: Estimate, published: float, limit: str, rounding: float = 0.0) -> str:
-    """What an interval says of a published difference, known within `rounding`. limit: how the end
-    is told, with {}."""
+def verdict(ours: Estimate, published: float, rounding: float = 0.0) -> str:
+    """What an interval says of a published difference, known within `rounding`; of a published zero
+    (no cost, in nats), with {high} for the interval's end."""
     if not math.isfinite(ours.low):
         return "decides nothing: one seed"
     inside = ours.low - rounding <= published <= ours.high + rounding
     if ours.low <= 0 <= ours.high:
         if published == 0:
-            return f"none found; {limit.format(f'{ours.high:.4f}')} is excluded"
+            found = "decides nothing:" if ours.high > LARGE else "none found, but"
+            return f"{found} a cost of up to {{high}} nats is not excluded"
         if inside:
             return "decides nothing: zero and the published figure are both inside"
         return "none found, and the published size is excluded"
     if published == 0:
-        return "disagrees: more than zero" if ours.value > 0 else "disagrees: less than zero"
+        return "disagrees: a cost" if ours.value > 0 else "agrees: a gain, not a cost"
+    if ours.low <= published <= ours.high:
+        return "agrees: the published figure is inside"
     if inside:
-        return "agrees"
+        return f"agrees within the rounding of the published figure ({rounding:g})"
     if (ours.value > 0) != (published > 0):
         return "disagrees: the other way"
     size = "larger" if abs(ours.value) > abs(published) else "smaller"
     return f"same direction; {size} than the published figure, whose own noise is not known"
+
+
+def no_cost(figures: Sequence[Estimate]) -> str:
+    """`verdict` of a published zero by several intervals: what none of them excludes."""
+    highest = max(figures, key=lambda e: e.high)
+    return verdict(highest, 0.0).format(high=f"{highest.high:.4f}")
+
+
+def unlike(study: Study, who: str, arm: str, reference: str) -> str:
+    """What else sets an arm apart from another: '; who has +34% FLOPs a token', or nothing."""
+    runs = study.analysis.runs
+    one, other = (runs[runs["arm"] == a] for a in (arm, reference))
+    told = []
+    for column, name in (
+        ("non_embedding_params", "parameters"),
+        ("train_flops_per_token", "FLOPs a token"),
+    ):
+        more = 100 * (one[column].iloc[0] / other[column].iloc[0] - 1)
+        if abs(more) >= 1:
+            told.append(f"{signed(more, 0)}% {name}")
+    rates = [float(r["lr"].iloc[0]) for r in (one, other)]
+    if rates[0] != rates[1]:
+        told.append("a learning rate of {:.2g} against {:.2g}".format(*rates))
+    return f"; {who} has {', '.join(told)}" if told else ""
 
 
 def of_loss(
@@ -154,14 +198,16 @@ def of_loss(
     others = {}
     if study.on_a is not None and set(arms) <= set(study.on_a.arms):
         others["on validation A"] = study.on_a.difference(*arms)
-    for other in also:
-        if other.loss is not None and set(arms) <= set(other.loss.fit.arms):
-            others[f"in {other.name}"] = other.loss.fit.difference(*arms)
+    for twin in also:
+        if twin.loss is not None and set(arms) <= set(twin.loss.fit.arms):
+            others[f"in {twin.name}"] = twin.loss.fit.difference(*arms)
     ours += "".join(f"; {show(e)} {where}" for where, e in others.items())
+    ours += unlike(study, arms[0], *arms)
     figures = [found, *others.values()]
-    said = {verdict(e, size, "a cost", ROUNDING) for e in figures}
-    highest = max(figures, key=lambda e: e.high)  # what all of them exclude
-    follows = verdict(highest, size, "a cost above {} nats", ROUNDING)
+    said = {verdict(e, size, ROUNDING) for e in figures}
+    follows = verdict(found, size, ROUNDING)
+    if size == 0 and all(not e.low > 0 for e in figures):
+        said, follows = set(), no_cost(figures)
     if len(said) > 1:
         same = all(e.value * size > 0 for e in figures)
         follows = f"{'same direction; its size is ' if same else ''}not settled: figures differ"
@@ -169,6 +215,55 @@ def of_loss(
 
 
 # --- the rows ------------------------------------------------------------------------------------
+
+
+def in_short(found: dict[str, Study]) -> str:
+    """What attention does to loss and to recall, for who reads no further; empty without either.
+
+    Differences from none have Dunnett's intervals, so that picking the lowest flatters nothing."""
+    told = []
+    study = found.get("attn_ratio")
+    if study is not None and study.loss is not None and study.loss.has_interval:
+        fit, places, short = study.loss.fit, study.analysis.arms["x"], study.analysis.short
+        none, most = (str(g(places[list(fit.arms)])) for g in (pd.Series.idxmin, pd.Series.idxmax))
+        lowest = fit.arms[int(np.argmin(fit.means))]
+        rows = fit.against(none).set_index("arm")
+
+        def less(arm: str) -> str:
+            r, than = rows.loc[arm], f"nats from that at {short(none)}"
+            e = Estimate(r["difference"], low=r["dunnett_low"], high=r["dunnett_high"])
+            if study.on_a is None or not {arm, none} <= set(study.on_a.arms):
+                return f"{show(e)} {than}"
+            on_a = signed(study.on_a.difference(arm, none).value)
+            return f"{show(e)} {than} on validation B, {on_a} on A"
+
+        text = f"**Loss** is lowest at {short(lowest)} attention"
+        text += f": {less(lowest)}" if lowest != none else ""
+        same = [short(a) for a in fit.arms if a in study.loss.best and a != lowest]
+        text += f"; not told from it: {', '.join(same) or 'no other'}."
+        if most not in (lowest, none):
+            text += f" At {short(most)}: {less(most)}."
+        told.append(f"{text} ({set_up(study)}, equal tokens but not equal FLOPs.)")
+    study = found.get("recall")
+    if study is not None and len(study.scores):
+        arms = {KINDS[kind]: arm for kind in KINDS for arm in widest(study, kind)}
+        lines = [f"| exact match, all sizes (each seed) | {' | '.join(arms)} |"]
+        lines += ["|---" * (len(arms) + 1) + "|"]
+        for task, name in TASKS.items():
+            own = study.scores[study.scores["task"] == task]
+            rows = [own.loc[own["arm"] == arm, "by_seed"].str.split() for arm in arms.values()]
+            if all(map(len, rows)):
+                each = [np.array(r.tolist(), dtype=float).mean(axis=0) for r in rows]
+                cells = [f"{v.mean():.0%} ({', '.join(f'{s:.0%}' for s in v)})" for v in each]
+                lines.append(f"| {name.partition(' (')[0]} | {' | '.join(cells)} |")
+        if len(lines) > 2:
+            taught = f"{load_details(study.path)['config.data.recall.share'].mean():.0%}"
+            told.append(
+                f"**Recall**, of models of which {taught} of the training rows are such documents, "
+                "in other templates:"
+            )
+            told.append("\n".join(lines))
+    return "".join(f"{paragraph}\n\n" for paragraph in told)
 
 
 def best_share(study: Study | None, claim: str, published: str) -> Row:
@@ -193,6 +288,41 @@ def best_share(study: Study | None, claim: str, published: str) -> Row:
     return Row(claim, published, ours, follows, study.name, "all", study.keys(arms))
 
 
+def mlp_cost(study: Study | None) -> Row:
+    """Every share of MLPs from 30% to 50% against none, with Dunnett's intervals: one share alone,
+    chosen afterwards, would say less than the claim."""
+    claim, published = "30 to 50% of the layers can be MLPs", "no cost (130M)"
+    if study is None or study.loss is None:
+        return Row(claim, published)
+    table, known = study.analysis.arms, study.loss.fit.arms
+    near = 0.5 / table["n_layers"]
+    inside = table["mlp_of_layers"].between(0.3 - near, 0.5 + near)
+    arms = [str(a) for a in table.index[inside] if a in known]
+    none = [a for a in study.arms(mlp_of_layers=0.0) if a in known]
+    if not arms or not none:
+        return Row(claim, published, "its arms are not finished", study=study.name)
+
+    def each(fit: ArmFit) -> list[Estimate]:
+        rows = fit.only([none[0], *arms]).against(none[0]).itertuples()
+        return [Estimate(r.difference, low=r.dunnett_low, high=r.dunnett_high) for r in rows]
+
+    figures = each(study.loss.fit)
+    parts = [
+        f"{table['mlp_of_layers'][a]:.1%}: {show(e)}" for a, e in zip(arms, figures, strict=True)
+    ]
+    ours = f"less none, simultaneous: {'; '.join(parts)} nats"
+    if study.on_a is not None and {*arms, none[0]} <= set(study.on_a.arms):
+        on_a = each(study.on_a)
+        ours += f"; on validation A {', '.join(signed(e.value) for e in on_a)}"
+        figures += on_a
+    ours += unlike(study, f"{table['mlp_of_layers'][arms[-1]]:.0%}", arms[-1], none[0])
+    follows = no_cost(figures)
+    if any(e.low > 0 for e in figures):
+        follows = "disagrees: a cost at some share"
+    arms = [*arms, none[0]]
+    return Row(claim, published, ours, follows, study.name, "; ".join(arms), study.keys(arms))
+
+
 def mlp_speed(study: Study | None) -> Row:
     claim, published = "Half of the layers as MLPs train faster than 5%", "20% faster"
     if study is None:
@@ -208,8 +338,12 @@ def mlp_speed(study: Study | None) -> Row:
     found = fit_arms(runs["arm"].tolist(), runs["seed"].tolist(), speed).difference(*arms)
     value, low, high = (100 * math.expm1(v) for v in (found.value, found.low, found.high))
     percent = Estimate(value, low=low, high=high)
-    ours = f"{show(percent, 1)} per cent in tokens/s, against {few.min():.0%} MLPs"
-    follows = verdict(percent, 20.0, "", rounding=2.5)  # a round figure
+    where = " and ".join(sorted(set(runs["hardware"])))
+    ours = (
+        f"{show(percent, 1)} per cent in tokens/s, against {few.min():.0%} MLPs, over seeds on "
+        f"{where} alone{unlike(study, 'half', *arms)}"
+    )
+    follows = verdict(percent, 20.0, rounding=2.5)  # a round figure
     return Row(claim, published, ours, follows, study.name, "; ".join(arms), study.keys(arms))
 
 
@@ -218,28 +352,31 @@ def longer(study: Study | None) -> Row:
     published = "16K after 4K: 53.4 without, 52.6 with RoPE (points, 840M)"
     if study is None:
         return Row(claim, published)
-    table = study.scores[study.scores["task"] == "length"]
-    none = [a for a in table["arm"].unique() if "null" in str(a)]
-    counts = set(table["by_seed"].str.split().str.len())
-    if len(none) != 1 or table["arm"].nunique() != 2 or len(counts) > 1:
+    own = study.evaluations.tasks.get("length", {})
+    none = [arm for arm in own if "null" in arm]
+    # means of each seed as they are: those of `Evaluations.table` are rounded
+    means = {
+        arm: pd.DataFrame({c["seed"]: c["by_multiple"] for c in contents})
+        for arm, contents in own.items()
+    }
+    asked = {tuple(sorted(table.columns)) for table in means.values()}
+    if len(none) != 1 or len(own) != 2 or len(asked) > 1:
         return Row(claim, published, "its arms are not finished", study=study.name)
-    with_rope, without = (
-        table[table["arm"].isin(none) == absent].set_index("cell") for absent in (False, True)
-    )
+    (rope,) = set(own) - set(none)
     found = {
-        str(cell).split(" ")[0]: over_seeds(np.subtract(seeds(r), seeds(with_rope.loc[cell])))
-        for cell, r in without.iterrows()
+        times: over_seeds(row.to_numpy())
+        for times, row in (means[none[0]] - means[rope]).iterrows()
     }
     parts = [f"{times}×: {show(e)}" for times, e in found.items()]
     last = list(found.values())[-1]
     if last.high < 0:
-        follows = "agrees at the longest: lower loss without RoPE"
+        follows = "same direction at the longest, in loss: lower without RoPE"
     elif last.low > 0:
-        follows = "disagrees at the longest: higher loss without RoPE"
+        follows = "disagrees at the longest, in loss: higher without RoPE"
     else:
         follows = "decides nothing at the longest"
     ours = f"loss without less that with RoPE, {'; '.join(parts)} nats"
-    arms = list(dict.fromkeys(table["arm"]))
+    arms = list(own)
     return Row(claim, published, ours, follows, study.name, "; ".join(arms), study.keys(arms))
 
 
@@ -296,6 +433,7 @@ def copy_gap(study: Study | None) -> Row:
         ours += f"; Mamba-2 already at {size(cells[0])} {smallest['value']:.0%}"
         if len(seeds(smallest)) > 1:
             ours += f" (seeds {', '.join(f'{v:.0%}' for v in seeds(smallest))})"
+    ours += unlike(study, "transformer", arms[0], arms[1])
     apart = study.evaluations.against("phonebook", arms[0], cell)
     if not able:
         follows = "decides nothing: the Transformer does not learn the task"
@@ -370,7 +508,7 @@ def query_first(study: Study | None) -> Row:
 def more_state(study: Study | None) -> Row:
     """Mamba-2 with the smallest and with the largest state, on the same texts."""
     claim = "An SSM recalls more with a larger state"
-    published = "direction alone (Arora et al. 2024)"
+    published = "direction alone (Arora et al. 2024, abstract)"
     if study is None:
         return Row(claim, published)
     arms = by_state(study, "mamba2")
@@ -393,7 +531,9 @@ def more_state(study: Study | None) -> Row:
         else:
             said.append(f"{task}: {'agrees' if more else 'disagrees'}")
     low, high = (f"{study.analysis.arms['x'][a]:.0f}" for a in arms)
-    ours = f"state {low} to {high}: {'; '.join(told)}"
+    ours = (
+        f"state {low} to {high}: {'; '.join(told)}{unlike(study, 'the larger', arms[1], arms[0])}"
+    )
     follows = "; ".join(said)
     return Row(claim, published, ours, follows, study.name, "; ".join(arms), study.keys(arms))
 
@@ -458,8 +598,7 @@ def rows(found: dict[str, Study]) -> list[Row]:
                 f"{signed(behind, 3)} nats (350M, without MLPs in the hybrid)",
                 behind, lambda s: s.arms(name="transformer"),
                 lambda s: s.arms(name=hybrid)),
-        of_loss(found.get("mlp_ratio"), "30 to 50% of the layers can be MLPs", "no cost (130M)",
-                0.0, lambda s: s.arms(mlp_of_layers=0.5), lambda s: s.arms(mlp_of_layers=0.0)),
+        mlp_cost(found.get("mlp_ratio")),
         mlp_speed(found.get("mlp_ratio")),
         of_loss(found.get("gqa"), "Two key/value heads cost almost nothing",
                 f"{signed(GROUPED_QUERIES)} nats", 0.0, named("heads=2"), named("heads=null")),
@@ -483,19 +622,32 @@ def seed_counts(done: pd.DataFrame) -> str:
     return f"{most} seeds" if fewest == most else f"{fewest} to {most} seeds"
 
 
+def set_up(study: Study) -> str:
+    """'24 layers, 13.9M parameters beside the embedding, 120M tokens a trial, 6 seeds'."""
+    frame = study.analysis.frame
+    done = frame[frame["state"] == "done"]
+    return (
+        f"{done['n_layers'].max():.0f} layers, "
+        f"{si(done['non_embedding_params'].median())} parameters beside the embedding, "
+        f"{si(done['tokens'].median())} tokens a trial, {seed_counts(done)}"
+    )
+
+
 def repeated(study: Study, other: Study) -> str:
     """What a study says whose trials another one has trained too; empty where not all have been."""
     a, b = (s.analysis.runs.dropna(subset=["val_b_loss"]) for s in (study, other))
     b = b[b["key"].isin(a["key"])]
     if study.loss is None or len(b) < len(a) or (b["val_b_loss"].isin(a["val_b_loss"])).any():
         return ""
-    p = arms_differ(a.merge(b[["key", "val_b_loss"]], on="key", suffixes=("", "_there")))
+    both = a.merge(b[["key", "val_b_loss"]], on="key", suffixes=("", "_there"))
+    p, changed = arms_differ(both), changes(both)
     fits = [fit_arms(r["arm"].tolist(), r["seed"].tolist(), r["val_b_loss"]) for r in (a, b)]
     short, places = study.analysis.short, study.analysis.arms["x"]
     lowest = [fit.arms[int(np.argmin(fit.means))] for fit in fits]
     first = str(places[list(fits[0].arms)].idxmin())
     where = "there too" if lowest[0] == lowest[1] else f"in {other.name} at {short(lowest[1])}"
     depend = "are not the same" if p < ALPHA else "show no sign of not being the same"
+    apart = show(changed.difference(first, lowest[0]))
     less = " and ".join(
         f"{show(fit.difference(first, lowest[0]))} {at}"
         for fit, at in zip(fits, ("here", "there"), strict=True)
@@ -504,7 +656,7 @@ def repeated(study: Study, other: Study) -> str:
         f"Lowest at {short(lowest[0])}, {where}. Against {other.name}, whose runs are of the same "
         f"{len(b)} trials, differences between arms {depend}"
         f"{f' (p = {p_value(p)})' if math.isfinite(p) else ''}: {short(first)} less "
-        f"{short(lowest[0])} is {less}, in nats."
+        f"{short(lowest[0])} is {less}, {apart} apart, in nats."
     )
 
 
@@ -531,18 +683,23 @@ def unmatched(study: Study) -> str:
     if not told:
         return ""
     return (
-        f"As configured, less what was made as large as the first arm, in nats: {'; '.join(told)} "
-        f"(beside the embedding; {seed_counts(runs)})."
+        f"As configured, less what was made as large as the first arm, in nats (95%, each on its "
+        f"own): {'; '.join(told)} (beside the embedding; {seed_counts(runs)})."
     )
 
 
+def changes(both: pd.DataFrame) -> ArmFit:
+    """How a loss changes between two trainings of the same trials, by arms and seeds."""
+    change = both["val_b_loss"] - both["val_b_loss_there"]
+    return fit_arms(both["arm"].tolist(), both["seed"].tolist(), change)
+
+
 def arms_differ(both: pd.DataFrame) -> float:
-    """p of the F test that a loss changes alike in all arms between two trainings of the same
-    trials, by arms and seeds; NaN unless every arm has every seed, or if no noise is left."""
-    changes = both.assign(change=both["val_b_loss"] - both["val_b_loss_there"])
-    fit = fit_arms(changes["arm"].tolist(), changes["seed"].tolist(), changes["change"])
-    arms, seeds = len(fit.arms), changes["seed"].nunique()
-    if len(changes) < arms * seeds or arms < 2 or not (fit.df > 0 and fit.sigma > 0):
+    """p of the F test that `changes` are alike in all arms; NaN unless every arm has every seed, or
+    if no noise is left."""
+    fit = changes(both)
+    arms, seeds = len(fit.arms), both["seed"].nunique()
+    if len(both) < arms * seeds or arms < 2 or not (fit.df > 0 and fit.sigma > 0):
         return math.nan
     ratio = seeds * np.var(fit.means, ddof=1) / fit.sigma**2
     return float(f.sf(ratio, arms - 1, fit.df))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import matplotlib as mpl
-from findings import Study, seed_counts, widest
+from findings import KINDS, TASKS, Study, set_up, widest
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator, PercentFormatter
 
@@ -13,21 +13,6 @@ from ablate.report.evaluation import SEEDS_DRAWN, by_size, draw_seeds
 from ablate.report.frames import load_details
 from ablate.report.plots import BLUE, CYCLE, MARKERS, STYLE, VERMILLION, Plot, save
 from ablate.report.published import ATTENTION_SHARE
-from ablate.study.show import si
-
-KINDS = {
-    "transformer": "Transformer",
-    "mamba2": "Mamba-2",
-    "hybrid_4": "4% attention",
-    "hybrid_8": "8% attention",
-    "hybrid_25": "25% attention",
-}
-TASKS = {
-    "phonebook": "phonebook (entries)",
-    "phonebook_reversed": "phonebook, query first (entries)",
-    "needle": "needle (tokens)",
-    "mqar_text": "associative recall (pairs)",
-}
 
 
 def attention_share(found: dict[str, Study], folder: Path) -> Plot | None:
@@ -80,7 +65,7 @@ def attention_share(found: dict[str, Study], folder: Path) -> Plot | None:
         ax.set_xlabel("share of layers that are attention")
         ax.set_ylabel("loss less that\nwithout attention\n(nats a token)")
         figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=1)
-        sizes = "; ".join(f"{label}: {_size(study)}" for study, label, _, _ in shown)
+        sizes = "; ".join(f"{label}: {set_up(study)}" for study, label, _, _ in shown)
         caption = (
             "Differences within paired seeds on validation B, with simultaneous 95% intervals "
             "(Dunnett); below zero, attention helps. Intervals cover seeds, not text: dotted, "
@@ -88,16 +73,6 @@ def attention_share(found: dict[str, Study], folder: Path) -> Plot | None:
             f"{sizes}."
         )
         return save(figure, folder, "attention_share", "; ".join(told) + ".", caption)
-
-
-def _size(study: Study) -> str:
-    frame = study.analysis.frame
-    done = frame[frame["state"] == "done"]
-    return (
-        f"{done['n_layers'].max():.0f} layers, "
-        f"{si(done['non_embedding_params'].median())} parameters beside the embedding, "
-        f"{si(done['tokens'].median())} tokens a trial, {seed_counts(done)}"
-    )
 
 
 def recall(study: Study | None, folder: Path) -> Plot | None:

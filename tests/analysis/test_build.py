@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from scipy.stats import t
 
 from ablate.evaluate.suites import SUITES
 from ablate.report import analyse, load_study
@@ -219,8 +220,24 @@ def test_figures_of_the_table_lead_back_to_their_runs(root: Path) -> None:
     assert row["ours"].split()[0] in (root / "README.md").read_text()
     arms = ["attention_share=0", "attention_share=0.0833"]
     assert row["keys"].split() == frame.loc[frame["arm"].isin(arms), "key"].tolist()
-    assert row["follows"] == "agrees"
-    assert rows.loc["30 to 50% of the layers can be MLPs", "follows"].startswith("none found")
+    assert row["follows"] == "agrees: the published figure is inside"
+    cost = rows.loc["30 to 50% of the layers can be MLPs"]
+    frame = load_study(root / "analysis" / "results" / "mlp_ratio")
+    means = frame.groupby("arm")["val_b_loss"].mean()
+    for share in ("0.292", "0.5"):  # all of the claim's shares, not one
+        less = means[f"mlp_share={share}"] - means["mlp_share=0"]
+        assert f"{float(share):.1%}: {less:+.4f} (".replace("-", "−") in cost["ours"]
+    fit = analyse(frame).comparisons["val_b_loss"].fit
+    own = fit.difference("mlp_share=0.5", "mlp_share=0")
+    told = re.search(r"50\.0%: (\S+) \((\S+) to (\S+)\)", cost["ours"].replace("−", "-"))
+    assert told
+    assert float(told[3]) - float(told[2]) > own.high - own.low  # simultaneous
+    highest = max(float(v.replace("−", "-")) for v in re.findall(r" to (\S+)\)", cost["ours"]))
+    end = re.fullmatch(
+        r"none found, but a cost of up to (\S+) nats is not excluded", cost["follows"]
+    )
+    assert end
+    assert float(end[1]) >= highest
     assert rows.loc["Half of the layers as MLPs train faster than 5%", "ours"].startswith("+1")
     gap = rows.loc["SSMs fail the phonebook, hybrids match the Transformer"]
     assert (
@@ -244,8 +261,73 @@ def test_figures_of_the_table_lead_back_to_their_runs(root: Path) -> None:
     assert f"{gain:+.1f}" in more["ours"]
     assert more["follows"].startswith("phonebook: agrees; needle: ")
     beyond = rows.loc["Attention without positions holds beyond the training length"]
-    assert beyond["follows"] == "agrees at the longest: lower loss without RoPE"
+    assert beyond["follows"] == "same direction at the longest, in loss: lower without RoPE"
+    folder = root / "analysis" / "results" / "rope"
+    items = pd.read_parquet(folder / "scores" / "length.parquet")
+    means = items.groupby("key")["4"].mean()
+    runs = load_study(folder).set_index("key").assign(far=means)
+    far = runs.pivot_table(index="seed", columns="arm", values="far")
+    changed = far["rope_base=null"] - far["rope_base=10000"]
+    low, high = t.interval(0.95, len(changed) - 1, changed.mean(), changed.sem())
+    shown = f"4×: {changed.mean():+.4f} ({low:+.4f} to {high:+.4f}) nats".replace("-", "−")
+    assert shown in beyond["ours"]
     assert all(row["keys"] for _, row in rows.iterrows())
+
+
+def test_a_reader_of_the_first_lines_is_told_of_loss_and_recall(root: Path) -> None:
+    text = (root / "README.md").read_text().partition("![")[0]
+    fit = analyse(load_study(root / "analysis" / "results" / "attn_ratio"))
+    rows = fit.comparisons["val_b_loss"].fit.against("attention_share=0").set_index("arm")
+    r = rows.loc["attention_share=0.125"]
+    shown = f"{r['difference']:+.4f} ({r['dunnett_low']:+.4f} to {r['dunnett_high']:+.4f})"
+    assert f"lowest at 12.5% attention: {shown} nats from that at 0%".replace("-", "−") in text
+    assert re.search(r"At 50%: \S+ \(\S+ to \S+\) nats from that at 0%", text)
+    own = recalled(root, "mamba2, d_state=128", "phonebook").mean()
+    each = ", ".join(f"{v:.0%}" for v in own)
+    assert f" {own.mean():.0%} ({each}) |" in text
+
+
+def test_what_follows_from_an_interval(root: Path) -> None:
+    code = """
+E = lambda low, high: findings.Estimate((low + high) / 2, low=low, high=high)
+for ours, published, rounding in (
+    (E(-0.05, 0.1), 0, 0), (E(-0.02, 0.02), 0, 0), (E(0.01, 0.02), 0, 0), (E(-0.02, -0.01), 0, 0),
+    (E(0.01, 0.03), 0.02, 0), (E(0.01, 0.03), 0.031, 0.002), (E(0.01, 0.03), 0.04, 0.002),
+    (E(0.01, 0.03), -0.02, 0), (E(-0.01, 0.03), 0.02, 0), (findings.Estimate(0.1), 0, 0),
+):
+    print(findings.verdict(ours, published, rounding).format(high=ours.high))
+print(findings.no_cost([E(-0.02, 0.02), E(-0.02, 0.03)]))
+"""
+    said = build(root, f"exec({code!r})")
+    assert said.stdout.splitlines() == [
+        # wider than what no attention at all costs: nothing is known
+        "decides nothing: a cost of up to 0.1 nats is not excluded",
+        "none found, but a cost of up to 0.02 nats is not excluded",
+        "disagrees: a cost",
+        "agrees: a gain, not a cost",
+        "agrees: the published figure is inside",
+        "agrees within the rounding of the published figure (0.002)",
+        "same direction; smaller than the published figure, whose own noise is not known",
+        "disagrees: the other way",
+        "decides nothing: zero and the published figure are both inside",
+        "decides nothing: one seed",
+        "none found, but a cost of up to 0.0300 nats is not excluded",
+    ], said.stderr
+
+
+def test_what_else_sets_an_arm_apart_is_told(root: Path) -> None:
+    code = """
+from types import SimpleNamespace as N
+runs = pd.DataFrame(dict(arm=list("abc"), lr=[0.002, 0.006, 0.006],
+                         non_embedding_params=[94, 100, 100.5],
+                         train_flops_per_token=[134, 100, 99.5]))
+study = N(analysis=N(runs=runs))
+print(findings.unlike(study, "a", "a", "b"), repr(findings.unlike(study, "c", "c", "b")))
+"""
+    said = build(root, f"exec({code!r})")
+    assert said.stdout == (
+        "; a has −6% parameters, +34% FLOPs a token, a learning rate of 0.002 against 0.006 ''\n"
+    ), said.stderr
 
 
 def test_a_table_without_its_markers_is_told(root: Path, tmp_path: Path) -> None:
@@ -375,7 +457,7 @@ print(findings.repeated(one, two), findings.repeated(one, one), sep="|")
     assert re.fullmatch(
         r"Lowest at 12\.5%, there too\. Against attn_ratio, whose runs are of the same 24 trials, "
         r"differences between arms are not the same \(p = below 0\.001\): 0% less 12\.5% is "
-        r"\+0\.0\d+ .* here and \+0\.1\d+ .* there, in nats\.",
+        r"\+0\.0\d+ .* here and \+0\.1\d+ .* there, −0\.1000 .* apart, in nats\.",
         told,
     ), told + said.stderr
 
