@@ -230,7 +230,7 @@ def in_short(found: dict[str, Study]) -> str:
         rows = fit.against(none).set_index("arm")
 
         def less(arm: str) -> str:
-            r, than = rows.loc[arm], f"nats from that at {short(none)}"
+            r, than = rows.loc[arm], f"nats against {short(none)}"
             e = Estimate(r["difference"], low=r["dunnett_low"], high=r["dunnett_high"])
             if study.on_a is None or not {arm, none} <= set(study.on_a.arms):
                 return f"{show(e)} {than}"

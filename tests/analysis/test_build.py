@@ -280,8 +280,8 @@ def test_a_reader_of_the_first_lines_is_told_of_loss_and_recall(root: Path) -> N
     rows = fit.comparisons["val_b_loss"].fit.against("attention_share=0").set_index("arm")
     r = rows.loc["attention_share=0.125"]
     shown = f"{r['difference']:+.4f} ({r['dunnett_low']:+.4f} to {r['dunnett_high']:+.4f})"
-    assert f"lowest at 12.5% attention: {shown} nats from that at 0%".replace("-", "−") in text
-    assert re.search(r"At 50%: \S+ \(\S+ to \S+\) nats from that at 0%", text)
+    assert f"lowest at 12.5% attention: {shown} nats against 0%".replace("-", "−") in text
+    assert re.search(r"At 50%: \S+ \(\S+ to \S+\) nats against 0%", text)
     own = recalled(root, "mamba2, d_state=128", "phonebook").mean()
     each = ", ".join(f"{v:.0%}" for v in own)
     assert f" {own.mean():.0%} ({each}) |" in text
