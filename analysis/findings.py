@@ -20,7 +20,7 @@ from scipy.stats import f, sem, ttest_1samp, ttest_ind
 from ablate.report import analyse, load_study
 from ablate.report.evaluation import Evaluations
 from ablate.report.export import is_export
-from ablate.report.frames import load_details, load_evaluation
+from ablate.report.frames import load_details, load_evaluation, load_metrics
 from ablate.report.published import ATTENTION_SHARE, GROUPED_QUERIES, ROUNDING, TRANSFORMER
 from ablate.report.stats import ALPHA, ArmFit, Estimate, fit_arms, paired_items, t_estimate
 from ablate.report.verdicts import LOSS, Analysis, Comparison, p_value, signed
@@ -388,6 +388,42 @@ def over_seeds(differences: Sequence[float]) -> Estimate:
     return t_estimate(float(np.mean(differences)), float(sem(differences)), n - 1)
 
 
+def passes(study: Study | None) -> Row:
+    """The 8% hybrid less the Transformer at the first validation and at the end."""
+    claim = "Early in training a hybrid trails the Transformer, then passes it"
+    published = "direction alone"
+    if study is None:
+        return Row(claim, published)
+    arms = [a for name in ("hybrid, attention_share=0.0833", "transformer")
+            for a in study.arms(name=name)[:1]]  # fmt: skip
+    logged = load_metrics(study.path).reindex(columns=["arm", "seed", "tokens", "val_a_loss"])
+    logged = logged.dropna()
+    runs = len(logged[["arm", "seed"]].drop_duplicates())
+    at = [group for _, group in logged.groupby("tokens") if len(group) == runs]
+    if len(arms) < 2 or len(at) < 2:
+        return Row(claim, published, "its arms are not finished", study=study.name)
+    early, late = (
+        fit_arms(group["arm"].tolist(), group["seed"].tolist(), group["val_a_loss"]).difference(
+            *arms
+        )
+        for group in (at[0], at[-1])
+    )
+    first, last = (si(group["tokens"].iloc[0]) for group in (at[0], at[-1]))
+    ours = (
+        f"the 8% hybrid with MLPs less the Transformer on validation A: {show(early)} nats at the "
+        f"first validation ({first} tokens), {show(late)} at the end ({last})"
+        f"{unlike(study, 'hybrid', *arms)}"
+    )
+    follows = "decides nothing"
+    if early.high < 0 and late.high < 0:
+        follows = "not seen: ahead from the first validation on"
+    elif early.low > 0 and late.high < 0:
+        follows = "agrees: behind at first, ahead at the end"
+    elif late.low > 0:
+        follows = "disagrees: behind at the end"
+    return Row(claim, published, ours, follows, study.name, "; ".join(arms), study.keys(arms))
+
+
 def widest(study: Study, kind: str) -> list[str]:
     """The arm of a kind with the largest state."""
     return by_state(study, kind)[-1:]
@@ -598,6 +634,7 @@ def rows(found: dict[str, Study]) -> list[Row]:
                 f"{signed(behind, 3)} nats (350M, without MLPs in the hybrid)",
                 behind, lambda s: s.arms(name="transformer"),
                 lambda s: s.arms(name=hybrid)),
+        passes(mlps),
         mlp_cost(found.get("mlp_ratio")),
         mlp_speed(found.get("mlp_ratio")),
         of_loss(found.get("gqa"), "Two key/value heads cost almost nothing",

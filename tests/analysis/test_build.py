@@ -21,6 +21,7 @@ from scipy.stats import t
 from ablate.evaluate.suites import SUITES
 from ablate.report import analyse, load_study
 from ablate.report.export import export_study
+from ablate.report.frames import load_metrics
 from ablate.report.published import ATTENTION_SHARE
 from ablate.run import write_json
 
@@ -239,6 +240,14 @@ def test_figures_of_the_table_lead_back_to_their_runs(root: Path) -> None:
     assert end
     assert float(end[1]) >= highest
     assert rows.loc["Half of the layers as MLPs train faster than 5%", "ours"].startswith("+1")
+    early = rows.loc["Early in training a hybrid trails the Transformer, then passes it"]
+    curves = load_metrics(root / "analysis" / "results" / "attn_ratio_mlp").dropna(
+        subset=["val_a_loss"]
+    )
+    at = curves[curves["tokens"] == curves["tokens"].min()].groupby("arm")["val_a_loss"].mean()
+    less = at["hybrid, attention_share=0.0833"] - at["transformer, attention_share=0.5"]
+    assert f"{less:+.4f} (".replace("-", "−") in early["ours"]
+    assert early["follows"] == "not seen: ahead from the first validation on"
     gap = rows.loc["SSMs fail the phonebook, hybrids match the Transformer"]
     assert (
         gap["follows"]
