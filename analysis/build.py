@@ -115,8 +115,8 @@ def _findings(table: pd.DataFrame, found: dict[str, Study]) -> str:
         question = study_of(found[name].path).get("question")
         lines += ["", f"{_link(name)}: {question} {_best(found[name], found)}"]
     if len(run) < len(table):
-        lines += ["", f"{len(table) - len(run)} of the {len(table)} published claims in "]
-        lines[-1] += "`analysis/results/findings.csv` have not been tried here yet."
+        left = table.loc[table["ours"] == findings.NOT_RUN, "claim"]
+        lines += ["", f"Not tried here yet: {'; '.join(left)}."]
     return "\n".join(lines).strip() + "\n"
 
 

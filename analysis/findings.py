@@ -628,7 +628,7 @@ def rows(found: dict[str, Study]) -> list[Row]:
                 f"{signed(none, 3)} nats (350M, without MLPs)", none, at(0.0), at(2 / 24)),
         of_loss(share, "Half of the layers as attention cost loss, against 8%",
                 f"{signed(half, 3)} nats (350M)", half, at(0.5), at(2 / 24), also=again),
-        of_loss(found.get("attn_ratio_60m"), "The same with 60M parameters: none, against 8%",
+        of_loss(found.get("attn_ratio_60m"), "No attention costs loss, with 60M parameters",
                 f"{signed(none, 3)} nats (350M)", none, at(0.0), at(2 / 24)),
         of_loss(mlps, "A Transformer is behind an 8% hybrid with MLPs",
                 f"{signed(behind, 3)} nats (350M, without MLPs in the hybrid)",
