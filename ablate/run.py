@@ -57,8 +57,10 @@ def atomic_write(path: Path, text: str | bytes) -> None:
             os.fchmod(file.fileno(), 0o666 & ~_UMASK)  # others of a shared disk may read it
             os.fsync(file.fileno())
         os.replace(name, path)
-    except BaseException:
+    except BaseException as error:
         Path(name).unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:  # a full disk names no file
+            error.filename = str(path)
         raise
 
 
@@ -162,14 +164,17 @@ class RunFolder:
 
     def result(self) -> dict[str, Any] | None:
         """Final figures, or None while the run is not finished or where they cannot be read."""
-        return read_json(self.path / "result.json") or None
+        content = read_json(self.path / "result.json") or {}
+        val_a = content.get("val_a", {})
+        loss = val_a.get("loss") if isinstance(val_a, dict) else "damaged"  # null is NaN
+        return content if content and isinstance(loss, int | float | None) else None
 
     def metrics(self) -> list[dict[str, Any]]:
-        """Logged steps in order; a line torn by a crash is skipped."""
+        """Logged steps in order; a line torn by a crash or damaged is skipped."""
         rows = []
         try:
-            lines = (self.path / "metrics.jsonl").read_text().splitlines()
-        except (OSError, UnicodeDecodeError):
+            lines = (self.path / "metrics.jsonl").read_text(errors="replace").splitlines()
+        except OSError:
             return []
         for line in lines:
             try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 from pathlib import Path
@@ -50,6 +51,34 @@ def test_states(study: Path) -> None:
     assert states.loc[0, ["steps", "tokens", "loss", "val_loss"]].tolist() == [5, 640, 2.0, 2.25]
     assert states.loc[3, "steps"] == 3
     assert states.loc[1, "cause"] == "out of memory"
+
+
+@pytest.mark.parametrize(
+    "content", ['{"val_a": null}', '{"val_a": "x"}', '{"val_a": {"loss": "x"}}']
+)
+def test_a_result_without_a_loss_is_not_finished(study: Path, content: str) -> None:
+    run = RunFolder(study / "key0")
+    (run.path / "result.json").write_text(content)
+    assert run.result() is None
+    assert frame(study)["state"][0] == "waiting"
+
+
+def test_a_damaged_line_costs_no_other(study: Path) -> None:
+    run = RunFolder(study / "key0")
+    with (run.path / "metrics.jsonl").open("ab") as file:
+        file.write(b'{"step": 6, \xff\xfe\n{"step": 7}\n')
+    assert [row["step"] for row in run.metrics()] == [5, 5, 7]
+    run.rewind_metrics(5)
+    assert [row["step"] for row in run.metrics()] == [5, 5]
+
+
+def test_a_full_disk_names_the_file(study: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(fd: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match=r"No space left on device: '.*result\.json'"):
+        RunFolder(study / "key0").write_result({"val_a": {"loss": 1.0}}, 0)
 
 
 def test_show(study: Path) -> None:
