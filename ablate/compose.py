@@ -19,6 +19,7 @@ from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -58,6 +59,8 @@ def _numbers_only(resolver: Callable[..., float]) -> Callable[..., Any]:
 
     def resolve(*args: Any) -> Any:
         numbers = all(isinstance(a, int | float) and not isinstance(a, bool) for a in args)
+        if numbers:  # data.seq_len=1e3 is a whole number, here too
+            args = tuple(int(a) if float(a).is_integer() else a for a in args)
         try:
             return resolver(*args) if numbers else args[0]
         except ZeroDivisionError:
@@ -178,7 +181,9 @@ def _check_word(word: str) -> None:
     if name == "sweep" and not word.startswith("+"):
         raise UserError(f"'{word}' needs a plus sign: +{word}")
     value = word.partition("=")[2]
-    if name in GROUPS and re.fullmatch(r"[+-]?[\d._]+(e[+-]?\d+)?|true|false", value):
+    plain = r"[+-]?[\d._]+(e[+-]?\d+)?|true|false|null|"
+    parts = [part.strip() for part in value.strip("[]").split(",")] if "=" in word else []
+    if name in GROUPS and any(re.fullmatch(plain, part) for part in parts):
         known = ", ".join(choices_of(name))
         raise UserError(f"{name} is '{value}', and must be one of {known}: fields are {name}.…=")
 
@@ -208,9 +213,20 @@ def _sentence(error: Exception, words: list[str]) -> str:
         return f"unknown group '{group[1]}'{did_you_mean(group[1], GROUPS)}"
     if re.search(r"(Lexer|Parser|mismatched|extraneous|no viable|token recognition)", cause):
         for word in words:
-            if word in cause:
+            if word in cause or not _readable(word):
                 return f"'{word}' {unreadable(error)}"
+    unfit = re.search(r"Error merging override [+~]*([\w.]+)=(.*)", cause)
+    if unfit:
+        return f"{unfit[1]} is '{unfit[2]}', and must be {{…}}, names with values"
     return " ".join(text.split())
+
+
+def _readable(word: str) -> bool:
+    try:
+        OverridesParser.create().parse_override(word)
+    except HydraException:
+        return False
+    return True
 
 
 def _meant(name: str) -> str:

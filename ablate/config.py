@@ -373,6 +373,8 @@ class EvaluateConfig(Section):
     def _length(self) -> EvaluateConfig:
         if any(multiple < 1 for multiple in self.length):
             raise ValueError(f"'length' must be multiples of 1 or more, got {self.length}")
+        if min(self.mqar_pairs or [1]) < 1:
+            raise ValueError(f"'mqar_pairs' must be numbers of 1 or more, got {self.mqar_pairs}")
         return self
 
 
@@ -473,6 +475,8 @@ class StudyConfig(Section):
             raise ValueError("'n_trials' must be given with 'search'")
         if self.n_trials is not None and not self.search:
             raise ValueError("'n_trials' is of a 'search', and there is none")
+        if self.prune and not self.search:
+            raise ValueError("'prune' is of a 'search', and there is none")
         if self.search and (self.grid or self.arms):
             raise ValueError("'search' stands alone, without 'grid' and 'arms'")
         if self.tune.points:
@@ -611,7 +615,8 @@ def unreadable(error: Exception) -> str:
     reason = str(error).splitlines()[0].rstrip(".")
     return (
         f"cannot be read as name=value ({reason}); "
-        "put quotes around a value with brackets, commas, spaces or ~"
+        "put quotes within the word around a value with brackets, commas, spaces, ~ or letters "
+        "beyond a to z, as in 'data.path=\"my texts\"'"
     )
 
 

@@ -10,6 +10,7 @@ import pytest
 from ablate import config
 from ablate.__main__ import main
 from ablate.compose import compose
+from ablate.study.space import cells
 
 FIELDS = {name: info for name, info, _ in config.fields()}
 # The budget of the composed config is train.tokens; the other two are null.
@@ -140,6 +141,29 @@ def test_a_misspelt_name_is_one_sentence(name, capsys, tmp_path, monkeypatch):
         (["train=5"], "train"),
         (["-m", "seed=0,1", "scale=cpu", "train.tokens=abc"], "train.tokens"),
         (["report", "nowhere", "exprt=x"], "export"),
+        (["+sweep=attn_ratio", "scale=cpu", "seed=5"], "study.seeds is [0, 1]"),
+        (["plan", "+sweep=attn_ratio", "scale=cpu", "seed=5"], "study.seeds is [0, 1]"),
+        (["+sweep=attn_ratio", "scale=cpu", "study.tune.octaves=2"], "study.tune.points is 0"),
+        (["+sweep=attn_ratio", "scale=cpu", "study.prune=true"], "'prune' is of a 'search'"),
+        (["+sweep=attn_ratio", "study.x=arch.attention_shre"], "'arch.attention_share'"),
+        (["scale=cpu", "study.grid={train.lr:[1e-3,1.0000001e-3]}"], "called 'lr=0.001'"),
+        (["scale=cpu", "study.arms=[a,b]"], "study.arms is '[a,b]'"),
+        (["scale=cpu", "study.arms={'':{train.lr:1}}"], "put quotes within the word"),
+        (["train=[1]"], "train is '[1]'"),
+        (["train=null"], "train is 'null'"),
+        (["arch="], "arch is ''"),
+        (
+            [
+                "scale=cpu",
+                "study.search={arch.n_layers:{low:1,high:3}}",
+                "study.n_trials=2",
+            ],
+            "integer: true",
+        ),
+        (["scale=cpu", "evaluate.mqar_rows=16", "evaluate.mqar_pairs=[-4]"], "mqar_pairs"),
+        (["scale=cpu", "train.keep=all", "train.checkpoint_steps=[400]"], "after 340 steps"),
+        (["plan", "scale=cpu", "match.certificate={a:1}"], "match.certificate"),
+        (["plan", "scale=cpu", "gpu=H1000"], "gpu is 'H1000'"),
         (["import", "study.foldr=x"], "study.folder"),
         (
             [
@@ -204,6 +228,18 @@ def test_every_sweep_can_be_planned_as_it_ships(name, tmp_path, monkeypatch, cap
 def test_an_option_of_layers_that_no_arm_has(capsys, tmp_path, monkeypatch, verb, words, letter):
     said = fails(capsys, tmp_path, monkeypatch, *verb, *words)
     assert f"'{words[-1]}' changes no run: no arm has a layer '{letter}'" in said
+
+
+def test_a_whole_number_may_be_written_as_a_float() -> None:
+    tree = compose(["scale=cpu", "data.seq_len=1e3"]).tree
+    assert tree["arch"]["swa"]["window"] == 250
+    assert isinstance(tree["arch"]["swa"]["window"], int)
+
+
+def test_a_search_of_whole_numbers_may_have_a_whole_step() -> None:
+    tree = compose(["scale=cpu", "study.n_trials=2"]).tree
+    tree["study"]["search"] = {"arch.n_layers": {"low": 1.0, "high": 3.0, "step": 1.0}}
+    assert cells(tree) == []
 
 
 def test_an_option_of_layers_that_one_arm_has(capsys, tmp_path, monkeypatch):

@@ -89,7 +89,7 @@ def _parts(
     cfg = config.load(tree)
     study = cfg.study
     arms = space.cells(tree)
-    space.check_words(words, arms)
+    space.check_words(words, arms, cfg.study)
     if study.search:
         middle = {name: _middle(dim) for name, dim in study.search.items()}
         arms = space.proposed(tree, middle)

@@ -11,7 +11,8 @@ from __future__ import annotations
 import functools
 import itertools
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -25,6 +26,7 @@ from ablate.study import tune as rates
 from ablate.study.folder import tuning_name
 from ablate.study.trial import Trial
 
+_TUNING = {f"study.tune.{name}" for name in config.TuneConfig.model_fields} - {"study.tune.points"}
 _SHARES = {"arch.attention_share": "attention_of_layers", "arch.mlp_share": "mlp_of_layers"}
 
 
@@ -102,7 +104,29 @@ def cells(tree: Mapping[str, Any]) -> list[Cell]:
             if cell.arm not in (first.arm, *first.also):
                 found[cell.key] = replace(first, also=(*first.also, cell.arm))
     _check_effects(cfg.study.grid, keys)
+    _check_axis(cfg.study.x, found.values())
+    names = Counter((cell.arm, cell.seed) for cell in found.values())
+    (label, seed), count = names.most_common(1)[0]
+    if count > 1:  # a report would take them for more runs of one arm
+        raise UserError(
+            f"{count} different arms are called '{label}', which shows six digits: give values "
+            "that are further apart, or study.arms, which have names"
+        )
     return list(found.values())
+
+
+def _check_axis(x: str | None, cells: Iterable[Cell]) -> None:
+    """UserError where `study.x` is a field of no cell."""
+    if x is None or any(_has(cell.trial.tree, x) or x in cell.factors for cell in cells):
+        return
+    known = [name for name, _, _ in config.fields()]
+    raise UserError(f"study.x is '{x}', which is no field{did_you_mean(x, known)}")
+
+
+def _has(tree: Mapping[str, Any], dotted: str) -> bool:
+    *parents, leaf = dotted.split(".")
+    node = config.get(tree, ".".join(parents)) if parents else tree
+    return isinstance(node, Mapping) and leaf in node
 
 
 def _check_effects(
@@ -121,11 +145,20 @@ def _check_effects(
             )
 
 
-def check_words(words: Sequence[str], cells: Sequence[Cell]) -> None:
-    """UserError where a word of the command line sets what the layers of no cell heed. A search has
-    no cells: its layers are not known before."""
+def check_words(
+    words: Sequence[str], cells: Sequence[Cell], study: config.StudyConfig | None = None
+) -> None:
+    """UserError where a word of the command line sets what no cell heeds. A search has no cells:
+    its layers are not known before."""
     used = {letter for cell in cells for letter in cell.trial.architecture.letters}
     for word in words if cells else ():
+        name = word.lstrip("+~").partition("=")[0]
+        if study is not None and study.seeds and name == "seed":
+            raise UserError(
+                f"'{word}' changes no run: study.seeds is {study.seeds}; give study.seeds=[…]"
+            )
+        if study is not None and not study.tune.points and name in _TUNING:
+            raise UserError(f"'{word}' changes no run: study.tune.points is 0; give five or more")
         option = re.match(r"[+~]*arch\.(\w+)\.", word)
         kind = by_name(option[1]) if option else None
         if kind is not None and kind.letter not in used:
@@ -302,6 +335,17 @@ def _check_search(cfg: config.Config, make: Callable[..., Cell]) -> None:
         ends = dim.choices if dim.choices is not None else [cast(dim.low or 0), cast(dim.high or 0)]
         for value in ends:
             make(_label({name: value}), {name: value}, seed, goal)
+        if dim.integer or dim.low is None or dim.high is None:
+            continue
+        between = dim.low + (dim.step or 0.382 * (dim.high - dim.low))
+        try:
+            make(_label({name: between}), {name: between}, seed, goal)
+        except UserError as error:
+            if "valid integer" in str(error):  # else a proposal like it is passed over
+                raise UserError(
+                    f"study.search.{name} draws fractions, which the field does not take: "
+                    "give it integer: true"
+                ) from None
 
 
 def _cell(

@@ -92,8 +92,8 @@ def run_study(
     """
     console = console or Console()
     cells = space.cells(tree)
-    space.check_words(words or (), cells)
     cfg = config.load(tree)
+    space.check_words(words or (), cells, cfg.study)
     command = list(child_command or (sys.executable, "-m", "ablate.study.child"))
     return _Supervisor(space.full(tree), cfg, cells, console, command, words).run()
 

@@ -86,7 +86,14 @@ def resolve(tree: Mapping[str, Any]) -> Trial:
         _check_trunk(cfg, architecture)
     single = cfg.study.model_dump(include={"name", "question", "finding", "folder"})
     resolved = {**cfg.model_dump(mode="json"), "study": single}
-    return Trial(key(cfg, architecture), cfg, resolved, architecture, tuple(warnings))
+    trial = Trial(key(cfg, architecture), cfg, resolved, architecture, tuple(warnings))
+    step = max(cfg.train.checkpoint_steps, default=0)
+    if step * cfg.train.batch_size * cfg.data.seq_len > trial.tokens:
+        raise UserError(
+            f"train.checkpoint_steps has {step}, which the run does not come to: it ends after "
+            f"{trial.tokens / cfg.train.batch_size / cfg.data.seq_len:.0f} steps"
+        )
+    return trial
 
 
 def key(cfg: Config, architecture: Architecture) -> str:

@@ -7,6 +7,7 @@ best of a few matrix products on this machine.
 from __future__ import annotations
 
 import functools
+import re
 import time
 
 import torch
@@ -43,7 +44,7 @@ _GPUS: tuple[tuple[str, float, float], ...] = (
 def data_sheet(name: str) -> tuple[float, float] | None:
     """(bf16, fp32) FLOP/s of the GPU of this name; None where it is not known."""
     for part, tensor, plain in _GPUS:
-        if part.upper() in name.upper():
+        if re.search(rf"{part}(?!\d)", name, re.IGNORECASE):  # H1000 is no H100
             return tensor * 1e12, plain * 1e12
     return None
 

@@ -15,7 +15,7 @@ from ablate.errors import UserError
 from ablate.run import process_age
 from ablate.train import environment as env
 from ablate.train.clock import Clock
-from ablate.train.peak import peak_flops
+from ablate.train.peak import data_sheet, peak_flops
 
 CPU = torch.device("cpu")
 
@@ -75,6 +75,11 @@ def test_peak_of_known_gpus(monkeypatch: pytest.MonkeyPatch, name: str, tflops: 
     assert peak_flops("cuda", True) == (tflops * 1e12, "data sheet")
     assert peak_flops("cuda", False)[0] < tflops * 1e12
     peak_flops.cache_clear()
+
+
+def test_a_longer_number_is_another_gpu() -> None:
+    assert data_sheet("NVIDIA H1000") is None
+    assert data_sheet("rtx 4090D") == data_sheet("NVIDIA GeForce RTX 4090")
 
 
 def test_phases_nest_without_counting_twice() -> None:
