@@ -223,7 +223,8 @@ def _run(args: list[str]) -> int:
         page = write_report(outcome.folder, console=Console())
         print(f"report: {page}")
     elif outcome.exit_code == 1:
-        print("no trial has begun: study.deadline left no time for one", file=sys.stderr)
+        why = "study.deadline left no time for one" if outcome.unfinished else "none can be run"
+        print(f"no trial has begun: {why}", file=sys.stderr)
     if outcome.exit_code == 130:
         print("stopped; the same command continues where it left off")
     return outcome.exit_code

@@ -72,7 +72,7 @@ class Store:
         self._folder = folder
         self._search = cfg.study.search
         optuna.logging.set_verbosity(optuna.logging.ERROR)
-        storage = _open_storage(folder, cfg.study.storage)
+        storage = open_storage(folder, cfg.study.storage)
         name = f"{cfg.study.name}.{_digest(cfg)}"
         self.study = optuna.create_study(
             storage=storage, study_name=name, direction="minimize", load_if_exists=True
@@ -278,7 +278,7 @@ def _digest(cfg: Config) -> str:
     return hashlib.sha256(json.dumps(space, sort_keys=True).encode()).hexdigest()[:8]
 
 
-def _open_storage(folder: StudyFolder, url: str | None) -> optuna.storages.BaseStorage:
+def open_storage(folder: StudyFolder, url: str | None) -> optuna.storages.BaseStorage:
     if url is not None:
         try:
             return optuna.storages.get_storage(url)

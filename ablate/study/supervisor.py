@@ -48,7 +48,7 @@ from ablate.study.child import child_environment
 from ablate.study.folder import StudyFolder, is_held
 from ablate.study.progress import Display, Running, Snapshot
 from ablate.study.space import Cell
-from ablate.study.store import Store, objective
+from ablate.study.store import Store, objective, open_storage
 from ablate.study.tune import Run, Tuning, tune
 from ablate.train import checkpoint
 from ablate.train.environment import commit
@@ -172,6 +172,8 @@ class _Supervisor:
         work = bool(self._missing() or self._may_propose())
         try:
             if work:
+                if self.cfg.study.storage is not None:  # a mistake in it, before the text is made
+                    open_storage(self.folder, self.cfg.study.storage)
                 self.slots = self._slots()
                 for slot in range(len(self.slots)):
                     self._spawn(slot)  # they import torch while the text is prepared
@@ -201,6 +203,12 @@ class _Supervisor:
         """Write the study's index and bring Optuna up to date; the lock of this worker."""
         try:
             worker, lock = self.folder.worker()
+            if worker and self._is_another(self.folder.index()):
+                lock.release()
+                raise UserError(
+                    f"study.name: another study is at work in {self.folder.path}: give another "
+                    "study.name, or wait for it"
+                )
             self._write_index()
             self.store = Store(self.folder, self.cfg, worker)
             with self.folder.locked():
@@ -209,6 +217,16 @@ class _Supervisor:
             raise UserError(f"study.folder: {self.folder.path} cannot be used: {error}") from None
         self._note_commits()
         return lock
+
+    def _is_another(self, index: Mapping[str, Any]) -> bool:
+        """Whether an index has none of these trials; two such would each make orphans of the
+        other's."""
+        search = self.tree["study"]["search"]
+        if not index or search:
+            return bool(index) and index.get("search") != search
+        return bool(index.get("search")) or not {cell.key for cell in self.cells} & set(
+            index.get("cells") or {}
+        )
 
     def _loop(self) -> None:
         self.slots = self._slots()  # other workers may have left less to do meanwhile
@@ -304,8 +322,12 @@ class _Supervisor:
         else:
             share = self.cfg.train.threads * devices
             workers = self.cfg.study.workers or max(1, usable_cores() // share)
-        if not self.cfg.study.search and (not self.arms or self.tuned):
-            workers = min(workers, max(1, len(self._missing())))
+        most = len(self._missing())
+        if self.cfg.study.search:
+            most = (self.cfg.study.n_trials or 1) * max(1, len(self.cfg.study.seeds))
+        elif self.arms and not self.tuned:
+            most += len(self.arms)
+        workers = min(workers, max(1, most))
         return [groups[i % len(groups)] if groups else None for i in range(workers)]
 
     def _feed(self, slot: int) -> None:
@@ -894,7 +916,8 @@ class _Supervisor:
         if self.signals:
             code = 128 + self.signals[0]
         else:
-            code = 1 if failed or missing or problems or self._may_propose() else 0
+            nothing = not self.cells  # no proposal of a search could be run
+            code = 1 if failed or missing or problems or nothing or self._may_propose() else 0
         order = [cell.key for cell in self.cells]
         return StudyOutcome(
             folder=self.folder.path,

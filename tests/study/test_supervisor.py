@@ -147,6 +147,25 @@ def test_two_invocations_share_the_work(make: Any) -> None:
     assert list(optuna_states(tree).values()) == [[TrialState.COMPLETE]] * 6
 
 
+def test_another_study_cannot_join_one_that_is_at_work(make: Any, console: Any) -> None:
+    tree = make(**{"study.grid": {"train.lr": [1e-3, 2e-3]}})
+    process = start(tree, "fake", FAKE_STEP_SECONDS="0.3")
+    wait_for(lambda: folder_of(tree).path.exists() and len(calls(tree)) >= 1)
+    index = folder_of(tree).index()
+    dimension = {"train.lr": {"low": 1e-3, "high": 1e-2}}
+    for changes in (
+        {"grid": {"train.lr": [4e-3]}},
+        {"grid": {}, "search": dimension, "n_trials": 1},
+    ):
+        other = {**tree, "study": {**tree["study"], **changes}}
+        with pytest.raises(UserError, match=r"study\.name: another study is at work in .*/tiny"):
+            run(other, console)
+    assert folder_of(tree).index() == index
+    assert process.communicate(timeout=300)
+    assert process.returncode == 0
+    assert run(other, console).exit_code == 0  # once it is done, its runs become orphans
+
+
 def test_ctrl_c_checkpoints_and_the_same_command_goes_on(make: Any, console: Any) -> None:
     tree = make(**{"study.grid": {"train.lr": [1e-3, 2e-3, 3e-3]}})
     process = start(tree, "fake", FAKE_STEP_SECONDS="0.5")
@@ -331,6 +350,41 @@ def test_a_small_space_is_exhausted(make: Any, console: Any) -> None:
     outcome = run(tree, console)
     assert len(outcome.done) == 2
     assert "nothing new" in text(console)
+
+
+def test_a_search_of_which_nothing_can_be_run_has_failed(
+    make: Any, console: Any, monkeypatch: Any
+) -> None:
+    def refuse(*_: Any) -> Any:
+        raise UserError("no")
+
+    monkeypatch.setattr(space, "proposed", refuse)
+    outcome = run(search(make, **{"study.n_trials": 2, "study.workers": 1}), console)
+    assert (outcome.exit_code, outcome.cells) == (1, [])
+
+
+@pytest.mark.parametrize(
+    ("changes", "most"),
+    [
+        ({"study.search": {"train.lr": {"low": 1e-3, "high": 1e-2}}, "study.n_trials": 2}, 2),
+        ({"study.tune": {"points": 5}}, 6),  # of tuning, and the one that confirms
+    ],
+)
+def test_no_more_processes_than_trials(
+    make: Any, console: Any, changes: dict[str, Any], most: int
+) -> None:
+    tree = make(**{**changes, "study.workers": 10**6})
+    cfg = config.load(tree)
+    work = supervisor._Supervisor(space.full(tree), cfg, space.cells(tree), console, FAKE)
+    assert len(work._slots()) == most
+
+
+def test_a_storage_that_cannot_be_opened_is_told_before_the_text_is_made(
+    make: Any, console: Any, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(supervisor, "prepare", lambda data: pytest.fail("text was made"))
+    with pytest.raises(UserError, match=r"study\.storage 'nosuchdb://x'"):
+        run(make(**{"study.storage": "nosuchdb://x"}), console)
 
 
 def test_pruning(make: Any, console: Any) -> None:
