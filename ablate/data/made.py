@@ -11,6 +11,8 @@ import random
 from collections.abc import Sequence
 from typing import TypeVar
 
+from ablate.errors import UserError
+
 CONSONANTS = "bdfgklmnprstvz"
 VOWELS = "aeiou"
 SYLLABLES = tuple(c + v for c in CONSONANTS for v in VOWELS)
@@ -53,6 +55,13 @@ class Draw:
 
     def distinct(self, n: int, make: str, size: int = 0) -> list[str]:
         """`n` different outcomes of a method of this class: "word", "name" or "digits"."""
+        outcomes = {"word": len(SYLLABLES), "digits": 10}.get(make, len(SYLLABLES) ** 5) ** (
+            size or 1
+        )
+        if n > outcomes // 2:  # the last ones would be drawn for ever
+            raise UserError(
+                f"a recall document of {n:,} different {make} is too large: there are {outcomes:,}"
+            )
         method = getattr(self, make)
         found: dict[str, None] = {}
         while len(found) < n:

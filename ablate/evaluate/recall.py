@@ -50,6 +50,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 """Sizes of each task; lm-eval's --metadata, or evaluate.recall, changes them by name."""
 
 _LISTS = {"entries", "lengths", "pairs", "words"}
+_MOST = 1_000_000  # of any size: documents are made whole, in memory
 
 
 def make(task: str, *, seed: int = 0, tokenizer: str | None = None, **sizes: Any) -> list[dict]:
@@ -95,9 +96,9 @@ def _check_size(task: str, name: str, value: Any) -> None:
     whole = isinstance(values, list) and all(
         isinstance(v, int) and not isinstance(v, bool) and v >= least for v in values
     )
-    if not whole or not values:
+    if not whole or not values or max(values) > _MOST:
         what = "a list of whole numbers" if name in _LISTS else "a whole number"
-        raise UserError(f"{task}: {name} is {value!r}; it must be {what} from {least} on")
+        raise UserError(f"{task}: {name} is {value!r}; it must be {what} from {least} to {_MOST}")
 
 
 # --- tokens --------------------------------------------------------------------------------------

@@ -43,6 +43,20 @@ def solve(task: str, prompt: str) -> str:
     return words[words.index(words[-1]) + 1]
 
 
+@pytest.mark.parametrize(
+    ("task", "sizes"),
+    [
+        ("phonebook", {"entries": [10**9]}),
+        ("phonebook", {"items": 10**9}),
+        ("needle", {"keys": 10**6}),
+        ("mqar_text", {"pairs": [10**6], "lengths": [10**6]}),
+    ],
+)
+def test_sizes_that_no_memory_holds_are_refused(task, sizes):
+    with pytest.raises(UserError, match=r"1 to 1000000|too large"):
+        recall.check(task, "byte", sizes)
+
+
 @pytest.mark.parametrize("task", recall.DEFAULTS)
 def test_documents_hold_their_answer_and_depend_on_the_seed_alone(task):
     one = recall.make(task, tokenizer="byte", **SMALL[task])
