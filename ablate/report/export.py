@@ -76,12 +76,19 @@ def verify(folder: Path) -> None:
         return
     except (OSError, UnicodeDecodeError) as error:
         raise unreadable(folder, error) from None
-    for digest, name in (line.split(maxsplit=1) for line in lines if len(line.split()) == 2):
-        try:
-            found = _digest(folder / name)
-        except OSError as error:
-            raise unreadable(folder, error) from None
-        if found != digest:
+    stated = {n: d for d, n in (line.split(maxsplit=1) for line in lines if len(line.split()) == 2)}
+    try:
+        found = _sums(folder)
+        found |= {name: _digest(folder / name) for name in stated if name not in found}
+    except OSError as error:
+        raise unreadable(folder, error) from None
+    for name, digest in found.items():
+        if name not in stated:
+            raise UserError(
+                f"'{folder / SUMS}' has no sum of {name}: one of them is damaged or was changed "
+                "since; export the study again from its run folders"
+            )
+        if digest != stated[name]:
             raise UserError(
                 f"'{folder / name}' is damaged or was changed since it was exported; export the "
                 "study again from its run folders"

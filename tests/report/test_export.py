@@ -154,6 +154,25 @@ def test_a_part_of_an_export_is_not_taken_for_the_whole(exported, tmp_path, name
     assert not (tmp_path / "r").exists()
 
 
+@pytest.mark.parametrize("lines", [0, 2])
+def test_sums_that_lack_a_file_are_damaged(exported, tmp_path, lines, capsys):
+    folder = Path(shutil.copytree(exported, tmp_path / "attn_ratio"))
+    sums = folder / "SHA256SUMS"
+    sums.write_text("".join(sums.read_text().splitlines(keepends=True)[:lines]))
+    assert main(["import", str(folder), f"study.folder={tmp_path / 'r'}"]) == 2
+    assert "SHA256SUMS' has no sum of" in capsys.readouterr().err
+    assert not (tmp_path / "r").exists()
+
+
+def test_damaged_scores_of_an_export_without_sums(exported, tmp_path, capsys):
+    folder = Path(shutil.copytree(exported, tmp_path / "attn_ratio"))
+    (folder / "SHA256SUMS").unlink()
+    for file in (folder / "scores").glob("*.parquet"):
+        file.write_bytes(file.read_bytes()[:50])
+    assert main(["report", str(folder)]) == 2
+    assert "is an exported study that cannot be read" in capsys.readouterr().err
+
+
 def test_an_export_never_overwrites_a_study_that_runs(copy, capsys):
     assert main(["report", str(copy), f"export={copy.parent}"]) == 2
     assert "which has run folders" in capsys.readouterr().err
