@@ -8,6 +8,7 @@ training on a GPU; their bar is three times the 1.6 million that one was seen to
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 import time
 from collections.abc import Sequence
@@ -74,6 +75,8 @@ def run(args: Sequence[str]) -> int:
     parser.add_argument("--tokenizer", help="a tokenizer.json; default: bytes")
     parser.add_argument("--cache", default=DataConfig().cache, help="folder of tokenised text")
     options = parser.parse_args(args)
+    if not 0 < options.seconds < math.inf:
+        parser.error(f"argument --seconds: {options.seconds:g} must be above 0")
     tokenizer = TokenizerConfig()
     if options.tokenizer:
         tokenizer = TokenizerConfig(kind="file", path=options.tokenizer)

@@ -512,13 +512,17 @@ def _without_interval(analysis: Analysis, comparison: Comparison) -> Verdict:
     told = " and ".join(
         f"{metric.show(fit.means[i])} {analysis.describe(fit.arms[i])}" for i in ends
     )
+    alike = low == high  # of means that are all equal
+    if alike:
+        told = f"{metric.show(fit.means[low])} in every arm"
     if fit.df > 0:
         text = (
             f"{metric.name} does not vary between seeds at all ({told}): no interval can be given."
         )
     else:
         text = (
-            f"{metric.name} ranges between {told}. {comparison.too_few}: no interval can be given, "
+            f"{metric.name} {'is' if alike else 'ranges between'} {told}. "
+            f"{comparison.too_few}: no interval can be given, "
             "and a difference may be noise."
         )
     return Verdict("null", text)

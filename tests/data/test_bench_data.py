@@ -8,6 +8,12 @@ from ablate.bench import data as bench
 from tests.data.conftest import make_documents, write_jsonl
 
 
+def test_a_time_below_zero(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        bench.run(["--seconds", "-1"])
+    assert "--seconds: -1 must be above 0" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("factor", "code"), [(1e-6, 0), (1e9, 1)])
 def test_bench_prints_every_shape_and_judges_it(
     tmp_path: Path,

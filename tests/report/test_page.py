@@ -174,6 +174,14 @@ def test_nothing_finished_yet(synthetic: ModuleType, tmp_path: Path) -> None:
     assert summary(analyse(load_study(path))).row_count == 0
 
 
+def test_arms_of_one_seed_that_are_all_equal(synthetic: ModuleType, tmp_path: Path) -> None:
+    content = synthetic.result(loss=3.0, accuracy=0.0)
+    cells = [(f"lr={lr}", {"train.lr": lr}, 0, content, {}) for lr in (1e-3, 2e-3)]
+    text = Page(write_report(synthetic.write_cells(tmp_path / "equal", cells))).text
+    assert "Recall is 0% in every arm. One seed" in text
+    assert "ranges between" not in text
+
+
 def test_one_seed_shows_no_interval_and_says_so(synthetic: ModuleType, tmp_path: Path) -> None:
     path = synthetic.write_study(tmp_path / "one", seeds=[0])
     page = Page(write_report(path))
