@@ -15,14 +15,14 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from scipy.stats import f, sem, ttest_1samp, ttest_ind
+from scipy.stats import f, ttest_1samp, ttest_ind
 
 from ablate.report import analyse, load_study
 from ablate.report.evaluation import Evaluations
 from ablate.report.export import is_export
 from ablate.report.frames import load_details, load_evaluation, load_metrics
 from ablate.report.published import ATTENTION_SHARE, GROUPED_QUERIES, ROUNDING, TRANSFORMER
-from ablate.report.stats import ALPHA, ArmFit, Estimate, fit_arms, paired_items, t_estimate
+from ablate.report.stats import ALPHA, ArmFit, Estimate, fit_arms, paired_items
 from ablate.report.verdicts import LOSS, Analysis, Comparison, p_value, signed
 from ablate.study.show import si
 
@@ -44,6 +44,11 @@ TASKS = {
 # What no attention at all costs, as published: an interval that reaches beyond says nothing of a
 # claim that something costs nothing.
 LARGE = ATTENTION_SHARE[0.0] - ATTENTION_SHARE[4 / 48]
+
+
+def fit_of(runs: pd.DataFrame, values: pd.Series) -> ArmFit:
+    """`fit_arms` of values, one a row of runs with columns arm and seed."""
+    return fit_arms(runs["arm"].tolist(), runs["seed"].tolist(), values)
 
 
 @dataclass(frozen=True)
@@ -71,7 +76,7 @@ class Study:
         runs = self.analysis.runs.dropna(subset=["val_a_loss"])
         if runs.empty:
             return None
-        return fit_arms(runs["arm"].tolist(), runs["seed"].tolist(), runs["val_a_loss"])
+        return fit_of(runs, runs["val_a_loss"])
 
     @cached_property
     def evaluations(self) -> Evaluations:
@@ -335,7 +340,7 @@ def mlp_speed(study: Study | None) -> Row:
         return Row(claim, published, "its arms are not finished", study=study.name)
     arms = [half[0], str(few.idxmin())]
     speed = np.log(runs["tokens_per_second"])
-    found = fit_arms(runs["arm"].tolist(), runs["seed"].tolist(), speed).difference(*arms)
+    found = fit_of(runs, speed).difference(*arms)
     value, low, high = (100 * math.expm1(v) for v in (found.value, found.low, found.high))
     percent = Estimate(value, low=low, high=high)
     where = " and ".join(sorted(set(runs["hardware"])))
@@ -355,17 +360,21 @@ def longer(study: Study | None) -> Row:
     own = study.evaluations.tasks.get("length", {})
     none = [arm for arm in own if "null" in arm]
     # means of each seed as they are: those of `Evaluations.table` are rounded
-    means = {
-        arm: pd.DataFrame({c["seed"]: c["by_multiple"] for c in contents})
-        for arm, contents in own.items()
-    }
-    asked = {tuple(sorted(table.columns)) for table in means.values()}
+    means = pd.DataFrame(
+        [
+            {"arm": arm, "seed": c["seed"], "times": times, "loss": loss}
+            for arm, contents in own.items()
+            for c in contents
+            for times, loss in c["by_multiple"].items()
+        ]
+    )
+    asked = {tuple(c["seed"] for c in contents) for contents in own.values()}
     if len(none) != 1 or len(own) != 2 or len(asked) > 1:
         return Row(claim, published, "its arms are not finished", study=study.name)
     (rope,) = set(own) - set(none)
     found = {
-        times: over_seeds(row.to_numpy())
-        for times, row in (means[none[0]] - means[rope]).iterrows()
+        times: fit_of(rows, rows["loss"]).difference(none[0], rope)
+        for times, rows in means.groupby("times", sort=False)
     }
     parts = [f"{times}×: {show(e)}" for times, e in found.items()]
     last = list(found.values())[-1]
@@ -378,14 +387,6 @@ def longer(study: Study | None) -> Row:
     ours = f"loss without less that with RoPE, {'; '.join(parts)} nats"
     arms = list(own)
     return Row(claim, published, ours, follows, study.name, "; ".join(arms), study.keys(arms))
-
-
-def over_seeds(differences: Sequence[float]) -> Estimate:
-    """The mean of differences within seeds, with Student's interval."""
-    n = len(differences)
-    if n < 2:
-        return Estimate(float(np.mean(differences)))
-    return t_estimate(float(np.mean(differences)), float(sem(differences)), n - 1)
 
 
 def passes(study: Study | None) -> Row:
@@ -402,12 +403,7 @@ def passes(study: Study | None) -> Row:
     at = [group for _, group in logged.groupby("tokens") if len(group) == runs]
     if len(arms) < 2 or len(at) < 2:
         return Row(claim, published, "its arms are not finished", study=study.name)
-    early, late = (
-        fit_arms(group["arm"].tolist(), group["seed"].tolist(), group["val_a_loss"]).difference(
-            *arms
-        )
-        for group in (at[0], at[-1])
-    )
+    early, late = (fit_of(g, g["val_a_loss"]).difference(*arms) for g in (at[0], at[-1]))
     first, last = (si(group["tokens"].iloc[0]) for group in (at[0], at[-1]))
     ours = (
         f"the 8% hybrid with MLPs less the Transformer on validation A: {show(early)} nats at the "
@@ -678,7 +674,7 @@ def repeated(study: Study, other: Study) -> str:
         return ""
     both = a.merge(b[["key", "val_b_loss"]], on="key", suffixes=("", "_there"))
     p, changed = arms_differ(both), changes(both)
-    fits = [fit_arms(r["arm"].tolist(), r["seed"].tolist(), r["val_b_loss"]) for r in (a, b)]
+    fits = [fit_of(runs, runs["val_b_loss"]) for runs in (a, b)]
     short, places = study.analysis.short, study.analysis.arms["x"]
     lowest = [fit.arms[int(np.argmin(fit.means))] for fit in fits]
     first = str(places[list(fits[0].arms)].idxmin())
@@ -727,8 +723,7 @@ def unmatched(study: Study) -> str:
 
 def changes(both: pd.DataFrame) -> ArmFit:
     """How a loss changes between two trainings of the same trials, by arms and seeds."""
-    change = both["val_b_loss"] - both["val_b_loss_there"]
-    return fit_arms(both["arm"].tolist(), both["seed"].tolist(), change)
+    return fit_of(both, both["val_b_loss"] - both["val_b_loss_there"])
 
 
 def arms_differ(both: pd.DataFrame) -> float:

@@ -18,13 +18,14 @@ shortened to file names, host names and accounts are left out, and the finished 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
 import math
 import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -95,11 +96,20 @@ def verify(folder: Path) -> None:
             )
 
 
+@contextlib.contextmanager
+def _readable(folder: Path) -> Iterator[None]:
+    """UserError where what is inside meets a file that is not as an export writes it."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
+        raise unreadable(folder, error) from None
+
+
 def read_index(folder: Path, figures: Sequence[str]) -> pd.DataFrame:
     """The frame that `frames` makes of run folders: key, path, state, cause, texts, figures,
     commit, hardware, config and environment (JSON)."""
     verify(folder)
-    try:
+    with _readable(folder):
         text = (folder / TRIALS).read_text()
         table = pd.read_csv(io.StringIO(text), dtype=str, keep_default_na=False)
         configs = _expand(load_yaml((folder / CONFIGS).read_text()))
@@ -113,18 +123,17 @@ def read_index(folder: Path, figures: Sequence[str]) -> pd.DataFrame:
             index[name] = table[name]
         index["config"] = [json.dumps(configs[key]) for key in table["key"]]
         index["environment"] = [json.dumps(environments[key]) for key in table["key"]]
-    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
-        raise unreadable(folder, error) from None
     return index
 
 
 def read_curves(folder: Path) -> dict[str, list[dict[str, Any]]]:
     """Logged lines by key."""
-    table = pd.read_csv(folder / CURVES, dtype=str, keep_default_na=False)
     rows: dict[str, list[dict[str, Any]]] = {}
-    for row in table.to_dict("records"):
-        line = {str(k): float(v) for k, v in row.items() if k != "key" and v}
-        rows.setdefault(row["key"], []).append(line)
+    with _readable(folder):
+        table = pd.read_csv(folder / CURVES, dtype=str, keep_default_na=False)
+        for row in table.to_dict("records"):
+            line = {str(k): float(v) for k, v in row.items() if k != "key" and v}
+            rows.setdefault(row["key"], []).append(line)
     return rows
 
 
@@ -134,11 +143,13 @@ def tasks_of(folder: Path) -> list[str]:
 
 def read_evaluation(folder: Path, task: str) -> dict[str, dict[str, Any]]:
     """The contents of a task's files by key, as `RunFolder.evaluation` has them."""
-    contents: dict[str, dict[str, Any]] = (read_json(folder / "scores.json") or {}).get(task, {})
-    place = folder / "scores" / f"{task}.parquet"
-    if place.is_file():
-        for key, own in pd.read_parquet(place).groupby("key", sort=False):
-            _put(contents[str(key)], own.drop(columns="key"))
+    with _readable(folder):
+        contents: dict[str, dict[str, Any]]
+        contents = (read_json(folder / "scores.json") or {}).get(task, {})
+        place = folder / "scores" / f"{task}.parquet"
+        if place.is_file():
+            for key, own in pd.read_parquet(place).groupby("key", sort=False):
+                _put(contents[str(key)], own.drop(columns="key"))
     return contents
 
 

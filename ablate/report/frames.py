@@ -176,10 +176,7 @@ def load_details(path: str | Path) -> pd.DataFrame:
 def load_evaluation(path: str | Path, task: str) -> dict[str, dict[str, Any]]:
     """Per-item scores of `evaluation/<task>.json` by run key, for the runs that have them."""
     if export.is_export(Path(path)):
-        try:
-            return export.read_evaluation(Path(path), task)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise export.unreadable(Path(path), error) from None
+        return export.read_evaluation(Path(path), task)
     found = {run.key: run.evaluation(task) for run in find_runs(Path(path))}
     return {key: value for key, value in found.items() if value}
 

@@ -145,19 +145,17 @@ def _check_effects(
             )
 
 
-def check_words(
-    words: Sequence[str], cells: Sequence[Cell], study: config.StudyConfig | None = None
-) -> None:
+def check_words(words: Sequence[str], cells: Sequence[Cell], study: config.StudyConfig) -> None:
     """UserError where a word of the command line sets what no cell heeds. A search has no cells:
     its layers are not known before."""
     used = {letter for cell in cells for letter in cell.trial.architecture.letters}
     for word in words if cells else ():
         name = word.lstrip("+~").partition("=")[0]
-        if study is not None and study.seeds and name == "seed":
+        if study.seeds and name == "seed":
             raise UserError(
                 f"'{word}' changes no run: study.seeds is {study.seeds}; give study.seeds=[…]"
             )
-        if study is not None and not study.tune.points and name in _TUNING:
+        if not study.tune.points and name in _TUNING:
             raise UserError(f"'{word}' changes no run: study.tune.points is 0; give five or more")
         option = re.match(r"[+~]*arch\.(\w+)\.", word)
         kind = by_name(option[1]) if option else None

@@ -56,12 +56,18 @@ class Trial:
         return self.architecture.cost(self.config.data.seq_len)
 
     @property
+    def step_tokens(self) -> int:
+        return self.config.train.batch_size * self.config.data.seq_len
+
+    @property
+    def steps(self) -> int | None:
+        """Of the whole run; None for a budget in seconds, where they are not known before."""
+        return Budget.of(self.config.train, self.step_tokens, self.cost.train_flops).steps
+
+    @property
     def tokens(self) -> float:
-        """Of the whole run; NaN for a budget in seconds, where none are known before."""
-        train = self.config.train
-        step = train.batch_size * self.config.data.seq_len
-        steps = Budget.of(train, step, self.cost.train_flops).steps
-        return math.nan if steps is None else float(steps * step)
+        """Of the whole run; NaN for a budget in seconds."""
+        return math.nan if self.steps is None else float(self.steps * self.step_tokens)
 
     @property
     def flops(self) -> float:
@@ -88,10 +94,10 @@ def resolve(tree: Mapping[str, Any]) -> Trial:
     resolved = {**cfg.model_dump(mode="json"), "study": single}
     trial = Trial(key(cfg, architecture), cfg, resolved, architecture, tuple(warnings))
     step = max(cfg.train.checkpoint_steps, default=0)
-    if step * cfg.train.batch_size * cfg.data.seq_len > trial.tokens:
+    if trial.steps is not None and step > trial.steps:
         raise UserError(
             f"train.checkpoint_steps has {step}, which the run does not come to: it ends after "
-            f"{trial.tokens / cfg.train.batch_size / cfg.data.seq_len:.0f} steps"
+            f"{trial.steps} steps"
         )
     return trial
 
