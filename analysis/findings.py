@@ -635,6 +635,8 @@ def rows(found: dict[str, Study]) -> list[Row]:
         mlp_speed(found.get("mlp_ratio")),
         of_loss(found.get("gqa"), "Two key/value heads cost almost nothing",
                 f"{signed(GROUPED_QUERIES)} nats", 0.0, named("heads=2"), named("heads=null")),
+        of_loss(found.get("gqa"), "One key/value head (MQA)", "no figure", 0.0, named("heads=1"),
+                named("heads=null")),
         of_loss(found.get("rope"), "A hybrid needs no positions in its attention",
                 "4K: 52.2 without, 52.4 with RoPE (points, 840M)", 0.0, named("base=null"),
                 named("base=10000")),

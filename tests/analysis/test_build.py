@@ -154,7 +154,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     large = synthetic.write_study(runs / "attn_ratio_60m", shares=shares, seeds=(0, 1), **same)
     made = [
         *(folder, large, by_mlps(runs / "attn_ratio_mlp"), mlps(runs / "mlp_ratio")),
-        choice(runs / "gqa", "arch.attention.n_kv_heads", [None, 2], lambda *_: {}),
+        choice(runs / "gqa", "arch.attention.n_kv_heads", [None, 2, 1], lambda *_: {}),
         choice(runs / "rope", "arch.attention.rope_base", [10000.0, None], lengths),
         recall_study(runs / "recall"),
     ]
