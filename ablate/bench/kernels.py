@@ -232,25 +232,39 @@ def _loss_peers() -> dict[str, Function]:
 # -- feed-forward layer -----------------------------------------------------------------------
 
 
-def _mlp_inputs(batch: int, length: int, width: int = 768, hidden: int = 3072) -> Inputs:
+def _mlp_inputs(
+    batch: int, length: int, width: int = 768, hidden: int = 3072, gated: bool = False
+) -> Inputs:
     return {
         "x": _randn(batch * length, width),
-        "w_in": _randn(hidden, width, scale=1.5 * width**-0.5),
+        "w_in": _randn(hidden * (1 + gated), width, scale=1.5 * width**-0.5),
         "w_out": _randn(width, hidden, scale=hidden**-0.5),
     }
 
 
-def _mlp_torch(t: Inputs) -> Any:
-    return F.linear(F.gelu(F.linear(t["x"], t["w_in"])), t["w_out"])
+def _mlp_torch(gated: bool, t: Inputs) -> Any:
+    h = F.linear(t["x"], t["w_in"])
+    if gated:
+        gate, value = h.chunk(2, -1)
+        return F.linear(F.silu(gate) * value, t["w_out"])
+    return F.linear(F.gelu(h), t["w_out"])
 
 
-def _mlp_peers() -> dict[str, Function]:
-    from ablate.kernels import gelu
+def _mlp_peers(gated: bool) -> dict[str, Function]:
+    from ablate.kernels import gelu, swiglu
+
+    act = swiglu if gated else gelu
 
     def apart(t: Inputs) -> Any:
-        return F.linear(gelu(F.linear(t["x"], t["w_in"]), backend="triton"), t["w_out"])
+        return F.linear(act(F.linear(t["x"], t["w_in"]), backend="triton"), t["w_out"])
 
-    return {"apart": apart} | _compiled(_mlp_torch)
+    return {"apart": apart} | _compiled(partial(_mlp_torch, gated))
+
+
+def _mlp(gated: bool) -> tuple[Function, Function, Callable[[], dict[str, Function]]]:
+    # "triton": what is compared with the definition has fewer rows than are fused by themselves
+    ours, _ = _forms("mlp", "mlp", "mlp", "x w_in w_out", gated=gated, backend="triton")
+    return ours, partial(_mlp_torch, gated), partial(_mlp_peers, gated)
 
 
 def _projection_inputs(batch: int, length: int, width: int, out: int) -> Inputs:
@@ -393,38 +407,32 @@ def _core_inputs(batch: int, length: int, heads: int = 24) -> Inputs:
 
 def _layer_inputs(batch: int, length: int, heads: int = 24, width: int = 768) -> Inputs:
     return _core_inputs(batch, length, heads) | {
-        "projection": _randn(width, 64 * heads),
-        "out": _randn(batch, length, width),
+        "projection": _randn(width, 64 * heads, scale=(64 * heads) ** -0.5),
         "residual": _randn(batch, length, width, dtype=torch.float32),
         "next_norm": _randn(width, dtype=torch.float32),
     }
 
 
-def _layer(core: Any, add: Any, columns: Any, apart: bool, t: Inputs) -> Any:
-    """All of a Mamba-2 layer but its two products, whose results are among the inputs, with the
-    norm that follows; apart: as it is trained."""
-    names = ["zxbcdt", "conv_weight", "conv_bias", "dt_bias", "A_log", "D"]
-    inputs, weight = [t[n] for n in names], t["norm_weight"]
+def _layer(core: Any, add: Any, apart: bool, t: Inputs) -> Any:
+    """All of a Mamba-2 layer after its in-projection, with the norm that follows; apart: as it is
+    trained."""
+    names = ["zxbcdt", "conv_weight", "conv_bias", "dt_bias", "A_log", "D", "norm_weight"]
     options: dict[str, Any] = {"head_dim": 64, "n_groups": 1, "d_state": 128}
+    inputs, projection = [t[n] for n in names], t["projection"]
     if not apart:
-        y = core(*inputs, weight, **options)
-        return y, t["projection"], *add(t["out"], t["next_norm"], residual=t["residual"])
-    y, squares = core(*inputs, None, **options, return_squares=True)
-    projection = columns(t["projection"], weight)
-    more = {"squares_xS": squares, "squares_of": y.shape[-1]}
-    return y, projection, *add(t["out"], t["next_norm"], residual=t["residual"], **more)
+        out, more = F.linear(core(*inputs, **options), projection), {}
+    else:
+        out, squares = core(*inputs, **options, projection_DI=projection)
+        more = {"squares_xS": squares, "squares_of": projection.shape[-1]}
+    return add(out, t["next_norm"], residual=t["residual"], **more)
 
 
 def _layers(apart: bool) -> tuple[Function, Function]:
     norm = importlib.import_module("ablate.kernels.norm")
     core = importlib.import_module("ablate.kernels.mamba2_core")
-
-    def multiply(matrix: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-        return (matrix * scale).to(matrix.dtype)
-
     return (
-        partial(_layer, core.mamba2_core, norm.rms_norm, norm.scale_columns, apart),
-        partial(_layer, core.mamba2_core_reference, norm.rms_norm_reference, multiply, apart),
+        partial(_layer, core.mamba2_core, norm.rms_norm, apart),
+        partial(_layer, core.mamba2_core_reference, norm.rms_norm_reference, apart),
     )
 
 
@@ -458,8 +466,6 @@ def _cases() -> list[Case]:
     core = _forms("mamba2_core", "mamba2_core", "mamba2_core_reference",
                   "zxbcdt conv_weight conv_bias dt_bias A_log D norm_weight",
                   head_dim=64, n_groups=1, d_state=128)  # fmt: skip
-    # "triton": what is compared with the definition has fewer rows than are fused by themselves
-    mlp, _ = _forms("gelu_mlp", "gelu_mlp", "gelu_mlp", "x w_in w_out", backend="triton")
     linear = partial(_under_autocast, importlib.import_module("ablate.kernels.linear").linear)
     projection = (linear, lambda t: F.linear(t["x"], t["weight"]), _projection_peers)
     window = _forms("attention", "attention", "attention_reference",
@@ -485,8 +491,11 @@ def _cases() -> list[Case]:
              partial(_projection_inputs, width=768, out=3352), *projection, (0.214, 0.641)),
         Case("linear", "M=32768 D=1536 E=768", 8, 4096,
              partial(_projection_inputs, width=1536, out=768), *projection, (0.098, 0.294)),
-        Case("gelu_mlp", "M=32768 D=768 H=3072", 8, 4096, _mlp_inputs, mlp, _mlp_torch, _mlp_peers,
+        Case("mlp", "GELU M=32768 D=768 H=3072", 8, 4096, _mlp_inputs, *_mlp(gated=False),
              (0.391, 1.174)),
+        Case("mlp", "SwiGLU M=65536 D=288 H=768", 32, 2048,
+             partial(_mlp_inputs, width=288, hidden=768, gated=True), *_mlp(gated=True),
+             (0.110, 0.330)),
         Case("ssd", "B=8 L=4096 H=24 P=64 N=128", 8, 4096, partial(_ssd_inputs, heads=24), *ssd,
              _ssd_peers, (0.051, 0.151), (0.22, 0.70)),
         Case("ssd", "H=64", 8, 4096, partial(_ssd_inputs, heads=64), *ssd, _ssd_peers,
@@ -528,13 +537,13 @@ def _cases() -> list[Case]:
              (None, None), (None, 1.0)),
         Case("mamba2_core", "B=32 L=2048 width 288", 32, 2048, partial(_core_inputs, heads=9),
              *core, none),
-        Case("Mamba-2 layer, no products", "width 768, norm within", 16, 2048, _layer_inputs,
+        Case("Mamba-2 layer, projected", "width 768, norm within", 16, 2048, _layer_inputs,
              *_layers(apart=False), none),
-        Case("Mamba-2 layer, no products", "width 768, norm apart", 16, 2048, _layer_inputs,
+        Case("Mamba-2 layer, projected", "width 768, norm apart", 16, 2048, _layer_inputs,
              *_layers(apart=True), none),
-        Case("Mamba-2 layer, no products", "width 288, norm within", 32, 2048,
+        Case("Mamba-2 layer, projected", "width 288, norm within", 32, 2048,
              partial(_layer_inputs, heads=9, width=288), *_layers(apart=False), none),
-        Case("Mamba-2 layer, no products", "width 288, norm apart", 32, 2048,
+        Case("Mamba-2 layer, projected", "width 288, norm apart", 32, 2048,
              partial(_layer_inputs, heads=9, width=288), *_layers(apart=True), none),
         Case("attention", "window 2048 H=12 P=64", 8, 4096,
              partial(_window_inputs, heads=12, head_dim=64, window=2048), *window, _window_peers,

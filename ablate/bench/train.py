@@ -223,7 +223,7 @@ _OF_KIND = {
     "conv1d": "Mamba: convolution",
     "rms_norm": "all: norm",
     "attention": "attention: core",
-    "gelu_mlp": "MLP: products with GELU",
+    "mlp": "MLP: products with their activation",
 }
 _OPTIMISER = ("Optimizer.step", "_foreach_norm", "vector_norm", "_fused_adam", "ablate::adamw")
 _ATTENTION = ("attention", "flash", "flex", "sdpa")

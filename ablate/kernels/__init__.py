@@ -11,11 +11,11 @@ from ablate.kernels.conv1d import causal_conv1d, causal_conv1d_step
 from ablate.kernels.cross_entropy import linear_cross_entropy
 from ablate.kernels.gated_delta_rule import gated_delta_rule, gated_delta_rule_step
 from ablate.kernels.gelu import gelu
-from ablate.kernels.gelu_mlp import gelu_mlp
 from ablate.kernels.gla import gla, gla_step
 from ablate.kernels.linear import linear
 from ablate.kernels.mamba2_core import mamba2_core
-from ablate.kernels.norm import gated_rms_norm, rms_norm, scale_columns
+from ablate.kernels.mlp import mlp
+from ablate.kernels.norm import gated_rms_norm, rms_norm
 from ablate.kernels.rotary import rotary, rotary_qkv, rotary_table
 from ablate.kernels.selective_scan import selective_scan, selective_scan_step
 from ablate.kernels.ssd import ssd, ssd_step
@@ -31,17 +31,16 @@ __all__ = [
     "gated_delta_rule_step",
     "gated_rms_norm",
     "gelu",
-    "gelu_mlp",
     "gla",
     "gla_step",
     "linear",
     "linear_cross_entropy",
     "mamba2_core",
+    "mlp",
     "rms_norm",
     "rotary",
     "rotary_qkv",
     "rotary_table",
-    "scale_columns",
     "selective_scan",
     "selective_scan_step",
     "ssd",

@@ -9,11 +9,14 @@ rows are padded to 16 bytes, are not read, and their gradient is zero. Then
     y       = ssd(x, softplus(dt + dt_bias), -exp(A_log), B, C, D)
     out     = rms_norm(y * silu(z)) * norm_weight         (or y * silu(z) without a norm weight)
 
-The norm divides each position by one number, which commutes with the out-projection, as does the
-weight, which scales its columns. Training leaves both to what follows: the core gives y * silu(z)
-and the sums of its squares (`return_squares`), `scale_columns` puts the weight into the projection,
-and `rms_norm` divides by the root mean square where it adds the residual. That saves a pass over
-the inner width.
+The norm divides each position by one number, which commutes with the out-projection, and its weight
+scales that projection's columns. So in training the core takes the projection too, and leaves the
+division to `rms_norm`, which adds the residual:
+
+    out, squares = (y * silu(z)) (projection * norm_weight)^T, sums of (y * silu(z))^2
+
+That saves two passes over the inner width: no kernel norms, and the gate's gradient is made where
+the product leaves the gradient of what it gates.
 """
 
 from __future__ import annotations
@@ -41,7 +44,7 @@ def mamba2_core_reference(
     zxbcdt_BLE: Tensor, conv_weight_CK: Tensor, conv_bias_C: Tensor | None, dt_bias_H: Tensor,
     A_log_H: Tensor, D_H: Tensor, norm_weight_I: Tensor | None, *, head_dim: int, n_groups: int,
     d_state: int, eps: float = 1e-5, norm_group_size: int | None = None,
-    doc_start_BL: Tensor | None = None, return_squares: bool = False,
+    doc_start_BL: Tensor | None = None, projection_DI: Tensor | None = None,
     backend: str | None = "reference",
 ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """The operation as a composition of its parts, by default in their plain PyTorch forms.
@@ -72,11 +75,13 @@ def mamba2_core_reference(
     )
     assert isinstance(y, Tensor)
     y = y.flatten(2)
-    if norm_weight_I is None:
+    if norm_weight_I is None or projection_DI is not None:
         y = y * F.silu(z)
-        if not return_squares:
+        if projection_DI is None:
             return y
-        return y, y.to(compute_dtype(y)).square().sum(-1, keepdim=True)
+        weight = projection_DI if norm_weight_I is None else projection_DI * norm_weight_I
+        squares = y.to(compute_dtype(y)).square().sum(-1, keepdim=True)
+        return F.linear(y, weight.to(y.dtype)), squares
     return gated_rms_norm(y, z, norm_weight_I, eps=eps, group_size=norm_group_size, backend=backend)
 
 
@@ -95,7 +100,7 @@ def mamba2_core(
     eps: float = 1e-5,
     norm_group_size: int | None = None,
     doc_start_BL: Tensor | None = None,
-    return_squares: bool = False,
+    projection_DI: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The core of a Mamba-2 layer (module docstring); returns out_BLI in the projection's type.
@@ -108,27 +113,28 @@ def mamba2_core(
         head_dim, n_groups, d_state: P, G, N.
         norm_group_size: width that shares one root mean square, None for all of I.
         doc_start_BL: first token of each position's document, resets convolution and state.
-        return_squares: also return, of an output that is gated alone, the sums of squares over S
-            equal parts of I, (B, L, S) in float32; S is for the backend to choose.
+        projection_DI: also project, and leave the norm's division to the caller: returns out_BLD
+            and the sums of squares over S equal parts of I, (B, L, S) in float32, of what is gated;
+            S is for the backend to choose.
         backend: None chooses; "triton" or "reference" insist.
 
     Raises:
-        ValueError: the width is not that of the heads, norm_group_size does not divide I,
-            return_squares with a norm weight, or the named backend cannot run the case.
+        ValueError: the width is not that of the heads, norm_group_size does not divide I or, with a
+            projection, is not I, or the named backend cannot run the case.
     """
     check_width(zxbcdt_BLE.shape[-1], A_log_H.shape[0], head_dim, n_groups, d_state)
     inner = A_log_H.shape[0] * head_dim
     group = norm_group_size or inner
     if inner % group:
         raise ValueError(f"norm_group_size={norm_group_size} does not divide the width {inner}")
-    if return_squares and norm_weight_I is not None:
-        raise ValueError("return_squares: the squares are of the gate alone; norm_weight_I is None")
+    if projection_DI is not None and group != inner:
+        raise ValueError(f"norm_group_size={group}: several norms do not commute with a projection")
     supported = (
         triton_supports(zxbcdt_BLE, head_dim, d_state)
         and 2 <= conv_weight_CK.shape[1] <= 4
         and group <= 16384
         # float16 has no room for what a gate near zero leaves
-        and not (return_squares and zxbcdt_BLE.dtype == torch.float16)
+        and not (projection_DI is not None and zxbcdt_BLE.dtype == torch.float16)
     )
     tensors = (
         zxbcdt_BLE, conv_weight_CK, conv_bias_C, dt_bias_H, A_log_H, D_H, norm_weight_I,
@@ -137,11 +143,11 @@ def mamba2_core(
         from ablate.kernels.mamba2_core_triton import mamba2_core_triton
 
         out: Tensor | tuple[Tensor, Tensor] = mamba2_core_triton(
-            *tensors, head_dim, n_groups, eps, group, doc_start_BL, return_squares
+            *tensors, projection_DI, head_dim, n_groups, eps, group, doc_start_BL
         )
         return out
     return mamba2_core_reference(
         *tensors, head_dim=head_dim, n_groups=n_groups, d_state=d_state, eps=eps,
-        norm_group_size=norm_group_size, doc_start_BL=doc_start_BL, return_squares=return_squares,
+        norm_group_size=norm_group_size, doc_start_BL=doc_start_BL, projection_DI=projection_DI,
         backend=backend,
     )  # fmt: skip

@@ -4,7 +4,9 @@ Every kernel reads its slice of the projection's output in place, and in the bac
 its slice of the one gradient: the gate dz, the convolution dx, dB and dC, the step sizes ddt. Kept
 for the backward pass are the convolution's output, the scan's output and the states between chunks;
 what SiLU, softplus and the norm need is computed again. Where the norm is left to what follows
-(`squares`), the scan gates what it writes, and the gated output is all that is kept of it.
+(`squares`), the scan gates what it writes, and the gated output is all that is kept of it. With the
+projection that follows, the gate's gradient is the epilogue of the product that gives the output's,
+on Hopper (`ablate.kernels.hopper`), or comes after it.
 """
 
 # mypy: disallow-untyped-defs=False
@@ -14,12 +16,15 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ablate.kernels import conv1d_triton as conv1d
 from ablate.kernels import norm_triton as norm
 from ablate.kernels import ssd_triton as ssd
 from ablate.kernels.dispatch import define_op
+from ablate.kernels.hopper import products
+from ablate.kernels.linear import weight_gradient
 from ablate.kernels.tiles_triton import contiguous, dense_last, starts
 
 
@@ -85,11 +90,13 @@ def _forward_fake(
 def _backward(
     dout: Tensor, dsquares: Tensor | None, zxbcdt: Tensor, conv: Tensor, y: Tensor, states: Tensor,
     dts: Tensor, conv_weight: Tensor, conv_bias: Tensor | None, A_log: Tensor, D: Tensor,
-    norm_weight: Tensor | None, doc: Tensor | None, groups: int, eps: float, norm_group: int,
+    norm_weight: Tensor | None, projection: Tensor | None, doc: Tensor | None, groups: int,
+    eps: float, norm_group: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The gradients of zxbcdt, of the taps and the bias (5, C), of A_log, dt_bias and D (H,) (the
     rows of the sums), of D (H, P) (empty for D (H,)), and of the norm's weight (empty without
-    one). y is the gated output where there is a gradient of its squares (B, L)."""
+    one). y is the gated output where there is a gradient of its squares (B, L), and dout then is
+    that of y projection^T, if there is one."""
     n_heads, head_dim = states.shape[2:4]
     inner = n_heads * head_dim
     channels = conv.shape[2]
@@ -97,16 +104,14 @@ def _backward(
     dzxbcdt = torch.empty_like(zxbcdt)
     dz, dxbc, ddt = _split(dzxbcdt, inner, channels, n_heads)
     dzxbcdt[..., inner + channels + n_heads :].zero_()
-    dout, y = dense_last(dout.reshape(z.shape)), y.view(z.shape)
+    dout, y = dense_last(dout.reshape(-1, dout.shape[-1])), y.view(z.shape)
     if dsquares is None:
         dy, d_norm = norm.gated_gradients(
             dout, y, z, norm_weight, dz, eps, norm_group, False, norm_weight is not None
         )
     else:
-        dy, d_norm = (
-            norm.gate_gradients(dout.contiguous(), dsquares.flatten(), y, z, dz),
-            y.new_empty(0),
-        )
+        dy = _gate_gradients(dout, projection, dsquares.flatten(), y, z, dz)
+        d_norm = y.new_empty(0)
     dy = dy.view(*conv.shape[:2], n_heads, head_dim)
     x, B, C = _heads(conv, inner, head_dim, groups)
     dconv = torch.empty_like(conv)
@@ -116,6 +121,19 @@ def _backward(
     sums = ssd.step_size_gradients(parts, through, dts, A_log, ddt, True, D.ndim == 1, log_a=True)
     taps, _ = conv1d.gradients(dconv, xbc, conv_weight, conv_bias, True, None, doc, dxbc)
     return dzxbcdt, taps, sums, ssd.skip_gradient(x, dy, D), d_norm
+
+
+def _gate_gradients(
+    dout: Tensor, projection: Tensor | None, dsquares: Tensor, y: Tensor, z: Tensor, dz: Tensor
+) -> Tensor:
+    """Writes the gate's and returns that of what is gated."""
+    if projection is not None:
+        whole = all(n % 8 == 0 for n in (*projection.shape, z.stride(0), z.data_ptr() // 2))
+        if whole and (kernels := products(dout)):
+            dy: Tensor = kernels.gate_gradients(dout, projection, dsquares, y, z, dz)
+            return dy
+        dout = dout @ projection
+    return norm.gate_gradients(dout.contiguous(), dsquares, y, z, dz)
 
 
 def _backward_fake(
@@ -140,7 +158,7 @@ _forward_op = define_op(
 _backward_op = define_op(
     "mamba2_core_backward(Tensor dout, Tensor? dsquares, Tensor zxbcdt, Tensor conv, Tensor y, "
     "Tensor states, Tensor dts, Tensor conv_weight, Tensor? conv_bias, Tensor A_log, Tensor D, "
-    "Tensor? norm_weight, Tensor? doc, int groups, float eps, int norm_group)"
+    "Tensor? norm_weight, Tensor? projection, Tensor? doc, int groups, float eps, int norm_group)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _backward,
     _backward_fake,
@@ -151,29 +169,54 @@ class _Mamba2Core(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, zxbcdt: Tensor, conv_weight: Tensor, conv_bias: Tensor | None, dt_bias: Tensor,
-        A_log: Tensor, D: Tensor, norm_weight: Tensor | None, doc: Tensor | None, head_dim: int,
-        groups: int, eps: float, norm_group: int, squares: bool,
+        A_log: Tensor, D: Tensor, norm_weight: Tensor | None, projection: Tensor | None,
+        doc: Tensor | None, head_dim: int, groups: int, eps: float, norm_group: int,
     ) -> Any:  # fmt: skip
-        out, sums, conv, y, states, dts = _forward_op(
-            zxbcdt, conv_weight, conv_bias, dt_bias, A_log, D, norm_weight, doc, head_dim, groups,
-            eps, norm_group, squares,
+        apart = projection is not None
+        out, squares, conv, y, states, dts = _forward_op(
+            zxbcdt, conv_weight, conv_bias, dt_bias, A_log, D, None if apart else norm_weight, doc,
+            head_dim, groups, eps, norm_group, apart,
         )  # fmt: skip
+        low = None  # the projection in the type of its products
+        if projection is not None and norm_weight is not None:
+            low = norm.scale_columns(projection, norm_weight, out.dtype)
+        elif projection is not None:
+            low = projection.to(out.dtype)
         ctx.save_for_backward(
-            zxbcdt, conv, out if squares else y, states, dts, conv_weight, conv_bias, A_log, D,
-            norm_weight, doc,
+            zxbcdt, conv, out if apart else y, states, dts, conv_weight, conv_bias, A_log, D,
+            norm_weight, low, doc, projection,
         )  # fmt: skip
         ctx.options = (groups, eps, norm_group)
         ctx.dt_bias_dtype = dt_bias.dtype
-        return (out, sums) if squares else out
+        return out if low is None else (F.linear(out, low), squares)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         saved = ctx.saved_tensors  # once: activation checkpointing gives them no second time
-        conv_weight, conv_bias, A_log, D, norm_weight = saved[5:10]
+        conv_weight, conv_bias, A_log, D, norm_weight, low, doc, projection = saved[5:]
         dout, dsquares = grads[0], None
-        if len(grads) > 1:
-            dout, dsquares = _one_a_position(dout, grads[1], saved[2])
-        dzxbcdt, taps, sums, dD, d_norm = _backward_op(dout, dsquares, *saved, *ctx.options)
+        d_norm = d_projection = None
+        apart = projection is not None
+        if apart:
+            y, dsquares = saved[2], grads[1]
+            if ctx.needs_input_grad[6] or ctx.needs_input_grad[7]:
+                d_projection = weight_gradient(dout, y)
+                if norm_weight is not None:
+                    d_projection, d_norm = norm.scale_columns_gradients(
+                        d_projection, projection, norm_weight
+                    )
+                d_projection = d_projection.to(projection.dtype)
+            if dsquares.shape[-1] == 1 or dsquares.stride(-1) == 0:
+                dsquares = dsquares[..., 0].contiguous()
+            else:
+                dout, dsquares = _into_output(dout @ low, dsquares, y)
+                low = None
+        dzxbcdt, taps, sums, dD, d_norm_within = _backward_op(
+            dout, dsquares, *saved[:9], None if apart else norm_weight, low, doc,
+            *ctx.options,
+        )  # fmt: skip
+        if norm_weight is not None and not apart:
+            d_norm = d_norm_within
         return (
             dzxbcdt,
             taps[4 - conv_weight.shape[1] : 4].t().to(conv_weight.dtype),
@@ -181,16 +224,15 @@ class _Mamba2Core(torch.autograd.Function):
             sums[1].to(ctx.dt_bias_dtype),
             sums[0].to(A_log.dtype),
             (sums[2] if D.ndim == 1 else dD).to(D.dtype),
-            None if norm_weight is None else d_norm,
-            *(None,) * 6,
+            d_norm,
+            d_projection,
+            *(None,) * 5,
         )
 
 
-def _one_a_position(dout: Tensor, dsquares: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradients of the output and of its squares with one number a position, which a norm over
-    all parts gives; numbers that differ between parts go into the output's."""
-    if dsquares.shape[-1] == 1 or dsquares.stride(-1) == 0:
-        return dout, dsquares[..., 0].contiguous()
+def _into_output(dout: Tensor, dsquares: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of squares that differ between the parts of a row go into that of the output; a
+    norm over all parts gives one number a position."""
     part = out.shape[-1] // dsquares.shape[-1]
     extra = 2 * out.float() * dsquares.repeat_interleave(part, -1)
     return (dout + extra).to(dout.dtype), torch.zeros_like(dsquares[..., 0])
@@ -198,13 +240,14 @@ def _one_a_position(dout: Tensor, dsquares: Tensor, out: Tensor) -> tuple[Tensor
 
 def mamba2_core_triton(
     zxbcdt_BLE: Tensor, conv_weight_CK: Tensor, conv_bias_C: Tensor | None, dt_bias_H: Tensor,
-    A_log_H: Tensor, D_H: Tensor, norm_weight_I: Tensor | None, head_dim: int, n_groups: int,
-    eps: float, norm_group: int, doc_start_BL: Tensor | None, squares: bool,
+    A_log_H: Tensor, D_H: Tensor, norm_weight_I: Tensor | None, projection_DI: Tensor | None,
+    head_dim: int, n_groups: int, eps: float, norm_group: int, doc_start_BL: Tensor | None,
 ) -> Any:  # fmt: skip
     """See `ablate.kernels.mamba2_core`."""
     inputs = (
         zxbcdt_BLE, conv_weight_CK, conv_bias_C, dt_bias_H, A_log_H, D_H, norm_weight_I,
+        projection_DI,
     )  # fmt: skip
     return _Mamba2Core.apply(
-        *map(contiguous, inputs), starts(doc_start_BL), head_dim, n_groups, eps, norm_group, squares
+        *map(contiguous, inputs), starts(doc_start_BL), head_dim, n_groups, eps, norm_group
     )

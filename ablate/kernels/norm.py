@@ -63,22 +63,6 @@ def rms_norm(
     )
 
 
-def scale_columns(matrix_OI: Tensor, scale_I: Tensor, *, backend: str | None = None) -> Tensor:
-    """matrix * scale, what a norm's weight makes of the projection after it, (O, I).
-
-    In the matrix's dtype, under autocast in that of its products.
-    """
-    kind, dtype = matrix_OI.device.type, matrix_OI.dtype
-    if torch.is_autocast_enabled(kind) and dtype == torch.float32:
-        dtype = torch.get_autocast_dtype(kind)
-    supported = matrix_OI.dtype != torch.float64 and matrix_OI.numel() > 0
-    if use_triton(backend, matrix_OI, supported=supported):
-        from ablate.kernels.norm_triton import scale_columns_triton
-
-        return scale_columns_triton(matrix_OI, scale_I, dtype)
-    return (matrix_OI * scale_I).to(dtype)
-
-
 def gated_rms_norm_reference(
     x_BLD: Tensor, z_BLD: Tensor, weight_D: Tensor | None, *, eps: float = 1e-5,
     group_size: int | None = None, norm_before_gate: bool = False,

@@ -601,12 +601,14 @@ _norm_backward_op = define_op(
     _norm_backward,
     _fake_norm_backward,
 )
-_scale_columns_op = define_op(
+scale_columns = define_op(
     "scale_columns(Tensor m, Tensor s, ScalarType dtype) -> Tensor",
     _scale_columns,
     lambda m, s, dtype: m.new_empty(m.shape, dtype=dtype),
 )
-_scale_columns_backward_op = define_op(
+"""matrix * scale in another type: what a norm's weight makes of the projection after it."""
+
+scale_columns_gradients = define_op(
     "scale_columns_backward(Tensor dout, Tensor m, Tensor s) -> (Tensor, Tensor)",
     _scale_columns_backward,
     lambda dout, m, s: (m.new_empty(m.shape), s.new_empty(s.shape)),
@@ -673,19 +675,6 @@ class _AddRmsNorm(torch.autograd.Function):
         return dx, d_residual, None if weight is None else d_weight, d_squares, None, None
 
 
-class _ScaleColumns(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, m: Tensor, s: Tensor, dtype: torch.dtype) -> Tensor:
-        ctx.save_for_backward(m, s)
-        out: Tensor = _scale_columns_op(m, s, dtype)
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        dm, ds = _scale_columns_backward_op(grads[0].contiguous(), *ctx.saved_tensors)
-        return dm, ds, None
-
-
 def gated_rms_norm_triton(
     x: Tensor, z: Tensor, weight: Tensor | None, eps: float, group: int, gate_after: bool
 ) -> Tensor:
@@ -707,9 +696,3 @@ def rms_norm_triton(
         squares = squares.reshape(-1, squares.shape[-1]).contiguous()
     y, total = _AddRmsNorm.apply(_rows(x), _rows(residual), weight, squares, of, eps)
     return y.view(x.shape), total.view(x.shape)
-
-
-def scale_columns_triton(m: Tensor, s: Tensor, dtype: torch.dtype) -> Tensor:
-    """See `ablate.kernels.scale_columns`."""
-    out: Tensor = _ScaleColumns.apply(m.contiguous(), s.contiguous(), dtype)
-    return out

@@ -14,7 +14,6 @@ from ablate.kernels import (
     linear,
     mamba2_core,
     rms_norm,
-    scale_columns,
     ssd,
     ssd_step,
 )
@@ -150,14 +149,12 @@ class Mamba2(ResidualLayer):
     def branch(self, u_BLD: Tensor, ctx: Context, state: State | None = None) -> Tensor:
         zxbcdt = padded_linear(u_BLD, self.in_proj)
         if state is None:
-            y = self._core(zxbcdt, self.gate_norm, ctx)
+            y = self._core(zxbcdt, ctx)
         else:
             y = self._prefill(zxbcdt[..., : self.options.in_width], ctx, state)
         return linear(y, self.out_proj)
 
-    def _core(
-        self, zxbcdt: Tensor, norm: Tensor | None, ctx: Context, return_squares: bool = False
-    ) -> Any:
+    def _core(self, zxbcdt: Tensor, ctx: Context, projection: Tensor | None = None) -> Any:
         o = self.options
         return mamba2_core(
             zxbcdt,
@@ -166,29 +163,29 @@ class Mamba2(ResidualLayer):
             self.dt_bias,
             self.A_log,
             self.D,
-            norm,
+            self.gate_norm,
             head_dim=o.head_dim,
             n_groups=o.n_groups,
             d_state=o.d_state,
             eps=self.eps,
             norm_group_size=self.norm_group,
             doc_start_BL=ctx.doc_start_BL,
-            return_squares=return_squares,
+            projection_DI=projection,
         )
 
     def chained(
         self, u_BLD: Tensor, x_BLD: Tensor, next_norm_D: Tensor, ctx: Context
     ) -> tuple[Tensor, Tensor]:
-        """The norm of all the inner width is left to the projection and to the addition after it:
-        its weight scales the columns of the one, and what it divides by commutes with it."""
+        """What the norm of all the inner width divides by commutes with the projection: it divides
+        where the residual is added."""
         inner = self.options.d_inner
         several = self.norm_group not in (None, inner)  # norms, which commute with nothing
         if several or type(self).branch is not Mamba2.branch:  # or a user's own layer
             return super().chained(u_BLD, x_BLD, next_norm_D, ctx)
         zxbcdt = padded_linear(u_BLD, self.in_proj)
-        y, squares = self._core(zxbcdt, None, ctx, return_squares=True)
+        out, squares = self._core(zxbcdt, ctx, self.out_proj)
         u, x = rms_norm(
-            linear(y, scale_columns(self.out_proj, self.gate_norm)),
+            out,
             next_norm_D,
             eps=self.eps,
             residual=x_BLD,

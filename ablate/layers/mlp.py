@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ablate.kernels import gelu, gelu_mlp, linear, swiglu
+from ablate.kernels import gelu, linear, mlp, swiglu
 from ablate.layers.context import Context, ResidualLayer, State
 from ablate.layers.options import DERIVED, STRICT, DerivedInt, PositiveInt
 
@@ -76,8 +76,8 @@ class MLP(ResidualLayer):
         self.out_bias = nn.Parameter(torch.empty(o.d_model)) if o.bias else None
 
     def branch(self, u_BLD: Tensor, ctx: Context, state: State | None = None) -> Tensor:
-        if self.options.kind == "gelu" and not self.options.bias:
-            return gelu_mlp(u_BLD, self.in_proj, self.out_proj)
+        if self.options.kind != "relu2" and not self.options.bias:
+            return mlp(u_BLD, self.in_proj, self.out_proj, gated=self.options.kind == "swiglu")
         h = linear(u_BLD, self.in_proj, self.in_bias)
         if self.options.kind == "swiglu":
             h = swiglu(h)

@@ -13,7 +13,7 @@ from _check import (
     error,
 )
 
-from ablate.kernels import rms_norm, scale_columns
+from ablate.kernels import rms_norm
 from ablate.kernels.mamba2_core import mamba2_core, mamba2_core_reference
 
 
@@ -198,21 +198,18 @@ def test_bfloat16_scales_no_gradient(device):
 
 
 def layer_end(t, options, backend, apart):
-    """From the in-projection to the stream and its norm; apart: the gated norm's weight scales the
-    projection's columns, and what it divides by is left to the addition."""
+    """From the in-projection to the stream and its norm; apart: what the gated norm divides by is
+    left to the addition."""
     t = dict(t)
     projection, residual, norm = (t.pop(k) for k in ("projection", "residual", "next_norm"))
     if not apart:
         y = mamba2_core(**t, **options, backend=backend)
         out = y @ projection.to(y.dtype).t()
         return rms_norm(out, norm, residual=residual, backend=backend)
-    weight = t.pop("norm_weight_I")
-    y, squares = mamba2_core(
-        **t, norm_weight_I=None, **options, return_squares=True, backend=backend
-    )
-    out = y @ scale_columns(projection, weight, backend=backend).to(y.dtype).t()
+    inner = projection.shape[1]
+    out, squares = mamba2_core(**t, **options, projection_DI=projection, backend=backend)
     return rms_norm(
-        out, norm, residual=residual, squares_xS=squares, squares_of=y.shape[-1], backend=backend
+        out, norm, residual=residual, squares_xS=squares, squares_of=inner, backend=backend
     )
 
 
@@ -304,22 +301,29 @@ def test_repeats_compiles_and_replays(apart):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_squares_of_parts_may_count_differently(device):
+@pytest.mark.parametrize("normed", [False, True])
+def test_squares_of_parts_may_count_differently(device, normed):
     """A norm over all parts gives each position one gradient; any other use must be right too."""
     args, options = case(2, 70, 4, 16, 2, 16, "")
-    args["norm_weight_I"] = None
+    if not normed:
+        args["norm_weight_I"] = None
+    args["projection_DI"] = torch.eye(64, dtype=torch.float64)  # so that all is visible
     found = []
     for place, dtype, backend in (
         (device, torch.float32, "triton"), ("cpu", torch.float64, "reference"),
     ):  # fmt: skip
         t = {k: v if v is None else v.detach().clone().to(place, dtype) for k, v in args.items()}
-        z = t["zxbcdt_BLE"].requires_grad_()
-        y, squares = mamba2_core(**t, **on(place, options), return_squares=True, backend=backend)
+        for v in t.values():
+            if v is not None:
+                v.requires_grad_()
+        out, squares = mamba2_core(**t, **on(place, options), backend=backend)
         if found:  # the reference has one part
-            squares = y.unflatten(-1, (found[0][0].shape[-1], -1)).square().sum(-1)
+            gated = out / t["norm_weight_I"] if normed else out
+            squares = gated.unflatten(-1, (found[0][0].shape[-1], -1)).square().sum(-1)
         weights = torch.arange(1, squares.shape[-1] + 1, device=place)
-        (squares * weights).sum().backward()
-        found.append((squares.detach(), z.grad))
+        ((squares * weights).sum() + out.sin().sum()).backward()
+        grads = [t[k].grad for k in ("zxbcdt_BLE", "norm_weight_I") if t[k] is not None]
+        found.append((squares.detach(), out.detach(), *grads))
     assert found[0][0].shape[-1] > 1
     for ours, want in zip(*found, strict=True):
         assert error(ours, want) < 1e-5
@@ -336,7 +340,8 @@ def test_gradients_may_lie_in_any_way(device, squares, use):
     ):  # fmt: skip
         t = {k: v if v is None else v.detach().clone().to(place, dtype) for k, v in args.items()}
         z = t["zxbcdt_BLE"].requires_grad_()
-        out = mamba2_core(**t, **on(place, options), return_squares=squares, backend=backend)
+        one = {"projection_DI": torch.eye(32).to(place, dtype)} if squares else {}
+        out = mamba2_core(**t, **on(place, options), **one, backend=backend)
         y, sums = out if squares else (out, z[..., :1] * 0)
         total = sums.sum(-1).log1p().sum()
         if use == "sum":
@@ -351,7 +356,8 @@ def test_gradients_may_lie_in_any_way(device, squares, use):
     assert error(*found) < 1e-5
 
 
-def test_squares_want_the_gate_alone():
-    args = make(1, 5, 4, 16, 1, 16)
-    with pytest.raises(ValueError, match="return_squares"):
-        mamba2_core(**args, head_dim=16, n_groups=1, d_state=16, return_squares=True)
+def test_several_norms_stay_before_the_projection():
+    args = make(1, 5, 4, 16, 2, 16)
+    options = {"head_dim": 16, "n_groups": 2, "d_state": 16, "norm_group_size": 32}
+    with pytest.raises(ValueError, match="norm_group_size=32"):
+        mamba2_core(**args, **options, projection_DI=torch.ones(8, 64))

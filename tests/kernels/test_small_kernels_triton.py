@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from _check import DEVICES, compare
+from _check import DEVICES, compare, error
 
 pytest.importorskip("triton")
 
@@ -16,7 +16,6 @@ from ablate.kernels.norm import (
     gated_rms_norm_reference,
     rms_norm,
     rms_norm_reference,
-    scale_columns,
 )
 
 LIMITS = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
@@ -155,11 +154,15 @@ def test_rms_norm_of_what_is_divided_first(device, dtype, parts):
 @in_dtypes
 @pytest.mark.parametrize("shape", [(40, 300), (1, 5), (16, 128)])
 def test_scale_columns(device, dtype, shape):
-    compare(
-        triton_form(scale_columns), lambda matrix_OI, scale_I: matrix_OI * scale_I,
-        make(3, matrix_OI=shape, scale_I=shape[1:]), limit=LIMITS[dtype], dtype=dtype,
-        device=device,
-    )  # fmt: skip
+    from ablate.kernels import norm_triton
+
+    t = make(3, matrix=shape, scale=shape[1:], dout=shape)
+    m, scale, dout = (v.detach().to(device, dtype) for v in t.values())
+    wide = [v.double().cpu() for v in (m, scale, dout)]
+    assert error(norm_triton.scale_columns(m, scale, dtype), wide[0] * wide[1]) < LIMITS[dtype]
+    d_m, d_scale = norm_triton.scale_columns_gradients(dout, m, scale)
+    assert error(d_m, wide[2] * wide[1]) < LIMITS[dtype]
+    assert error(d_scale, (wide[2] * wide[0]).sum(0)) < LIMITS[dtype]
 
 
 @on_devices
