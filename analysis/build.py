@@ -33,11 +33,12 @@ NONE_YET = "No study on a GPU is committed yet; `docs/reproduction.md` says how 
 
 PROVENANCE = (
     "Published figures: Waleffe et al. 2024 (arXiv 2406.07887; 130M, 840M, 8B) and, with 350M, Dao "
-    "and Gu 2024 (arXiv 2405.21060), as secondary sources give them, on other text and at other "
-    "sizes: what agrees is a direction or a difference, not a loss."
+    "and Gu 2024 (arXiv 2405.21060), as secondary sources give them, and Ren et al. 2024 (arXiv "
+    "2406.07522; 430M), on other text and at other sizes: what agrees is a direction or a "
+    "difference, not a loss."
 )
 MODEL = (
-    "Intervals and p of losses and speeds are those of arm + seed + noise, with one normal noise "
+    "Intervals and p of losses are those of arm + seed + noise, with one normal noise "
     "for all arms of a study (so that two seeds have the degrees of freedom of all arms; an arm "
     "that varies more than others has too narrow an interval), and of 'worse than the best' those "
     "of Hsu's comparisons. They cover seeds: not other text, machines, sizes or learning rates. "
@@ -116,7 +117,7 @@ def _findings(table: pd.DataFrame, found: dict[str, Study]) -> str:
         lines += ["", f"{_link(name)}: {question} {_best(found[name], found)}"]
     if len(run) < len(table):
         left = table.loc[table["ours"] == findings.NOT_RUN, "claim"]
-        lines += ["", f"Not tried here yet: {'; '.join(left)}."]
+        lines += ["", f"Not finished here: {'; '.join(left)}."]
     return "\n".join(lines).strip() + "\n"
 
 

@@ -21,7 +21,13 @@ from ablate.report import analyse, load_study
 from ablate.report.evaluation import Evaluations
 from ablate.report.export import is_export
 from ablate.report.frames import load_details, load_evaluation, load_metrics
-from ablate.report.published import ATTENTION_SHARE, GROUPED_QUERIES, ROUNDING, TRANSFORMER
+from ablate.report.published import (
+    ATTENTION_SHARE,
+    GROUPED_QUERIES,
+    ONE_FOR_FOUR,
+    ROUNDING,
+    TRANSFORMER,
+)
 from ablate.report.stats import ALPHA, ArmFit, Estimate, fit_arms, paired_items
 from ablate.report.verdicts import LOSS, Analysis, Comparison, p_value, signed
 from ablate.study.show import si
@@ -165,6 +171,35 @@ def no_cost(figures: Sequence[Estimate]) -> str:
     return verdict(highest, 0.0).format(high=f"{highest.high:.4f}")
 
 
+def rate_of(study: Study | None) -> str:
+    """How well the rate of a study's best arm is known: 'the best of 4 rates tried with one seed,
+    whose neighbours end 0.0954 and 0.1495 nats higher', or nothing."""
+    if study is None or study.loss is None:
+        return ""
+    runs = study.analysis.runs
+    loss = runs.groupby("lr")["val_b_loss"].mean()
+    best = int(np.argmin(loss))
+    beside = [loss.iloc[i] - loss.iloc[best] for i in (best - 1, best + 1) if 0 <= i < len(loss)]
+    seeds = seed_counts(runs).partition(",")[0]
+    higher = " and ".join(f"{v:.3f}" for v in beside)
+    return (
+        f"the Transformer's rate is the best of {len(loss)} tried with {seeds}, whose neighbours "
+        f"end {higher} nats higher"
+    )
+
+
+def within(study: Study, arms: Sequence[str]) -> str:
+    """What the study's margin, set before it ran, says of two arms: two one-sided tests on B and A,
+    of which the worse counts."""
+    margin = study.analysis.margin
+    assert study.loss is not None
+    assert margin is not None
+    fits = [fit for fit in (study.loss.fit, study.on_a) if fit is not None]
+    p = max(fit.equivalence(*arms, margin).p for fit in fits if set(arms) <= set(fit.arms))
+    told = f"equal within the study's margin of {margin:g} nats (p = {p:.2g})"
+    return f"{told};" if p < ALPHA else f"decides nothing: not shown {told}, and"
+
+
 def unlike(study: Study, who: str, arm: str, reference: str) -> str:
     """What else sets an arm apart from another: '; who has +34% FLOPs a token', or nothing."""
     runs = study.analysis.runs
@@ -185,10 +220,10 @@ def unlike(study: Study, who: str, arm: str, reference: str) -> str:
 
 def of_loss(
     study: Study | None, claim: str, published: str, size: float, arm: Callable[[Study], list[str]],
-    reference: Callable[[Study], list[str]], *, also: Sequence[Study] = (),
+    reference: Callable[[Study], list[str]], *, also: Sequence[Study] = (), note: str = "",
 ) -> Row:  # fmt: skip
     """A row about the difference in loss of one arm from another, in nats, paired within seeds.
-    also: studies that trained the same arms."""
+    also: studies that trained the same arms; note: what else has to be known of them."""
     if study is None or study.loss is None:
         return Row(claim, published)
     known = study.loss.fit.arms
@@ -208,11 +243,15 @@ def of_loss(
             others[f"in {twin.name}"] = twin.loss.fit.difference(*arms)
     ours += "".join(f"; {show(e)} {where}" for where, e in others.items())
     ours += unlike(study, arms[0], *arms)
+    if note:
+        ours += f"; {note}"
     figures = [found, *others.values()]
     said = {verdict(e, size, ROUNDING) for e in figures}
     follows = verdict(found, size, ROUNDING)
     if size == 0 and all(not e.low > 0 for e in figures):
         said, follows = set(), no_cost(figures)
+        if study.analysis.margin is not None:
+            follows = f"{within(study, arms)} {no_cost(figures).partition(' but ')[2]}"
     if len(said) > 1:
         same = all(e.value * size > 0 for e in figures)
         follows = f"{'same direction; its size is ' if same else ''}not settled: figures differ"
@@ -243,9 +282,11 @@ def in_short(found: dict[str, Study]) -> str:
             return f"{show(e)} {than} on validation B, {on_a} on A"
 
         text = f"**Loss** is lowest at {short(lowest)} attention"
-        text += f": {less(lowest)}" if lowest != none else ""
+        if lowest != none:
+            text += f": {less(lowest)}"
+            text += elsewhere(found, lowest, none, fit.difference(lowest, none))
         same = [short(a) for a in fit.arms if a in study.loss.best and a != lowest]
-        text += f"; not told from it: {', '.join(same) or 'no other'}."
+        text += f". Not told from {short(lowest)}: {', '.join(same) or 'no other'}."
         if most not in (lowest, none):
             text += f" At {short(most)}: {less(most)}."
         told.append(f"{text} ({set_up(study)}, equal tokens but not equal FLOPs.)")
@@ -271,6 +312,28 @@ def in_short(found: dict[str, Study]) -> str:
     return "".join(f"{paragraph}\n\n" for paragraph in told)
 
 
+def twins(found: dict[str, Study]) -> list[Study]:
+    """Studies that trained arms of `attn_ratio` by another commit, named by it."""
+    return [s for name, s in found.items() if re.fullmatch("attn_ratio_[0-9a-f]{7}", name)]
+
+
+def elsewhere(found: dict[str, Study], arm: str, reference: str, here: Estimate) -> str:
+    """The same difference by other code, and whether its size is settled."""
+    told, sizes = [], [here]
+    for twin in twins(found):
+        if twin.loss is not None and {arm, reference} <= set(twin.loss.fit.arms):
+            sizes.append(twin.loss.fit.difference(arm, reference))
+            where = " and ".join(sorted(set(twin.analysis.runs["hardware"])))
+            told.append(f"{show(sizes[-1])} (commit {twin.name.rpartition('_')[2]}, {where})")
+    if not told:
+        return ""
+    text = f"; by other code {' and '.join(told)}"
+    if max(e.low for e in sizes) > min(e.high for e in sizes):
+        settled = all(e.high < 0 for e in sizes) or all(e.low > 0 for e in sizes)
+        text += f": the {'direction is settled, the ' if settled else ''}size is not"
+    return text
+
+
 def best_share(study: Study | None, claim: str, published: str) -> Row:
     if study is None or study.loss is None:
         return Row(claim, published)
@@ -282,10 +345,12 @@ def best_share(study: Study | None, claim: str, published: str) -> Row:
         ours += f" (on validation A at {analysis.short(str(on_a.idxmin()))})"
     if not loss.has_interval:
         return Row(claim, published, ours, "decides nothing: one seed", study.name)
-    told = [analysis.short(a) for a in loss.fit.arms if a in loss.best and a != lowest]
+    rates = analysis.runs.groupby("arm")["lr"].first()
+    alike = [a for a in loss.fit.arms if rates[a] == rates[lowest]]  # others have rows of their own
+    told = [analysis.short(a) for a in alike if a in loss.best and a != lowest]
     ours += f"; not told from the best: {', '.join(told) or 'no other'}"
     p = loss.fit.worse_than_best()
-    out = [f"{analysis.short(a)} ({p_value(p[a])})" for a in loss.fit.arms if a not in loss.best]
+    out = [f"{analysis.short(a)} ({p_value(p[a])})" for a in alike if a not in loss.best]
     follows = f"worse than the best (p): {', '.join(out)}"
     if not out:
         follows = "decides nothing: no share is excluded"
@@ -315,10 +380,10 @@ def mlp_cost(study: Study | None) -> Row:
     parts = [
         f"{table['mlp_of_layers'][a]:.1%}: {show(e)}" for a, e in zip(arms, figures, strict=True)
     ]
-    ours = f"less none, simultaneous: {'; '.join(parts)} nats"
+    ours = f"less none, simultaneous over these (Dunnett): {'; '.join(parts)} nats"
     if study.on_a is not None and {*arms, none[0]} <= set(study.on_a.arms):
         on_a = each(study.on_a)
-        ours += f"; on validation A {', '.join(signed(e.value) for e in on_a)}"
+        ours += f"; on validation A {', '.join(map(show, on_a))}"
         figures += on_a
     ours += unlike(study, f"{table['mlp_of_layers'][arms[-1]]:.0%}", arms[-1], none[0])
     follows = no_cost(figures)
@@ -339,16 +404,27 @@ def mlp_speed(study: Study | None) -> Row:
     if few.empty or not half or few.idxmin() == half[0]:
         return Row(claim, published, "its arms are not finished", study=study.name)
     arms = [half[0], str(few.idxmin())]
-    speed = np.log(runs["tokens_per_second"])
-    found = fit_of(runs, speed).difference(*arms)
-    value, low, high = (100 * math.expm1(v) for v in (found.value, found.low, found.high))
-    percent = Estimate(value, low=low, high=high)
+    speeds = runs.pivot_table(index="seed", columns="arm", values="tokens_per_second")[arms]
+    speeds = speeds.dropna()
+    if speeds.empty:
+        return Row(claim, published, "its arms share no seed", study=study.name)
+    more = 100 * (speeds[arms[0]] / speeds[arms[1]] - 1)
     where = " and ".join(sorted(set(runs["hardware"])))
     ours = (
-        f"{show(percent, 1)} per cent in tokens/s, against {few.min():.0%} MLPs, over seeds on "
-        f"{where} alone{unlike(study, 'half', *arms)}"
+        f"{', '.join(signed(v, 1) for v in more)} per cent in tokens/s against {few.min():.0%} "
+        f"MLPs, by seed, on {where}"
     )
-    follows = verdict(percent, 20.0, rounding=2.5)  # a round figure
+    # which GPU of its type a run had is not known of all of them
+    spread = 100 * (speeds.max() / speeds.min() - 1).max()
+    if spread > 1:
+        ours += f", whose runs of one arm differ by {spread:.1f} per cent"
+    ours += unlike(study, "half", *arms)
+    follows = "decides nothing: seeds differ in sign"
+    if (more > 0).all():
+        follows = "same direction; no interval, as runs differ more by GPU than by seed"
+        follows = follows if spread > 1 else "same direction"
+    elif (more < 0).all():
+        follows = "disagrees: slower"
     return Row(claim, published, ours, follows, study.name, "; ".join(arms), study.keys(arms))
 
 
@@ -389,7 +465,7 @@ def longer(study: Study | None) -> Row:
     return Row(claim, published, ours, follows, study.name, "; ".join(arms), study.keys(arms))
 
 
-def passes(study: Study | None) -> Row:
+def passes(study: Study | None, note: str) -> Row:
     """The 8% hybrid less the Transformer at the first validation and at the end."""
     claim = "Early in training a hybrid trails the Transformer, then passes it"
     published = "direction alone"
@@ -408,7 +484,7 @@ def passes(study: Study | None) -> Row:
     ours = (
         f"the 8% hybrid with MLPs less the Transformer on validation A: {show(early)} nats at the "
         f"first validation ({first} tokens), {show(late)} at the end ({last})"
-        f"{unlike(study, 'hybrid', *arms)}"
+        f"{unlike(study, 'hybrid', *arms)}{f'; {note}' if note else ''}"
     )
     follows = "decides nothing"
     if early.high < 0 and late.high < 0:
@@ -601,7 +677,7 @@ def fuzzy(study: Study | None) -> Row:
 def rows(found: dict[str, Study]) -> list[Row]:
     """The table, in the order of the questions."""
     share, mlps = found.get("attn_ratio"), found.get("attn_ratio_mlp")
-    again = [s for name, s in found.items() if re.fullmatch("attn_ratio_[0-9a-f]{7}", name)]
+    again = twins(found)
     curve = ATTENTION_SHARE
     eighth = curve[4 / 48]
 
@@ -612,6 +688,7 @@ def rows(found: dict[str, Study]) -> list[Row]:
         return lambda s: [str(a) for a in s.analysis.arms.index if str(a).endswith(text)]
 
     none, half, behind = (v - eighth for v in (curve[0.0], curve[0.5], TRANSFORMER))
+    one_for_four = ", ".join(f"{name} {signed(v, 3)}" for name, v in ONE_FOR_FOUR.items())
     near = [share for share, excess in curve.items() if excess < 0.008]
     hybrid = "hybrid, attention_share=0.0833"
     return [
@@ -628,14 +705,15 @@ def rows(found: dict[str, Study]) -> list[Row]:
                 f"{signed(none, 3)} nats (350M)", none, at(0.0), at(2 / 24)),
         of_loss(mlps, "A Transformer is behind an 8% hybrid with MLPs",
                 f"{signed(behind, 3)} nats (350M, without MLPs in the hybrid)",
-                behind, lambda s: s.arms(name="transformer"),
-                lambda s: s.arms(name=hybrid)),
-        passes(mlps),
+                behind, lambda s: s.arms(name="transformer"), lambda s: s.arms(name=hybrid),
+                note=rate_of(found.get("lr_transformer"))),
+        passes(mlps, rate_of(found.get("lr_transformer"))),
         mlp_cost(found.get("mlp_ratio")),
         mlp_speed(found.get("mlp_ratio")),
-        of_loss(found.get("gqa"), "Two key/value heads cost almost nothing",
+        of_loss(found.get("gqa"), "Grouped queries cost almost nothing (two key/value heads)",
                 f"{signed(GROUPED_QUERIES)} nats", 0.0, named("heads=2"), named("heads=null")),
-        of_loss(found.get("gqa"), "One key/value head (MQA)", "no figure", 0.0, named("heads=1"),
+        of_loss(found.get("gqa"), "One key/value head (MQA)",
+                f"one less four of twelve: {one_for_four} nats (430M)", 0.0, named("heads=1"),
                 named("heads=null")),
         of_loss(found.get("rope"), "A hybrid needs no positions in its attention",
                 "4K: 52.2 without, 52.4 with RoPE (points, 840M)", 0.0, named("base=null"),

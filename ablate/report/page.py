@@ -256,10 +256,16 @@ def _differences(analysis: Analysis, table: pd.DataFrame) -> str:
         parts.append(_listing(title, rows))
     if not parts:
         return ""
+    apart = ""
+    if "only</th>" in "".join(parts):
+        apart = (
+            " Intervals over other documents only are those of these trained models: the noise of "
+            "seeds, which others would have, is not in them."
+        )
     return "".join(parts) + (
         "<p class='note'>Differences are taken within seeds (paired) where arms share seeds, with "
         "one noise variance pooled over all arms. The verdict is Dunnett's at 5%, within a metric; "
-        "Holm's p and the false discovery rate count every arm of every table here.</p>"
+        f"Holm's p and the false discovery rate count every arm of every table here.{apart}</p>"
     )
 
 
@@ -312,8 +318,17 @@ def _budgets(analysis: Analysis, table: pd.DataFrame) -> str:
     return _table(rows) + (
         "<p class='note'>Validation A loss, in nats a token, where the run that had least of a "
         "budget ends; the others are read there between two validations, before their learning "
-        "rate has come down, which is to their disadvantage. Seconds: on the hardware below.</p>"
+        "rate has come down, which is to their disadvantage. Seconds: on the hardware below"
+        f"{_pace(analysis)}.</p>"
     )
+
+
+def _pace(analysis: Analysis) -> str:
+    """How far speeds of one arm lie apart, where that is more than timing's own noise: one GPU of a
+    type is faster than another."""
+    speeds = analysis.runs.groupby("arm")["tokens_per_second"]
+    spread = (speeds.max() / speeds.min() - 1).max()
+    return f", where runs of one arm differ in speed by {spread:.1%}" if spread > 0.02 else ""
 
 
 def _rates(table: pd.DataFrame | None, analysis: Analysis) -> str:
@@ -506,7 +521,7 @@ def _cost(analysis: Analysis) -> str:
             "Training FLOPs": si(r["train_flops"]),
             "State": si(r["state_bytes"], "B"),
             "Tokens": si(r["tokens"]),
-            "Seconds": si(r["seconds"]),
+            "Seconds, compiling left out": si(r["seconds_train"]),
             "Tokens/s": si(r["tokens_per_second"]),
             "MFU": _share(r["mfu"]),
         }

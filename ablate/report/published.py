@@ -17,3 +17,7 @@ TRANSFORMER = math.log(8.68 / _LOWEST)
 # Grouped queries instead of full heads: 0.04% of perplexity (Waleffe et al. 2024, arXiv
 # 2406.07887).
 GROUPED_QUERIES = 0.0004
+
+# One key/value head instead of four, of twelve query heads, at 4K (Ren et al. 2024, arXiv
+# 2406.07522; about 430M parameters, one run each).
+ONE_FOR_FOUR = {"Samba": math.log(10.07 / 10.02), "Llama-2-SWA": math.log(10.89 / 11.11)}

@@ -301,7 +301,7 @@ def _arms(
         for column in (
             *("n_layers", "attention_of_layers", "attention_of_mixers", "mlp_of_layers"),
             *("params", "non_embedding_params", "train_flops_per_token", "state_bytes"),
-            *("train_flops", "tokens", "seconds", "tokens_per_second", "mfu"),
+            *("train_flops", "tokens", "seconds_train", "tokens_per_second", "mfu"),
         ):
             row[column] = float(own[column].mean())
         rows.append(row)

@@ -83,6 +83,8 @@ def environment(cfg: TrainConfig, device: torch.device) -> dict[str, Any]:
         "platform": platform.platform(),
         "host": platform.node(),
         "hardware": _hardware(device),
+        # which GPU of its type: they differ in speed
+        **({"gpu_uuid": _gpu_uuid(device)} if device.type == "cuda" else {}),
         "numerics": {
             "device": device.type,
             "precision": "bf16" if uses_bf16(cfg, device) else "fp32",
@@ -166,6 +168,11 @@ def _hardware(device: torch.device) -> dict[str, Any]:
             "cuda": torch.version.cuda,
         }
     return hardware
+
+
+def _gpu_uuid(device: torch.device) -> str | None:
+    uuid = getattr(torch.cuda.get_device_properties(device), "uuid", None)
+    return None if uuid is None else str(uuid)
 
 
 def _cpu_name() -> str:

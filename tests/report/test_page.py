@@ -215,6 +215,24 @@ def test_a_planted_curve_is_read_off(synthetic: ModuleType, tmp_path: Path) -> N
     found = re.search(r"put the lowest loss at ([\d.]+)% .* and at ([\d.]+)%", lines)
     assert found
     assert all(10 <= float(share) <= 17 for share in found.groups())
+    assert "Dashed: " in write_report(path).read_text()
+
+
+def test_no_curve_is_drawn_through_noise(synthetic: ModuleType, tmp_path: Path) -> None:
+    path = synthetic.write_study(
+        tmp_path / "noise",
+        shares=[n / 24 for n in (0, 1, 2, 3, 4, 6, 8, 12)],
+        layers=24,
+        seeds=range(2),
+        losses=[2.3] * 8,
+        accuracies=None,
+        noise=0.01,
+        random=4,
+    )
+    comparison = analyse(load_study(path)).comparisons["val_b_loss"]
+    assert comparison.curves
+    assert comparison.fit.omnibus() > 0.05
+    assert "Dashed: " not in write_report(path).read_text()
 
 
 def test_a_gain_before_the_first_share_has_a_set_of_the_best_and_no_curve(
@@ -293,7 +311,7 @@ def test_confounds_are_found_in_configs_results_and_environments(
                 tokens=2_457_600 + 4096 * i,
                 fingerprint=f"text-{seed}",
             )
-            environment = {"commit": f"{i}" * 40, "host": f"host{i}"}
+            environment = {"commit": f"{i}" * 40, "host": f"host{i}", "gpu_uuid": f"{i}"}
             environment["numerics"] = {"precision": ("fp32", "bf16")[i]}
             synthetic.write_run(
                 path, key, changes=changes, seed=seed, content=content, environment=environment
@@ -308,7 +326,14 @@ def test_confounds_are_found_in_configs_results_and_environments(
         *("train.batch_size", "training tokens", "commit", "numerics.precision"),
         *("non-embedding parameters", "learning rate"),
     }
-    assert not red & {"arch.attention_share", "study.name", "train.log_every", "host", "seed"}
+    assert not red & {
+        "arch.attention_share",
+        "study.name",
+        "train.log_every",
+        "host",
+        "gpu_uuid",
+        "seed",
+    }
     assert not found["text (fingerprint)"].between_arms  # seeds differ, arms do not
     assert "64 in attention_share=0; 128 in attention_share=0.5" in found["train.batch_size"].text
     html = write_report(path).read_text()
@@ -485,6 +510,19 @@ def test_equal_budgets_read_the_dearer_arm_earlier(synthetic: ModuleType, tmp_pa
     assert at["tokens"] == 2_457_600
     assert at["flops"] == pytest.approx(6.3 * 90_000 * 2_457_600)
     assert at["seconds"] == pytest.approx(58.2)
+
+
+@pytest.mark.parametrize("pace", [1.0, 1.04])
+def test_runs_of_one_arm_on_a_faster_gpu_are_told(
+    synthetic: ModuleType, tmp_path: Path, pace: float
+) -> None:
+    path = synthetic.write_study(tmp_path / "pace", shares=[0.0, 0.5], seeds=range(2))
+    file = next(iter(sorted(path.rglob("result.json"))))
+    content = json.loads(file.read_text())
+    content["train"]["tokens_per_second"] *= pace
+    write_json(file, content)
+    told = "where runs of one arm differ in speed by 4.0%" in write_report(path).read_text()
+    assert told == (pace > 1)
 
 
 def test_intervals_over_documents_stand_beside_those_over_seeds(study: Path) -> None:

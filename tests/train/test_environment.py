@@ -35,6 +35,17 @@ def test_environment_says_what_matters() -> None:
     assert set(env.commit()) == {"commit", "dirty"}
 
 
+@pytest.mark.gpu
+def test_the_gpu_is_told_from_others_of_its_type() -> None:
+    cfg = load({"train": {"tokens": 1}}).train
+    uuids = [
+        env.environment(cfg, torch.device("cuda", i))["gpu_uuid"]
+        for i in range(torch.cuda.device_count())
+    ]
+    assert all(uuids)
+    assert len(set(uuids)) == len(uuids)
+
+
 def test_a_copy_without_its_repository_is_told_its_commit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ABLATE_COMMIT", "abc123")
     assert env.commit() == {"commit": "abc123", "dirty": False}
