@@ -30,6 +30,8 @@ from typing import Any, Literal
 import yaml
 from filelock import FileLock, Timeout
 
+from ablate.errors import UserError
+
 State = Literal["created", "running", "done", "failed", "pruned", "interrupted"]
 PHASES = (  # of a run, whose seconds stand in its result
     *("start_up", "data", "build", "first_step"),
@@ -272,6 +274,15 @@ class RunFolder:
         """Drop lines after `step`, as a resumed run will log them again."""
         rows = [row for row in self.metrics() if row.get("step", 0) <= step]
         atomic_write(self.path / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+
+    def check_writable(self) -> None:
+        """UserError where no evaluation can be written: to be told before one is made."""
+        try:
+            (self.path / "evaluation").mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile(dir=self.path / "evaluation", prefix="."):
+                pass
+        except OSError as error:
+            raise UserError(f"cannot write to '{self.path}' ({error.strerror})") from None
 
     def write_evaluation(self, task: str, value: Mapping[str, Any]) -> None:
         write_json(self.path / "evaluation" / f"{task}.json", value)

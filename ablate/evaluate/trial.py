@@ -216,11 +216,8 @@ def command(words: Sequence[str], console: Console | None = None) -> int:
     check(options, None if own is None else own.data)
     contents: dict[str, Mapping[str, Any]] = {}
     place = folder if out is None else RunFolder(Path(str(out)).expanduser())
-    if out is not None:
-        try:
-            place.path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"out: cannot write to '{out}' ({error.strerror})") from None
+    if own is not None or out is not None:
+        place.check_writable()
     subject = load(target, device=device, **of_model)
 
     def write(name: str, content: Mapping[str, Any]) -> None:

@@ -9,7 +9,7 @@ A kind is an options dataclass and a module. The options have `d_model` as their
                              at its kernel's tile length
     elementwise_flops(T)     convolution taps and recurrences, which no matrix unit does; norms,
                              activations and softmax are counted nowhere
-    state_bytes(T, bytes)    decoding cache of one sequence after T tokens, `bytes` an element
+    state_bytes(T, bytes=2)  decoding cache of one sequence after T tokens, `bytes` an element
     decode_flops(T)          forward FLOPs of one decoded token, the T-th (it sees T with itself)
 
 The module is built as `Module(options, norm_eps)` and has `forward(x_BLD, ctx, state=None)`, which
@@ -17,11 +17,17 @@ returns the new residual stream and, given a fresh state, fills it; `init_state(
 device, dtype)`; `step(x_BD, ctx, state)`, which decodes one token and updates the state in place;
 `ragged = True` where its prefill heeds `ctx.lengths_B`; and `roles`, which tells for each of its
 parameters how it is initialised and whether it decays (the roles are in `model/init.py`).
+
+A run records a digest of the source of each such module, and reports tell where runs of a study
+were made by different ones: two trials whose configs are equal have the same key, whatever was
+changed in the code between them.
 """
 
 from __future__ import annotations
 
+import hashlib
 import importlib
+import inspect
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -70,11 +76,21 @@ KINDS: dict[str, Kind] = {
 
 RESERVED = {"E": "mixture of experts", "Z": "shared attention block"}
 
+# What is called of the options, by how many arguments.
+_CONTRACT: dict[str, tuple[tuple[int, ...], str]] = {
+    "num_params": ((0,), "()"),
+    "flops": ((1,), "(T)"),
+    "elementwise_flops": ((1,), "(T)"),
+    "state_bytes": ((1, 2), "(T, bytes=2)"),
+    "decode_flops": ((1,), "(T)"),
+}
+
 _loaded: set[str] = set()
 
 
 def register(kind: Kind) -> None:
-    """Make a kind known. `UserError` when its letter or name cannot be used."""
+    """Make a kind known. `UserError` when its letter or name cannot be used, or a method that is
+    called of it is not there."""
     letter, name = kind.letter, kind.name
     if not (len(letter) == 1 and letter.isascii() and letter.isalpha() and letter != "x"):
         raise UserError(
@@ -92,7 +108,39 @@ def register(kind: Kind) -> None:
         raise UserError(f"a layer kind cannot be named {name!r}: its options stand at arch.<name>")
     if any(other.name == name for other in KINDS.values()):
         raise UserError(f"there is a layer kind '{name}' already")
+    _check_contract(kind)
     KINDS[letter] = kind
+
+
+def _check_contract(kind: Kind) -> None:
+    for name, (counts, written) in _CONTRACT.items():
+        method = getattr(kind.options, name, None)
+        try:
+            for count in counts:
+                inspect.signature(method).bind(None, *range(count))  # type: ignore[arg-type]
+        except TypeError:
+            raise UserError(
+                f"layer kind '{kind.name}': {kind.options.__name__} must have {name}{written}"
+            ) from None
+    for name in ("forward", "init_state", "step"):
+        if not callable(getattr(kind.module, name, None)):
+            raise UserError(f"layer kind '{kind.name}': {kind.module.__name__} must have {name}")
+
+
+def own_sources(letters: Iterable[str]) -> dict[str, str]:
+    """Modules outside this package that the kinds of `letters` come from, by name, with a digest
+    of each one's source ("unknown" where there is none to read)."""
+    found = {}
+    for module in sorted({KINDS[letter].module.__module__ for letter in letters}):
+        if module.split(".")[0] == __name__.split(".")[0]:
+            continue
+        try:
+            source = inspect.getsource(sys.modules[module])
+        except (OSError, TypeError, KeyError):
+            found[module] = "unknown"
+            continue
+        found[module] = hashlib.sha256(source.encode()).hexdigest()[:16]
+    return found
 
 
 def load_modules(names: Iterable[str]) -> None:

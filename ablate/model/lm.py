@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ablate.arch.spec import Architecture
+from ablate.errors import UserError
 from ablate.kernels import linear_cross_entropy, rotary_table
 from ablate.layers.context import Context, ResidualLayer, State, pre_norm
 from ablate.layers.registry import KINDS
@@ -81,6 +82,15 @@ class LanguageModel(nn.Module):
             KINDS[letter].module(options, arch.norm_eps)
             for letter, options in zip(arch.letters, arch.layer_options, strict=True)
         )
+        for letter, options, layer in zip(
+            arch.letters, arch.layer_options, self.layers, strict=True
+        ):
+            told, made = options.num_params(), sum(p.numel() for p in layer.parameters())
+            if told != made:  # of a user's own kind: its cost would be wrong, and what it matches
+                raise UserError(
+                    f"layer kind '{KINDS[letter].name}': {type(options).__name__}.num_params() is "
+                    f"{told}, but {type(layer).__name__} has {made}"
+                )
         self.final_norm = nn.Parameter(torch.empty(arch.d_model))
         if arch.tie_embeddings:
             self.unembedding = None

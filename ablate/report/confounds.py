@@ -34,6 +34,8 @@ _PATTERN_FIELDS = {  # what makes the pattern: told by the pattern itself
     *(f"arch.{n}" for n in ("positions", "mixer_letter", "attention_letter", "mlp_letter")),
 }
 
+_OF_LAYERS = {"attention": "what computes attention", "layers": "source of own layers"}
+
 _NAMES = {
     "fingerprint": "text (fingerprint)",
     "tokenizer": "tokenizer",
@@ -93,8 +95,9 @@ def confounds(frame: pd.DataFrame, details: pd.DataFrame) -> list[Confound]:
             name = column.removeprefix("environment.")
             if name.startswith(_IGNORED_ENVIRONMENT) or name == "attention":
                 continue
-            if name.startswith("attention."):  # by letter; no entry where there are no such layers
-                name = name.replace("attention.", "what computes attention (") + ")"
+            start, _, which = name.partition(".")
+            if which and start in _OF_LAYERS:  # no entry where there are no such layers
+                name = f"{_OF_LAYERS[start]} ({which})"
                 found += _difference(table[table[column].map(_is_name)], column, name)
                 continue
         else:

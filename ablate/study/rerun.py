@@ -6,6 +6,7 @@ import math
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import stdev
@@ -40,8 +41,10 @@ class Rerun:
         return all(abs(self.old[k] - self.new[k]) <= self.tolerance[k] for k in self.old)
 
 
-def compare(folder: Path | str) -> Rerun:
+def compare(folder: Path | str, tell: Callable[[Rerun], None] = lambda found: None) -> Rerun:
     """Train a run folder's config once more, in a process and folder of its own.
+
+    tell: what is found, before it is kept.
 
     What is found is kept in the run folder (`kept`); with train.deterministic=false, once there are
     `ENOUGH` reruns their `bound` is the tolerance of later ones. The micro-batch is the recorded
@@ -55,6 +58,7 @@ def compare(folder: Path | str) -> Rerun:
         raise UserError(f"'{folder}' is not a run folder: it has no readable config.yaml")
     if result is None:
         raise UserError(f"'{folder}' is not finished: there are no losses to compare with")
+    run.check_writable()
     tree = config.override(tree, {"train.micro_batch": result["train"]["micro_batch"]})
     cfg = config.load(tree)
     with tempfile.TemporaryDirectory(prefix="ablate-rerun-") as path:
@@ -79,6 +83,7 @@ def compare(folder: Path | str) -> Rerun:
     if alike and len(before) >= ENOUGH:
         tolerance, why = bound(old_losses, before), f"95% bound by {len(before)} reruns"
     found = Rerun(old_losses, new_losses, {name: tolerance[name] for name in splits}, why)
+    tell(found)
     reruns.append({**asdict(found), "same": found.same, "alike": alike})
     by_number = {str(i): r for i, r in enumerate(reruns, 1)}
     run.write_evaluation("rerun", {"task": "rerun", "reruns": by_number})
@@ -104,13 +109,16 @@ def rerun(folder: Path | str, console: Console | None = None, times: int = 1) ->
     """`compare` so many times, printed; 0 when all losses agree within the tolerance, else 1."""
     console = console or Console()
     same = True
-    for _ in range(times):
-        found = compare(folder)
+
+    def tell(found: Rerun) -> None:
         for name, old in found.old.items():
             new = found.new[name]
             console.print(f"{name} loss: {old!r} then, {new!r} now, difference {new - old:+.3g}")
         console.print(f"tolerance: {by_split(found.tolerance)} ({found.why})", highlight=False)
         console.print("the same" if found.same else "NOT the same", style="bold")
+
+    for _ in range(times):
+        found = compare(folder, tell)
         same = same and found.same
     runs = [r["new"] for r in kept(RunFolder(Path(folder))) if r["alike"]]
     if runs:
@@ -141,6 +149,8 @@ def _tolerance(
             return OTHER_TOLERANCE, f"not the {name} of the first time"
     if old.get("commit") != new.get("commit") or old.get("dirty") or new.get("dirty"):
         return OTHER_TOLERANCE, "the code is not, or may not be, that of the first time"
+    if old.get("layers") != new.get("layers"):
+        return OTHER_TOLERANCE, "the source of own layers is not that of the first time"
     flag = result["train"].get("out_of_memory")
     step = flag.get("step", "not known") if flag else 0  # an import does not know it
     if step:
@@ -160,7 +170,10 @@ def _main(folder: RunFolder) -> None:
 
     tree = folder.config()
     assert tree is not None
-    train(config.load(tree), folder)
+    try:
+        train(config.load(tree), folder)
+    except UserError:  # the run's status has its sentence, which the parent tells
+        sys.exit(2)
 
 
 if __name__ == "__main__":

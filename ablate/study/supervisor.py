@@ -42,6 +42,7 @@ from ablate.data import TokenSet, TrainStream, check_epochs, prepare
 from ablate.data.tokens import usable_cores
 from ablate.errors import UserError
 from ablate.evaluate.length import check_longest
+from ablate.layers.registry import own_sources
 from ablate.run import RunFolder, find_runs
 from ablate.study import space
 from ablate.study.child import child_environment
@@ -839,6 +840,18 @@ class _Supervisor:
             self.display.say(
                 f"{count} finished trials were made by commit {made[:10]}, "
                 f"the code here is at {(now or 'no commit')[:10]}: the report will say so"
+            )
+        changed = Counter(
+            name
+            for cell in self.cells
+            if cell.key in self.done
+            for name, digest in own_sources(cell.trial.architecture.letters).items()
+            if (self.folder.run(cell.key).environment().get("layers") or {}).get(name) != digest
+        )
+        for name, count in changed.items():
+            self.display.say(
+                f"{count} finished trials were made by another source of the layers of '{name}': "
+                "the report will say so, and study.name=… begins a study of its own"
             )
 
     def _prepare_data(self) -> None:

@@ -39,6 +39,7 @@ from ablate.data import (
 )
 from ablate.data.worker import Pool
 from ablate.errors import UserError
+from ablate.layers.registry import own_sources
 from ablate.run import RunFolder, StaleWriter, process_age
 from ablate.train import checkpoint
 from ablate.train.budget import Budget
@@ -669,11 +670,13 @@ class _Run:
         meta = self.token_set.meta
         data = {"fingerprint": self.token_set.fingerprint, "splits": meta.get("splits")}
         forms = attention_forms(self.arch, self.cfg.data, self.cfg.train, self.device)
-        more = {
+        more: dict[str, Any] = {
             "micro_batch": self.micro_batch,
             "attention": forms,
             "parameter_groups": self.group_rows,
         }
+        if sources := own_sources(self.arch.letters):
+            more["layers"] = sources
         self.folder.write_environment({**surroundings, "commits": commits, "data": data, **more})
         definition = self.token_set.tokenizer.definition
         if self.cfg.train.keep != "none" and definition is not None:

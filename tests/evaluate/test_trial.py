@@ -304,6 +304,15 @@ def test_a_transformers_model_from_a_folder(hf_folder, tmp_path):
     assert content["cells"]["entries=3"]["items"] == 2
 
 
+def test_a_run_folder_that_cannot_be_written_is_told_first(run, tmp_path, monkeypatch):
+    place, _ = run
+    shutil.copytree(place.path, tmp_path / "run", ignore=shutil.ignore_patterns("evaluation"))
+    (tmp_path / "run" / "evaluation").write_text("in the way")
+    monkeypatch.setattr("ablate.evaluate.trial.load", lambda *_, **__: pytest.fail("loaded"))
+    with pytest.raises(UserError, match=r"cannot write to '.*run' \(File exists\)"):
+        command([str(tmp_path / "run"), "recall=[induction]"])
+
+
 def test_weights_that_were_not_kept(run, tmp_path):
     place, _ = run
     other = RunFolder(tmp_path / "other")

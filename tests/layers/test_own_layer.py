@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import linecache
 import sys
 
 import pytest
@@ -12,6 +13,7 @@ from ablate.config import ArchConfig
 from ablate.errors import UserError
 from ablate.layers import KINDS, registry
 from ablate.model import LanguageModel, param_groups
+from ablate.study.trial import resolve
 
 LAYER = '''
 from dataclasses import dataclass
@@ -144,6 +146,9 @@ def test_a_module_imported_before_is_taken():
         (LAYER.replace('"average"', '"pattern"'), "cannot be named 'pattern'"),
         (LAYER.replace('"average"', '"mlp"'), "there is a layer kind 'mlp' already"),
         (LAYER + "\nimport nothing_like_this", "cannot be imported"),
+        (LAYER.replace("dtype_bytes=2", "b"), "AverageOptions must have state_bytes(T, bytes=2)"),
+        (LAYER.replace("def flops(", "def flop("), "AverageOptions must have flops(T)"),
+        (LAYER.replace("def step(", "def stop("), "Average must have step"),
     ],
 )
 def test_mistakes_name_the_field_and_the_module(package, text, words):
@@ -164,3 +169,39 @@ def test_a_module_that_does_not_exist():
 def test_without_it_the_letter_is_unknown():
     with pytest.raises(UserError, match="'W' is no layer"):
         Architecture("M-W-", d_model=64, vocab_size=128)
+
+
+def test_parameters_are_counted_as_they_are(package):
+    (package / "my_layer.py").write_text(
+        LAYER.replace("return 2 * self.d_model", "return 3 * self.d_model")
+    )
+    arch = Architecture.from_config(config(), 128)
+    with pytest.raises(
+        UserError, match=r"AverageOptions\.num_params\(\) is 576, but Average has 384"
+    ):
+        LanguageModel(arch)
+
+
+def test_what_its_source_was_is_known(package):
+    assert registry.own_sources("M*-") == {}
+    arch = Architecture.from_config(config(), 128)
+    (before,) = registry.own_sources(arch.letters).items()
+    assert before[0] == "my_pkg.my_layer"
+    registry._forget("my_pkg.my_layer", set(KINDS) - {"W"})
+    registry._loaded.discard("my_pkg.my_layer")
+    (package / "my_layer.py").write_text(LAYER + "# otherwise\n")
+    linecache.checkcache()
+    arch = Architecture.from_config(config(), 128)
+    (after,) = registry.own_sources(arch.letters).items()
+    assert after[0] == before[0]
+    assert after[1] != before[1]
+
+
+def test_another_module_of_the_same_options_is_another_run(package):
+    keys = []
+    for name in ("my_layer", "other"):
+        (package / f"{name}.py").write_text(LAYER)
+        tree = {"arch": {"pattern": "M-W-", "d_model": 64, "layers": [f"my_pkg.{name}"]}}
+        keys.append(resolve(tree | {"train": {"tokens": 65536}}).key)
+        del KINDS["W"]
+    assert keys[0] != keys[1]

@@ -313,6 +313,7 @@ def test_confounds_are_found_in_configs_results_and_environments(
             )
             environment = {"commit": f"{i}" * 40, "host": f"host{i}", "gpu_uuid": f"{i}"}
             environment["numerics"] = {"precision": ("fp32", "bf16")[i]}
+            environment["layers"] = {"my_pkg.my_layer": f"source {seed}"}
             synthetic.write_run(
                 path, key, changes=changes, seed=seed, content=content, environment=environment
             )
@@ -335,6 +336,7 @@ def test_confounds_are_found_in_configs_results_and_environments(
         "seed",
     }
     assert not found["text (fingerprint)"].between_arms  # seeds differ, arms do not
+    assert "differs between seeds" in found["source of own layers (my_pkg.my_layer)"].text
     assert "64 in attention_share=0; 128 in attention_share=0.5" in found["train.batch_size"].text
     html = write_report(path).read_text()
     assert '<li class="red">train.batch_size differs between arms' in html

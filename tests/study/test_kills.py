@@ -6,6 +6,7 @@ import json
 import math
 import os
 import random
+import shutil
 import signal
 import subprocess
 import time
@@ -15,6 +16,7 @@ from typing import Any
 import pytest
 
 from ablate import config
+from ablate.errors import UserError
 from ablate.run import RunFolder, find_runs
 from ablate.study.folder import StudyFolder
 from ablate.study.rerun import OTHER_TOLERANCE, compare, kept
@@ -139,6 +141,30 @@ def test_a_rerun_gives_the_same_losses(quiet: Path, undisturbed: dict[str, Any])
     assert again.old == again.new
     assert set(again.old) == {"val_a", "val_b"}
     assert again.same
+
+
+def test_a_rerun_that_cannot_be_kept_is_told_before_it_runs(
+    undisturbed: dict[str, Any], quiet: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(next(find_runs(quiet / "tiny")).path, run)
+    shutil.rmtree(run / "evaluation", ignore_errors=True)
+    (run / "evaluation").write_text("in the way")
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("it was trained"))
+    with pytest.raises(UserError, match=r"cannot write to '.*run' \(File exists\)"):
+        compare(run)
+
+
+def test_a_rerun_whose_text_is_gone_has_one_sentence(
+    undisturbed: dict[str, Any], quiet: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run = RunFolder(tmp_path / "run")
+    shutil.copytree(next(find_runs(quiet / "tiny")).path, run.path)
+    gone = config.override(run.config() or {}, {"data.path": str(tmp_path / "gone")})
+    run.create(gone, replace=True)
+    with pytest.raises(UserError, match=r"failed when trained again: .*data\.path"):
+        compare(run.path)
+    assert "Traceback" not in capfd.readouterr().err
 
 
 def test_the_spread_of_reruns_is_their_tolerance(
