@@ -18,6 +18,7 @@ else in the library knows a file name of this folder.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import tempfile
@@ -44,7 +45,8 @@ os.umask(_UMASK)
 
 
 class StaleWriter(RuntimeError):
-    """Another process has taken this run over; what this one computes is not wanted any more."""
+    """Another process has taken this run over, or its folder is gone: what this one computes has no
+    place any more."""
 
 
 def atomic_write(path: Path, text: str | bytes) -> None:
@@ -230,10 +232,10 @@ class RunFolder:
             atomic_write(self.path / "config.yaml", dump_yaml(dict(config)))
 
     def write_environment(self, environment: Mapping[str, Any]) -> None:
-        write_json(self.path / "environment.json", environment)
+        write_json(self._there() / "environment.json", environment)
 
     def write_tokenizer(self, definition: str) -> None:
-        atomic_write(self.path / "tokenizer.json", definition)
+        atomic_write(self._there() / "tokenizer.json", definition)
 
     def begin(self, **fields: Any) -> int:
         """Mark the run as running under a new generation, which is returned."""
@@ -249,8 +251,23 @@ class RunFolder:
     def check(self, generation: int) -> None:
         """`StaleWriter` unless `generation` is the newest."""
         newest = int(self.status().get("generation", 0))
-        if newest != generation:
-            raise StaleWriter(f"run {self.key}: generation {generation} was replaced by {newest}")
+        if newest == generation:
+            return
+        if not self.path.is_dir():
+            why = f"its folder '{self.path}' is gone (moved or deleted while it ran)"
+        elif not newest:
+            why = "its status.json is missing or damaged"
+        else:
+            why = f"generation {generation} was replaced by {newest}"
+        raise StaleWriter(f"run {self.key}: {why}")
+
+    def _there(self) -> Path:
+        """The folder, FileNotFoundError where it is gone. `lock`, `create` and `begin` make it, and
+        nothing makes it again: the one that was moved could not be moved back."""
+        if not self.path.is_dir():
+            why = "this run's folder is gone (moved or deleted meanwhile)"
+            raise FileNotFoundError(errno.ENOENT, why, str(self.path))
+        return self.path
 
     def _status(
         self, state: State, generation: int, cause: str | None, fields: Mapping[str, Any]
@@ -273,7 +290,8 @@ class RunFolder:
     def rewind_metrics(self, step: int) -> None:
         """Drop lines after `step`, as a resumed run will log them again."""
         rows = [row for row in self.metrics() if row.get("step", 0) <= step]
-        atomic_write(self.path / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        atomic_write(self._there() / "metrics.jsonl", text)
 
     def check_writable(self) -> None:
         """UserError where no evaluation can be written: to be told before one is made."""
@@ -285,7 +303,7 @@ class RunFolder:
             raise UserError(f"cannot write to '{self.path}' ({error.strerror})") from None
 
     def write_evaluation(self, task: str, value: Mapping[str, Any]) -> None:
-        write_json(self.path / "evaluation" / f"{task}.json", value)
+        write_json(self._there() / "evaluation" / f"{task}.json", value)
 
     def write_result(self, result: Mapping[str, Any], generation: int) -> None:
         """The last write of a run: from here on it is finished."""

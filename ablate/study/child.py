@@ -190,7 +190,7 @@ def _work(channel: Channel, assignment: dict[str, Any], train: Train) -> bool:
             channel.send("refused", why="ended")
             return False
         cfg = config.load(assignment["config"])
-        folder.path.mkdir(parents=True, exist_ok=True)
+        folder.path.mkdir(exist_ok=True)  # in the study's, which the parent has made
         _redirect(folder)
         _write_config(folder, cfg, assignment["config"])
         train(

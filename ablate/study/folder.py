@@ -22,6 +22,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from ablate.errors import UserError
 from ablate.run import RunFolder, read_json, write_json
 
 
@@ -68,9 +69,18 @@ class StudyFolder:
     def write_index(self, index: dict[str, Any]) -> None:
         write_json(self.path / "study.json", index)
 
+    def check(self) -> None:
+        """UserError where the folder is gone: made again, it would stand in the way of the one that
+        was moved."""
+        if not self.path.is_dir():
+            raise UserError(
+                f"the study's folder '{self.path}' is gone (moved or deleted while the study ran); "
+                "nothing is written there"
+            )
+
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Alone among the processes that change this study; freed by a holder's death."""
-        self.path.mkdir(parents=True, exist_ok=True)
+        self.check()  # a lock makes the folder that it is in
         with FileLock(self.path / "study.lock"):
             yield

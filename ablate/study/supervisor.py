@@ -202,6 +202,8 @@ class _Supervisor:
 
     def _open_folder(self) -> FileLock:
         """Write the study's index and bring Optuna up to date; the lock of this worker."""
+        if self.done or self.pruned or self.causes:
+            self.folder.check()  # what was read there is not there any more
         try:
             worker, lock = self.folder.worker()
             if worker and self._is_another(self.folder.index()):
@@ -232,6 +234,7 @@ class _Supervisor:
     def _loop(self) -> None:
         self.slots = self._slots()  # other workers may have left less to do meanwhile
         while True:
+            self.folder.check()
             self._poll_signals()
             if not self.signals:
                 for slot in range(len(self.slots)):
@@ -611,6 +614,8 @@ class _Supervisor:
         try:
             with self.folder.locked():
                 return action()
+        except UserError:
+            raise
         except (OSError, optuna.exceptions.OptunaError, ValueError, KeyError) as error:
             self.display.say(f"Optuna was not told ({error}); the next start makes up for it")
             return None
@@ -633,6 +638,7 @@ class _Supervisor:
             child.errors.close()
 
     def _record(self, child: _Child, cell: Cell, code: int) -> None:
+        self.folder.check()  # a trial that lost its folder has not failed
         run = self.folder.run(cell.key)
         end = child.end or {}
         if run.result() is not None:
@@ -692,6 +698,7 @@ class _Supervisor:
 
     def _write_failure(self, cell: Cell, cause: str) -> bool:
         """Put a cause into status.json, unless the child did; False when the disk refuses."""
+        self.folder.check()
         run = self.folder.run(cell.key)
         try:
             if run.status()["state"] == "failed":

@@ -66,7 +66,7 @@ def save(
     state: Mapping[str, Any],
 ) -> Path:
     """Write the checkpoint of `step`; OSError when the disk refuses, with the others intact."""
-    root.mkdir(parents=True, exist_ok=True)
+    root.mkdir(exist_ok=True)
     temporary = root / f".{_name(step)}.{os.getpid()}"
     shutil.rmtree(temporary, ignore_errors=True)
     try:

@@ -60,6 +60,7 @@ def train(cfg: Any, folder: Any, *, on_progress: Any, should_prune: Any) -> dict
             for step in range(first + 1, STEPS + 1):
                 time.sleep(seconds * (100 if lr == SLOW else 1))
                 misbehave(lr, step, generation)
+                folder.check(generation)
                 loss = 3 + (math.log10(lr) + 2.5) ** 2 + 0.01 * cfg.seed + 1 / step
                 atomic_write(saved, str(step))
                 print("printed by the trial at step", step, flush=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import threading
 import time
 from collections import Counter
 from pathlib import Path
@@ -15,6 +16,7 @@ import pytest
 from optuna.trial import TrialState
 
 from ablate import config
+from ablate.data import prepare
 from ablate.errors import UserError
 from ablate.study import space, supervisor
 from ablate.study.folder import StudyFolder
@@ -181,6 +183,46 @@ def test_ctrl_c_checkpoints_and_the_same_command_goes_on(make: Any, console: Any
     assert {call[0] for call in resumed} == keys
     states = optuna_states(tree)
     assert all([s.name for s in t].count("COMPLETE") == 1 for t in states.values())
+
+
+def test_a_folder_that_is_moved_while_the_study_runs_is_not_made_again(
+    make: Any, console: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FAKE_STEP_SECONDS", "0.3")
+    tree = make(**{"study.grid": {"train.lr": [1e-3, 2e-3, 3e-3]}})
+    there, elsewhere = folder_of(tree).path, folder_of(tree).path.with_name("elsewhere")
+
+    def move() -> None:
+        wait_for(lambda: len(calls(tree)) >= 2)
+        there.rename(elsewhere)
+
+    mover = threading.Thread(target=move)
+    mover.start()
+    with pytest.raises(UserError, match=r"the study's folder '.*/tiny' is gone \(moved or deleted"):
+        run(tree, console)
+    mover.join()
+    assert not there.exists()
+    assert "failed" not in text(console)
+    elsewhere.rename(there)
+    for _, pid, *_ in calls(tree):
+        with pytest.raises(ProcessLookupError):
+            os.kill(int(pid), 0)
+    monkeypatch.setenv("FAKE_STEP_SECONDS", "0.02")
+    assert run(tree, console).exit_code == 0
+
+
+def test_a_folder_that_is_moved_while_the_text_is_prepared_is_not_made_again(
+    make: Any, console: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tree = make()
+    assert run(tree, console).exit_code == 0
+    tree["study"]["seeds"] = [0, 1]
+    there = folder_of(tree).path
+    moved = there.with_name("elsewhere")
+    monkeypatch.setattr(supervisor, "prepare", lambda data: (prepare(data), there.rename(moved))[0])
+    with pytest.raises(UserError, match="is gone"):
+        run(tree, console)
+    assert not there.exists()
 
 
 def test_a_second_ctrl_c_kills(make: Any) -> None:

@@ -15,6 +15,7 @@ import filelock
 import pytest
 import torch
 
+from ablate.data import prepare
 from ablate.errors import UserError
 from ablate.model import LanguageModel
 from ablate.run import RunFolder, StaleWriter
@@ -370,6 +371,37 @@ def test_a_stale_writer_writes_nothing_more(tiny: Make, folder: RunFolder) -> No
         train(tiny(), folder, on_progress=take_over)
     assert folder.result() is None
     assert folder.status() == {**folder.status(), "state": "running", "generation": 2}
+
+
+@pytest.mark.parametrize("phase", ["train", "checkpoint", "validation", "evaluation"])
+def test_a_folder_that_is_moved_is_not_made_again(
+    tiny: Make, folder: RunFolder, tmp_path: Path, phase: str
+) -> None:
+    def move(row: dict[str, Any]) -> None:
+        if row["phase"] == phase and folder.path.exists():
+            folder.path.parent.rename(tmp_path / "elsewhere")
+
+    def evaluate(cfg: Any, folder: RunFolder, *model: Any, **more: Any) -> dict[str, Any]:
+        folder.write_evaluation("needle", {"value": 1})
+        return {}
+
+    cfg = tiny(train={"checkpoint_seconds": 1e-3, "keep": "weights"})
+    with pytest.raises(StaleWriter, match=r"its folder '.*/study/run' is gone \(moved or deleted"):
+        train(cfg, folder, on_progress=move, evaluate=evaluate)
+    assert [path.name for path in tmp_path.iterdir()] == ["elsewhere"]
+
+
+def test_a_folder_that_is_moved_before_the_first_step_is_not_made_again(
+    tiny: Make, folder: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def move(data: Any) -> Any:
+        folder.path.parent.rename(tmp_path / "elsewhere")
+        return prepare(data)
+
+    monkeypatch.setattr(loop, "prepare", move)
+    with pytest.raises(StaleWriter, match="is gone"):
+        train(tiny(), folder)
+    assert [path.name for path in tmp_path.iterdir()] == ["elsewhere"]
 
 
 def test_a_held_folder_and_another_config(tiny: Make, folder: RunFolder) -> None:
