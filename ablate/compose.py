@@ -21,7 +21,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ablate.config import unreadable
@@ -112,34 +112,64 @@ def compose(overrides: Sequence[str]) -> Composed:
     return Composed(tree, choices, notes)
 
 
-def register_sweeps() -> None:
-    """Make every sweep YAML a choice of the group `sweep`; the user's own shadow the shipped."""
+def register_sweeps() -> dict[str, str]:
+    """Make every sweep YAML a choice of the group `sweep`; the user's own shadow the shipped.
+
+    Returns what is wrong with those that cannot be one, by name: a draft that nobody asks for stops
+    nothing.
+    """
     folders = (shipped("sweeps"), Path.cwd() / "sweeps")
-    paths = [path for folder in folders for path in sorted(folder.glob("*.yaml"))]
-    _register(tuple((path, path.stat().st_mtime_ns) for path in paths))
+    paths = [path for folder in folders for path in _yaml_files(folder)]
+    return _register(tuple((path, path.stat().st_mtime_ns) for path in paths))
 
 
 @functools.lru_cache(maxsize=1)
-def _register(files: tuple[tuple[Path, int], ...]) -> None:
+def _register(files: tuple[tuple[Path, int], ...]) -> dict[str, str]:
     """Files with their times of modification: done again when any is another."""
-    for path, _ in files:
+    wrong: dict[str, str] = {}
+    store = ConfigStore.instance()
+    store.repo.pop("sweep", None)  # what was a sweep before may be none now
+    for path in {path.stem: path for path, _ in files}.values():
         try:
             node = OmegaConf.load(path)
         except Exception as error:  # a YAML error names its own line
             reason = " ".join(str(error).split())
-            raise UserError(f"sweep file {path.name} is not valid YAML: {reason}") from None
-        ConfigStore.instance().store(group="sweep", name=path.stem, node=node, package="_global_")
+            wrong[path.stem] = f"sweep file {path.name} is not valid YAML: {reason}"
+            continue
+        if not isinstance(node, DictConfig):
+            wrong[path.stem] = (
+                f"sweep file {path.name} is a list; it must be names with values, "
+                f"such as 'study: {{name: {path.stem}}}'"
+            )
+            continue
+        store.store(group="sweep", name=path.stem, node=node, package="_global_")
+    return wrong
+
+
+def _yaml_files(folder: Path) -> list[Path]:
+    """Of a folder, without what editors and systems leave there: names that begin with a dot, links
+    to nothing."""
+    return [p for p in sorted(folder.glob("*.yaml")) if p.name[0] != "." and p.is_file()]
 
 
 def choices_of(group: str) -> list[str]:
     """What a config group can be."""
     own = Path.cwd() / ("sweeps" if group == "sweep" else f"conf/{group}")
     base = shipped("sweeps") if group == "sweep" else shipped("conf") / group
-    return sorted({p.stem for folder in (base, own) for p in folder.glob("*.yaml")} - {"base"})
+    return sorted({p.stem for folder in (base, own) for p in _yaml_files(folder)} - {"base"})
+
+
+def _sweeps_of(words: Sequence[str]) -> list[str]:
+    """The sweeps that words ask for."""
+    values = [w.partition("=")[2] for w in words if re.match(r"\+{0,2}sweep(@[^=]*)?=", w)]
+    return [name.strip(" '\"") for value in values for name in value.strip("[]").split(",")]
 
 
 def _compose(words: list[str]) -> tuple[dict[str, Any], dict[str, str]]:
-    register_sweeps()
+    wrong = register_sweeps()
+    for name in _sweeps_of(words):
+        if name in wrong:
+            raise UserError(wrong[name])
     for name, resolver in _RESOLVERS.items():
         OmegaConf.register_new_resolver(name, _numbers_only(resolver), replace=True)
     GlobalHydra.instance().clear()
@@ -155,7 +185,7 @@ def _compose(words: list[str]) -> tuple[dict[str, Any], dict[str, str]]:
             del cfg["hydra"]
             tree = OmegaConf.to_container(cfg, resolve=True)
     except (HydraException, OmegaConfBaseException, ValueError) as error:
-        raise UserError(_sentence(error, words)) from None
+        raise UserError(_of_defaults(words) or _sentence(error, words)) from None
     assert isinstance(tree, dict)
     assert isinstance(choices, dict)
     return (
@@ -196,6 +226,8 @@ def _sentence(error: Exception, words: list[str]) -> str:
     if missing:
         group, choice = missing[1], missing[2]
         known = choices_of(group)
+        if not known:
+            return f"{group}={choice}: there is no such group"
         return (
             f"{group}={choice}: there is no such choice{did_you_mean(choice, known)}; "
             f"there are {', '.join(known)}"
@@ -219,6 +251,27 @@ def _sentence(error: Exception, words: list[str]) -> str:
     if unfit:
         return f"{unfit[1]} is '{unfit[2]}', and must be {{…}}, names with values"
     return " ".join(text.split())
+
+
+def _of_defaults(words: list[str]) -> str | None:
+    """What is wrong with the `defaults` of a sweep that words ask for: it fails without the others.
+
+    Hydra looks for what they name among the sweeps unless told otherwise.
+    """
+    for name in _sweeps_of(words):
+        stored = ConfigStore.instance().repo.get("sweep", {}).get(f"{name}.yaml")
+        own = [f"+sweep={name}"]
+        if stored is None or "defaults" not in stored.node or words == own:
+            continue
+        try:
+            _compose(own)
+        except UserError as error:
+            reason = str(error).partition(". Config search path")[0]
+            return (
+                f"sweep file {name}.yaml: its 'defaults' cannot be used ({reason}); "
+                "the choice of another group is written as '- override /scale: 14m'"
+            )
+    return None
 
 
 def _readable(word: str) -> bool:

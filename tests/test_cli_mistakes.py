@@ -1,6 +1,7 @@
 """Every config field: a wrong type, a value out of range, a misspelt name. Exit code 2, the field
 named in one sentence, no traceback, nothing created."""
 
+import os
 import typing
 from pathlib import Path
 
@@ -9,7 +10,8 @@ import pytest
 
 from ablate import config
 from ablate.__main__ import main
-from ablate.compose import compose
+from ablate.compose import choices_of, compose
+from ablate.errors import UserError
 from ablate.study.space import cells
 
 FIELDS = {name: info for name, info, _ in config.fields()}
@@ -180,6 +182,51 @@ def test_a_misspelt_name_is_one_sentence(name, capsys, tmp_path, monkeypatch):
 )
 def test_other_mistakes(words, named, capsys, tmp_path, monkeypatch):
     assert named in fails(capsys, tmp_path, monkeypatch, *words)
+
+
+def test_stray_files_in_sweeps_stop_nothing(tmp_path, monkeypatch, capsys) -> None:
+    folder = tmp_path / "sweeps"
+    (folder / "d.yaml").mkdir(parents=True)
+    (folder / ".#mine.yaml").symlink_to("me@host.1:2")
+    (folder / "gone.yaml").symlink_to("nowhere")
+    (folder / "._mine.yaml").write_bytes(b"\0\5\26\7")
+    os.mkfifo(folder / "pipe.yaml")
+    (folder / "mine.yaml").write_text("study: {name: mine}\n")
+    (folder / "draft.yaml").write_text("study:\n\tname: x\n")
+    (folder / "gqa.yaml").write_text("study:\n\tname: x\n")  # in the place of one that ships
+    monkeypatch.chdir(tmp_path)
+    assert compose(["scale=cpu"]).tree["study"]["name"] == "single"
+    assert compose(["+sweep=mine", "scale=cpu"]).tree["study"]["name"] == "mine"
+    own = set(choices_of("sweep")) & {"d", ".#mine", "gone", "._mine", "pipe", "mine", "draft"}
+    assert own == {"mine", "draft"}
+    for name in ("draft", "gqa"):
+        assert main([f"+sweep={name}", "scale=cpu"]) == 2
+        said = capsys.readouterr().err
+        assert said.startswith(f"ablate: sweep file {name}.yaml is not valid YAML: ")
+        assert said.count("\n") == 1
+    (folder / "draft.yaml").write_text("study: {name: draft}\n")
+    assert compose(["+sweep=draft", "scale=cpu"]).tree["study"]["name"] == "draft"
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("- a\n- b\n", "sweep file mine.yaml is a list; it must be names with values"),
+        ("defaults: [scale: 14m]", "(sweep/scale=14m: there is no such group)"),
+        ("defaults: [/scale: 14m]", "written as '- override /scale: 14m'"),
+        ("defaults: [other]", "(In 'sweep/mine': Could not load 'sweep/other')"),
+        ("defaults: 3", "sweep file mine.yaml: its 'defaults' cannot be used"),
+    ],
+)
+def test_a_sweep_file_that_cannot_be_one(text, named, tmp_path, monkeypatch) -> None:
+    (tmp_path / "sweeps").mkdir()
+    (tmp_path / "sweeps" / "mine.yaml").write_text(text)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError) as error:
+        compose(["+sweep=mine", "scale=cpu"])
+    assert named in str(error.value)
+    (tmp_path / "sweeps" / "mine.yaml").write_text("defaults: [override /data: files]")
+    assert compose(["+sweep=mine", "scale=cpu"]).tree["data"]["source"] == "files"
 
 
 def test_what_a_scale_sets_can_be_set_beside_the_scale_of_this_machine(monkeypatch) -> None:
