@@ -2,7 +2,8 @@
 
 Every source ends as a list of files: the standard library's `.py` files, files the user names, or
 the one file that a download from the Hugging Face hub was kept in. A `.txt`, `.md` or `.py` file is
-one document; a line of `.jsonl` or `.jsonl.zst` is one, its text in the field `text`.
+one document; a line of `.jsonl` or `.jsonl.zst` is one, its text in the field `text`. Suffixes in
+capitals are the same.
 """
 
 from __future__ import annotations
@@ -15,9 +16,10 @@ import os
 import sys
 import sysconfig
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -81,11 +83,15 @@ def locked(path: Path, what: str) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Source:
-    """Files in their stable order. `lenient`: a file that is not UTF-8 is skipped, not an error."""
+    """Files in their stable order. `lenient`: a file that is not UTF-8 is skipped, not an error.
+
+    left_out: a line for each folder that has files of other kinds too.
+    """
 
     name: str
     files: tuple[Path, ...]
     lenient: bool = False
+    left_out: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -111,12 +117,12 @@ def sources(data: DataConfig) -> dict[str, Source]:
     for side in ("val_a", "val_b"):
         path = getattr(data, f"{side}_path")
         if path is not None:
-            found[side] = Source(f"data.{side}_path", _files(path, f"data.{side}_path"))
+            found[side] = _files(path, f"data.{side}_path")
     if data.source == "stdlib":
         text = _stdlib()
     elif data.source == "files":
         assert data.path is not None  # checked by the config
-        text = Source("data.path", _files(data.path, "data.path"))
+        text = _files(data.path, "data.path")
     else:
         from ablate.data.hub import download
 
@@ -127,14 +133,14 @@ def sources(data: DataConfig) -> dict[str, Source]:
         kept = tuple(file for file in text.files if file.resolve() not in given)
     if not kept:
         raise UserError(f"{text.name} holds only the validation files, so nothing is left to train")
-    found["text"] = Source(text.name, kept, text.lenient)
+    found["text"] = replace(text, files=kept)
     return found
 
 
 def _stdlib() -> Source:
     """The `.py` files of the running interpreter's standard library."""
     root = Path(sysconfig.get_path("stdlib"))
-    files = [f for f in _walk(root, (".py",)) if not f.name.startswith(_MACHINE_FILES)]
+    files = [f for f in _walk(root, (".py",))[0] if not f.name.startswith(_MACHINE_FILES)]
     if not files:
         raise UserError(
             f"data.source is 'stdlib' but {root} holds no .py files; "
@@ -143,25 +149,47 @@ def _stdlib() -> Source:
     return Source("stdlib", tuple(files), lenient=True)
 
 
-def _walk(root: Path, suffixes: tuple[str, ...]) -> list[Path]:
-    """Files below a folder in the order of their path's parts; none hidden, none installed."""
+def _walk(root: Path, suffixes: tuple[str, ...]) -> tuple[list[Path], Counter[str]]:
+    """Files below a folder in the order of their path's parts, and how many of which other kinds
+    there are; none hidden, none installed."""
     found: list[tuple[str, ...]] = []
+    others: Counter[str] = Counter()
     for folder, inner, names in os.walk(root):
         inner[:] = [name for name in inner if name not in _INSTALLED and name[0] != "."]
         parts = Path(folder).relative_to(root).parts
-        found += [(*parts, name) for name in names if name.endswith(suffixes) and name[0] != "."]
-    return [root.joinpath(*parts) for parts in sorted(found)]
+        for name in names:
+            path = os.path.join(folder, name)
+            if name[0] == ".":
+                continue
+            if not os.path.isfile(path) and os.path.exists(path):
+                others["pipes and the like"] += 1  # whose reading need not end
+            elif name.lower().endswith(suffixes):
+                found.append((*parts, name))
+            else:
+                others[Path(name).suffix.lower() or "without a suffix"] += 1
+    return [root.joinpath(*parts) for parts in sorted(found)], others
 
 
-def _files(paths: str | list[str], name: str) -> tuple[Path, ...]:
+def _left_out(others: Counter[str], text: str) -> str:
+    n, kinds = others.total(), sorted(others.items(), key=lambda kind: (-kind[1], kind[0]))
+    shown = ", ".join(f"{kind} {count}" for kind, count in kinds[:5])
+    more = f" and {len(kinds) - 5} kinds more" if len(kinds) > 5 else ""
+    files = "1 file of another kind is" if n == 1 else f"{n:,} files of other kinds are"
+    return f"{files} left out of {text!r} ({shown}{more})"
+
+
+def _files(paths: str | list[str], name: str) -> Source:
     """Files of folders (recursive, hidden ones left out), globs and single files, in order."""
+    left_out: dict[str, None] = {}
     result: dict[Path, None] = {}
     for text in [paths] if isinstance(paths, str) else paths:
         path = Path(text).expanduser()
         if path.is_dir():
-            inside = _walk(path, SUFFIXES)
+            inside, others = _walk(path, SUFFIXES)
             if not inside:
                 raise UserError(f"{name}: the folder {text!r} holds no {' '.join(SUFFIXES)} files")
+            if others:
+                left_out[_left_out(others, text)] = None
         elif path.is_file():
             inside = [path]
         else:
@@ -169,19 +197,19 @@ def _files(paths: str | list[str], name: str) -> tuple[Path, ...]:
             if not inside:
                 raise UserError(f"{name}: there is no file or folder {text!r}")
         for file in inside:
-            if not file.name.endswith(SUFFIXES):
+            if not file.name.lower().endswith(SUFFIXES):
                 raise UserError(
                     f"{name}: {str(file)!r} is not one of the kinds {' '.join(SUFFIXES)}"
                 )
             result.setdefault(file, None)
     if not result:
         raise UserError(f"{name} is an empty list; give at least one file or folder")
-    return tuple(result)
+    return Source(name, tuple(result), left_out=tuple(left_out))
 
 
 def text_bytes(files: Iterable[Path]) -> int:
     """Bytes of text in files: of packed ones about three times what they take."""
-    return sum(f.stat().st_size * (3 if f.name.endswith(".zst") else 1) for f in files)
+    return sum(f.stat().st_size * (3 if is_packed(f) else 1) for f in files)
 
 
 # --- the fingerprint -----------------------------------------------------------------------------
@@ -239,7 +267,11 @@ def document_hash(raw: bytes) -> int:
 
 
 def _is_jsonl(file: Path) -> bool:
-    return file.name.endswith((".jsonl", ".jsonl.zst"))
+    return file.name.lower().endswith((".jsonl", ".jsonl.zst"))
+
+
+def is_packed(file: Path) -> bool:
+    return file.name.lower().endswith(".zst")
 
 
 def read_chunks(files: Iterable[Path]) -> Iterator[Chunk]:
@@ -283,7 +315,7 @@ def _read_jsonl(file: Path) -> Iterator[Chunk]:
 
 def blocks(file: Path) -> Iterator[tuple[bytes, int]]:
     """(plain bytes, bytes read from disk) of a file, decompressed when it ends in .zst."""
-    packed = file.name.endswith(".zst")
+    packed = is_packed(file)
     unpacker: Any = None
     with file.open("rb") as handle:
         while block := handle.read(CHUNK_BYTES if not packed else CHUNK_BYTES // 4):

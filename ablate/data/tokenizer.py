@@ -18,6 +18,7 @@ from ablate.data.corpus import (
     document_hash,
     documents,
     fingerprint,
+    is_packed,
     locked,
     read_chunks,
     say,
@@ -183,7 +184,7 @@ def _sample(data: DataConfig, text: Source, stats: dict[str, int]) -> Iterator[s
     budget = min(SAMPLE_BYTES, data.max_bytes or SAMPLE_BYTES)
     total = sum(file.stat().st_size for file in text.files)
     files = text.files
-    whole = total <= budget and not any(file.name.endswith(".zst") for file in files)
+    whole = total <= budget and not any(map(is_packed, files))
     if not whole and data.max_bytes is None:
         files = tuple(sorted(files, key=lambda f: document_hash(f.name.encode())))
     stats["bytes"] = 0

@@ -17,7 +17,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -93,14 +93,18 @@ class TokenSet:
         return self.tokenizer.eos_id
 
 
-def prepare(data: DataConfig, progress: bool | None = None) -> TokenSet:
+def prepare(data: DataConfig, progress: bool | None = None, *, tell: bool = False) -> TokenSet:
     """Open the tokenised text of a config, building it first when it is not in the cache.
 
-    progress: show a bar on stderr; None: when stderr is a terminal. Raises UserError for text that
-    cannot be found or read, a tokenizer that cannot be used, and a split without documents.
+    progress: show a bar on stderr; None: when stderr is a terminal. tell: say what files are left
+    out, as a build does, also where nothing is to be built. Raises UserError for text that cannot
+    be found or read, a tokenizer that cannot be used, and a split without documents.
     """
     cache = Path(data.cache).expanduser()
     sources = corpus.sources(data)
+    left_out = dict.fromkeys(line for source in sources.values() for line in source.left_out)
+    if tell:
+        _say_each(left_out)
     tokenizer = tokenizers.load(data, sources["text"])
     recipe = _recipe(data, sources, tokenizer, cache)
     fingerprint = _hash(recipe)
@@ -118,6 +122,8 @@ def prepare(data: DataConfig, progress: bool | None = None) -> TokenSet:
         partial = folder.with_name(f".{fingerprint}.partial")
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
+        if not tell:
+            _say_each(left_out)
         try:
             _build(partial, data, sources, tokenizer, recipe, progress)
             if _hash(_recipe(data, sources, tokenizer, cache)) != fingerprint:
@@ -131,6 +137,11 @@ def prepare(data: DataConfig, progress: bool | None = None) -> TokenSet:
     if not isinstance(found, TokenSet):
         raise RuntimeError(f"the token cache {folder} was just built and cannot be opened: {found}")
     return found
+
+
+def _say_each(lines: Iterable[str]) -> None:
+    for line in lines:
+        say(line)
 
 
 def _recipe(

@@ -22,7 +22,7 @@ def prepare(tree: Mapping[str, Any], console: Console | None = None) -> TokenSet
     """Tokenise and cache the text of a config, print what it holds and the epochs of its trials."""
     console = console or wide_console()
     trial = resolve(tree)
-    token_set = prepare_text(trial.config.data)
+    token_set = prepare_text(trial.config.data, tell=True)
     columns = ["documents", "tokens", "bytes", "bytes a token"]
     table = plain_table(f"text {token_set.fingerprint}", ["split"], columns)
     for name, split in token_set.splits.items():

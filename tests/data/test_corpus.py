@@ -46,6 +46,30 @@ def test_a_folder_is_read_recursively_in_order_with_every_kind(tmp_path: Path) -
     assert texts_of(source) == ["one", "two", "# mark", "text", "three", "snow ☃"]
 
 
+def test_capitals_are_read_and_other_kinds_are_told(tmp_path: Path) -> None:
+    folder = tmp_path / "t"
+    folder.mkdir()
+    (folder / "a.txt").write_text("one")
+    config = data_config(tmp_path, source="files", path=str(folder))
+    plain = sources(config)["text"]
+    assert plain.left_out == ()
+    before = fingerprint(plain, tmp_path / "cache")
+    for name in ("b.txt.gz", "c.txt.gz", "d.parquet", "README", ".hidden.gz"):
+        (folder / name).write_bytes(b"x")
+    os.mkfifo(folder / "pipe.txt")  # read, it would wait for ever
+    source = sources(config)["text"]
+    assert source.files == plain.files
+    assert fingerprint(source, tmp_path / "cache") == before
+    assert source.left_out == (
+        f"5 files of other kinds are left out of '{folder}' "
+        "(.gz 2, .parquet 1, pipes and the like 1, without a suffix 1)",
+    )
+    (folder / "B.TXT").write_text("two")
+    write_jsonl(folder / "c.JSONL", ["three"])
+    write_jsonl(folder / "d.jsonl.zst", ["four"]).rename(folder / "d.Jsonl.Zst")
+    assert texts_of(sources(config)["text"]) == ["two", "one", "three", "four"]
+
+
 def test_a_list_and_a_glob_keep_their_order(tmp_path: Path) -> None:
     for name in ("1", "2", "3"):
         (tmp_path / f"{name}.txt").write_text(name)

@@ -230,6 +230,20 @@ def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path, data: DataConfi
         prepare(data.model_copy(update={"cache": str(tmp_path / "file" / "cache")}))
 
 
+def test_files_left_out_are_told_where_the_text_is_built_or_asked_for(
+    tmp_path: Path, texts: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "text"
+    folder.mkdir()
+    write_jsonl(folder / "t.jsonl", texts)
+    (folder / "t.parquet").write_bytes(b"x")
+    config = data_config(tmp_path, source="files", path=str(folder))
+    line = f"1 file of another kind is left out of '{folder}' (.parquet 1)\n"
+    for tell, told in ((False, line), (False, ""), (True, line)):
+        prepare(config, tell=tell)
+        assert capsys.readouterr().err == told
+
+
 def test_head_counts_whole_documents() -> None:
     split = Split("s", np.zeros(31, np.uint16), np.array([0, 10, 20, 30]), np.array([9, 9, 9]))
     assert [split.head(n) for n in (None, 1, 10, 19, 20, 29, 30, 99)] == [3, 1, 1, 1, 2, 2, 3, 3]
