@@ -60,9 +60,21 @@ def progress_bar(label: str, total: int | None, show: bool | None) -> Iterator[A
 
 
 @contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """UserError with a path in the cache when the disk refuses: a full one names no file itself."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"data.cache: {path} cannot be written ({error.strerror or error}); "
+            "choose another folder with data.cache=…"
+        ) from None
+
+
+@contextlib.contextmanager
 def locked(path: Path, what: str) -> Iterator[None]:
     """Hold a lock file; says so when another process has it."""
-    try:
+    with writing(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(path)
         try:
@@ -70,11 +82,6 @@ def locked(path: Path, what: str) -> Iterator[None]:
         except Timeout:
             say(f"waiting for another process that makes {what}")
             lock.acquire()
-    except OSError as error:
-        raise UserError(
-            f"data.cache: {path.parent} cannot be written ({error.strerror}); "
-            "choose another folder with data.cache=…"
-        ) from None
     try:
         yield
     finally:

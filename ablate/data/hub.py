@@ -10,7 +10,7 @@ from pathlib import Path
 import zstandard
 
 from ablate.config import DataConfig
-from ablate.data.corpus import locked, progress_bar, say
+from ablate.data.corpus import locked, progress_bar, say, writing
 from ablate.errors import UserError
 
 
@@ -32,8 +32,9 @@ def download(data: DataConfig) -> Path:
             return target
         partial = target.with_name(f".{target.name}.partial")
         try:
-            _stream(data, partial)
-            os.replace(partial, target)
+            with writing(target):
+                _stream(data, partial)
+                os.replace(partial, target)
         finally:
             partial.unlink(missing_ok=True)
     return target

@@ -22,6 +22,7 @@ from ablate.data.corpus import (
     locked,
     read_chunks,
     say,
+    writing,
 )
 from ablate.errors import UserError
 from ablate.run import atomic_write
@@ -144,7 +145,8 @@ def _bpe(data: DataConfig, text: Source) -> Tokenizer:
                 say(f"the cached tokenizer {path} is damaged and is trained again")
         sample: dict[str, int] = {}
         definition = _train(size, _sample(data, text, sample))
-        atomic_write(path, definition)
+        with writing(path):
+            atomic_write(path, definition)
     tokenizer = Tokenizer(name, definition)
     said = f"trained a BPE of {tokenizer.vocab_size} entries on {sample['bytes'] / 1e6:.1f} MB"
     if tokenizer.vocab_size < size:

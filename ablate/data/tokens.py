@@ -13,6 +13,7 @@ tokenizer and how the text is split; a folder appears whole, by a rename.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -27,7 +28,7 @@ import numpy as np
 from ablate.config import DataConfig
 from ablate.data import corpus, worker
 from ablate.data import tokenizer as tokenizers
-from ablate.data.corpus import HASH_MAX, Source, locked, say
+from ablate.data.corpus import HASH_MAX, Source, locked, say, writing
 from ablate.data.tokenizer import Tokenizer
 from ablate.errors import UserError
 from ablate.run import atomic_write, read_json
@@ -121,7 +122,8 @@ def prepare(data: DataConfig, progress: bool | None = None, *, tell: bool = Fals
             shutil.rmtree(folder)
         partial = folder.with_name(f".{fingerprint}.partial")
         shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+        with writing(partial):
+            partial.mkdir(parents=True)
         if not tell:
             _say_each(left_out)
         try:
@@ -130,7 +132,8 @@ def prepare(data: DataConfig, progress: bool | None = None, *, tell: bool = Fals
                 raise UserError(
                     f"{sources['text'].name}: the text changed while it was read; run again"
                 )
-            os.replace(partial, folder)
+            with writing(folder):
+                os.replace(partial, folder)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
         found = _open(folder, tokenizer, fingerprint)
@@ -209,7 +212,9 @@ class _Writer:
 
     def __init__(self, folder: Path, name: str, tokenizer: Tokenizer) -> None:
         self.folder, self.name, self.tokenizer = folder, name, tokenizer
-        self.file = (folder / f"{name}.bin").open("wb")
+        self.path = folder / f"{name}.bin"
+        with writing(self.path):
+            self.file = self.path.open("wb")
         self.lengths: list[np.ndarray] = []
         self.n_bytes: list[np.ndarray] = []
         self.hashes: list[np.ndarray] = []
@@ -221,7 +226,8 @@ class _Writer:
         tokens = part.tokens
         if not wanted.all():
             tokens = tokens[np.repeat(wanted, part.lengths)]
-        self.file.write(tokens.data)
+        with writing(self.path):
+            self.file.write(tokens.data)
         self.lengths.append(part.lengths[wanted])
         self.n_bytes.append(part.n_bytes[wanted])
         self.hashes.append(part.hashes[wanted])
@@ -232,24 +238,25 @@ class _Writer:
             np.concatenate(parts) if parts else np.zeros(0, np.int64)
             for parts in (self.lengths, self.n_bytes, self.hashes)
         )
-        path = self.folder / f"{self.name}.bin"
-        if by_hash and len(lengths):
+        with writing(self.path):
+            if by_hash and len(lengths):
+                self.file.close()
+                order = np.argsort(hashes, kind="stable")
+                ends = np.cumsum(lengths)
+                old = np.memmap(self.path, dtype=self.tokenizer.dtype, mode="r")
+                self.path.unlink()  # the map keeps it readable
+                self.file = self.path.open("wb")
+                for i in order:
+                    self.file.write(old[ends[i] - lengths[i] : ends[i]].data)
+                lengths, n_bytes = lengths[order], n_bytes[order]
+            self.file.write(np.array([self.tokenizer.eos_id], self.tokenizer.dtype).data)
+            self.file.flush()
+            os.fsync(self.file.fileno())
             self.file.close()
-            order = np.argsort(hashes, kind="stable")
-            ends = np.cumsum(lengths)
-            old = np.memmap(path, dtype=self.tokenizer.dtype, mode="r")
-            path.unlink()  # the map keeps it readable
-            self.file = path.open("wb")
-            for i in order:
-                self.file.write(old[ends[i] - lengths[i] : ends[i]].data)
-            lengths, n_bytes = lengths[order], n_bytes[order]
-        self.file.write(np.array([self.tokenizer.eos_id], self.tokenizer.dtype).data)
-        self.file.flush()
-        os.fsync(self.file.fileno())
-        self.file.close()
         offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
         for name, array in (("offsets", offsets), ("bytes", n_bytes.astype(np.int64))):
-            with (self.folder / f"{self.name}.{name}.npy").open("wb") as file:
+            path = self.folder / f"{self.name}.{name}.npy"
+            with writing(path), path.open("wb") as file:
                 np.save(file, array)
                 file.flush()
                 os.fsync(file.fileno())
@@ -301,7 +308,8 @@ def _build(
         counts = {name: w.close(by_hash=name != "train") for name, w in writers.items()}
     finally:
         for writer in writers.values():
-            writer.file.close()
+            with contextlib.suppress(OSError):  # what a full disk did not take is told already
+                writer.file.close()
     for name in SPLITS:
         if not counts[name]["documents"]:
             total = sum(count["documents"] for count in counts.values())
@@ -330,7 +338,8 @@ def _build(
         "files": {f.name: [f.stat().st_size, _check(f)] for f in sorted(folder.iterdir())},
     }
     meta["check"] = _hash(meta)
-    atomic_write(folder / "meta.json", json.dumps(meta, indent=1) + "\n")
+    with writing(folder / "meta.json"):
+        atomic_write(folder / "meta.json", json.dumps(meta, indent=1) + "\n")
 
 
 def _encoded(data: DataConfig, source: Source, tokenizer: Tokenizer) -> Iterator[worker.Encoded]:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -228,6 +229,31 @@ def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path, data: DataConfi
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"data.cache"):
         prepare(data.model_copy(update={"cache": str(tmp_path / "file" / "cache")}))
+
+
+@pytest.mark.parametrize("most", [100, 6000])  # bytes that a file may have
+def test_a_full_disk_names_the_file_and_the_field(
+    tmp_path: Path, data: DataConfig, most: int
+) -> None:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most, before[1]))  # refused as by a full disk
+    try:
+        with pytest.raises(UserError, match=r"data\.cache: .*/\w+\.bin cannot be written \(File"):
+            prepare(data)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert [path.suffix for path in (tmp_path / "cache" / "tokens").iterdir()] == [".lock"]
+
+
+def test_a_disk_that_is_full_at_the_end_names_the_file_and_the_field(
+    data: DataConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(file: object, array: np.ndarray) -> None:
+        raise OSError(f"{array.size} requested and 0 written")  # as NumPy says it, without a number
+
+    monkeypatch.setattr(np, "save", full)
+    with pytest.raises(UserError, match=r"data\.cache: .*offsets\.npy cannot be written \(\d+ req"):
+        prepare(data)
 
 
 def test_files_left_out_are_told_where_the_text_is_built_or_asked_for(
