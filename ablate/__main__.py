@@ -138,8 +138,9 @@ usage: python -m ablate bench data | kernels | train [NAME...] | decode NAME...
 data     tokens a second that the loader delivers, against ten times the fastest planned step
 kernels  our kernels beside every installed peer, on a GPU
 train    tokens a second, MFU, memory, seconds to the first step and kernel time of named models,
-         beside installed peers
-decode   tokens a second and bytes of state against context, architectures side by side
+         beside installed peers, on a GPU unless train.device=cpu is given
+decode   tokens a second and bytes of state against context, architectures side by side, on a GPU
+         unless --device cpu is given
 """,
 }
 

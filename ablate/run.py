@@ -18,10 +18,12 @@ else in the library knows a file name of this folder.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -88,6 +90,28 @@ def python_path() -> str:
     """PYTHONPATH of a process that is to import this very package."""
     root = str(Path(__file__).resolve().parents[1])
     return os.pathsep.join(p for p in (root, os.environ.get("PYTHONPATH")) if p)
+
+
+@contextlib.contextmanager
+def lifeline() -> Iterator[int]:
+    """A descriptor that is stdin of a process which calls `die_with_parent`: it ends with this
+    process, however that dies, as no other has its writing end."""
+    reading, writing = os.pipe()
+    try:
+        yield reading
+    finally:
+        os.close(reading)
+        os.close(writing)
+
+
+def die_with_parent() -> None:
+    """End this process at once when its stdin ends, which the parent holds open while it lives."""
+    threading.Thread(target=_outlive_nobody, name="parent", daemon=True).start()
+
+
+def _outlive_nobody() -> None:
+    os.read(0, 1)
+    os._exit(1)
 
 
 def process_age() -> float:

@@ -6,7 +6,8 @@
 Architectures stand side by side with random weights, which decode as fast as trained ones: what is
 read is the same. Caches of the whole context are allocated and filled with a state as of that many
 tokens, without a prefill; the step is the one that `generate` runs, one CUDA graph on a GPU. The
-bytes are those of the real caches, checked against the cost contract.
+bytes are those of the real caches, checked against the cost contract. Without a GPU nothing is
+measured unless --device cpu asks for it.
 """
 
 from __future__ import annotations
@@ -160,12 +161,19 @@ def run(
     parser.add_argument("--batch", type=int, default=1, help="sequences at a time")
     parser.add_argument("--steps", type=_whole, default=64, help="tokens that are timed")
     parser.add_argument("--dtype", choices=DTYPES, help="default: bf16 on a GPU, fp32 on a CPU")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     options = parser.parse_args(args)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    architectures = _architectures(options, known, section_of)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise UserError(
+            "bench decode needs a GPU, and torch sees none here; give --device cpu to measure on "
+            "the CPU, whose memory must hold the weights"
+        )
+    device = torch.device(options.device)
     dtype = DTYPES[options.dtype or ("bf16" if device.type == "cuda" else "fp32")]
     rows: list[Row] = []
     names = []
-    for name, arch in _architectures(options, known, section_of).items():
+    for name, arch in architectures.items():
         names.append(name)
         with contextlib.suppress(torch.cuda.OutOfMemoryError):
             rows += measure(

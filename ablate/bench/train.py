@@ -8,7 +8,7 @@ Every model trains twice in processes of their own, with data, logging and valid
 steps with compile caches that are empty, and warm, where the speed is measured. Kernel time is that
 of captured steps under load, and gaps are what the measured step takes beyond it; what a kernel is
 for comes from a profile of steps that are not captured. Peers: a plain compiled Transformer, and
-mamba_ssm where installed.
+mamba_ssm where installed. Without a GPU nothing is measured unless train.device=cpu asks for it.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ from torch import Tensor, nn
 from ablate.config import Config, load
 from ablate.data import Batch, prepare
 from ablate.errors import UserError, did_you_mean
-from ablate.run import PHASES, process_age
+from ablate.run import PHASES, die_with_parent, lifeline, process_age
 from ablate.study.child import child_environment
 from ablate.study.show import wide_console
 from ablate.train import train
 from ablate.train.engine import Engine
 from ablate.train.environment import device_of, numerics
 from ablate.train.loop import architecture_of
-from ablate.train.stop import TrialFailed
+from ablate.train.stop import Interrupts, TrialFailed
 
 TreeOf = Callable[[list[str]], dict[str, Any]]
 PROFILED = 5  # steps
@@ -115,23 +115,33 @@ def run(args: Sequence[str], *, tree_of: TreeOf, console: Console | None = None)
             )
     if options.steps < 5:
         raise UserError(f"bench train: --steps is {options.steps}; give 5 or more")
+    trees = [
+        (name, tree_of([*_COMMON, *(MODELS[name][0] if name in MODELS else []), *settings]))
+        for name in [*names, *peers]
+    ]
+    unasked = any(tree["train"]["device"] == "auto" for _, tree in trees)
+    if unasked and not torch.cuda.is_available():
+        raise UserError(
+            "bench train needs a GPU, and torch sees none here; give train.device=cpu to measure "
+            "on the CPU, whose memory must hold the models"
+        )
     console = console or wide_console()
     rows: list[Row] = []
     failed = 0
     try:
-        for name in [*names, *peers]:
-            if name == "mamba_ssm" and importlib.util.find_spec("mamba_ssm") is None:
-                console.print("mamba_ssm is not installed")
-                continue
-            words = [*_COMMON, *(MODELS[name][0] if name in MODELS else []), *settings]
-            try:
-                row = _measure(name, tree_of(words), options.steps, cold=not options.no_cold)
-            except TrialFailed as error:
-                console.print(f"{name}: {error}", markup=False)
-                failed += 1
-                continue
-            rows.append(row)
-            console.print(_line(row), markup=False, highlight=False)
+        with Interrupts():  # SIGTERM is an exception too, so that no process and no folder is left
+            for name, tree in trees:
+                if name == "mamba_ssm" and importlib.util.find_spec("mamba_ssm") is None:
+                    console.print("mamba_ssm is not installed")
+                    continue
+                try:
+                    row = _measure(name, tree, options.steps, cold=not options.no_cold)
+                except TrialFailed as error:
+                    console.print(f"{name}: {error}", markup=False)
+                    failed += 1
+                    continue
+                rows.append(row)
+                console.print(_line(row), markup=False, highlight=False)
     finally:  # Ctrl-C too: what was measured is shown
         if rows:
             place = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
@@ -146,7 +156,10 @@ def _measure(name: str, tree: dict[str, Any], steps: int, *, cold: bool) -> Row:
     cfg = load(tree)
     prepare(cfg.data)  # so that no process has the text to make
     environment = child_environment(cfg)
-    with tempfile.TemporaryDirectory(prefix="ablate-bench-") as empty:
+    # Processes that are killed may still write there for a moment, which must not hide the reason.
+    place = tempfile.TemporaryDirectory(prefix="ablate-bench-", ignore_cleanup_errors=True)
+    with place as empty:
+        environment["TMPDIR"] = empty  # what a killed process leaves goes with it
         if cold:
             caches = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
             environment |= {variable: os.path.join(empty, variable) for variable in caches}
@@ -178,14 +191,15 @@ def _process(
     """What `_main` found in a process of its own; TrialFailed with its last line."""
     asked = {"name": name, "config": tree, "steps": steps, "kernels": kernels}
     try:
-        done = subprocess.run(
-            [sys.executable, "-m", "ablate.bench.train"],
-            input=json.dumps(asked),
-            capture_output=True,
-            text=True,
-            env=environment,
-            timeout=TIMEOUT,
-        )
+        with lifeline() as stdin:
+            done = subprocess.run(
+                [sys.executable, "-m", "ablate.bench.train", json.dumps(asked)],
+                stdin=stdin,
+                capture_output=True,
+                text=True,
+                env=environment,
+                timeout=TIMEOUT,
+            )
     except subprocess.TimeoutExpired:
         raise TrialFailed(f"{steps} steps did not end within {TIMEOUT} s") from None
     lines = (done.stderr if done.returncode else done.stdout).strip().splitlines()
@@ -195,7 +209,8 @@ def _process(
 
 
 def _main() -> None:
-    asked = json.load(sys.stdin)
+    die_with_parent()
+    asked = json.loads(sys.argv[1])
     cfg = load(asked["config"])
     tokens = asked["steps"] * cfg.train.batch_size * cfg.data.seq_len
     cfg = cfg.model_copy(update={"train": cfg.train.model_copy(update={"tokens": tokens})})

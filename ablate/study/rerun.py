@@ -17,8 +17,9 @@ from scipy import stats
 
 from ablate import config
 from ablate.errors import UserError
-from ablate.run import RunFolder
+from ablate.run import RunFolder, die_with_parent, lifeline
 from ablate.study.child import child_environment
+from ablate.train.stop import Interrupts
 
 # Nats, where bits may differ: `bound` of six runs of one trial (`14m`, 120M tokens, 2 layers of 24
 # attention) that nothing set apart but the order of sums; docs/measurements.md.
@@ -61,14 +62,17 @@ def compare(folder: Path | str, tell: Callable[[Rerun], None] = lambda found: No
     run.check_writable()
     tree = config.override(tree, {"train.micro_batch": result["train"]["micro_batch"]})
     cfg = config.load(tree)
-    with tempfile.TemporaryDirectory(prefix="ablate-rerun-") as path:
+    # SIGTERM becomes an exception, so that the folder goes and the process with it
+    with Interrupts(), tempfile.TemporaryDirectory(prefix="ablate-rerun-") as path:
         again = RunFolder(Path(path) / run.key)
         again.create(config.override(tree, {"tracker.kind": "none"}))
-        code = subprocess.run(
-            [sys.executable, "-m", "ablate.study.rerun", str(again.path)],
-            env=child_environment(cfg),
-            check=False,
-        ).returncode
+        with lifeline() as stdin:
+            code = subprocess.run(
+                [sys.executable, "-m", "ablate.study.rerun", str(again.path)],
+                stdin=stdin,
+                env=child_environment(cfg),
+                check=False,
+            ).returncode
         new = again.result()
         if new is None:
             cause = again.status().get("cause") or f"exit code {code}"
@@ -177,4 +181,5 @@ def _main(folder: RunFolder) -> None:
 
 
 if __name__ == "__main__":
+    die_with_parent()
     _main(RunFolder(Path(sys.argv[1])))

@@ -34,7 +34,7 @@ from torch import Tensor
 from ablate.config import Config, TrainConfig
 from ablate.data import Batch
 from ablate.errors import UserError
-from ablate.run import python_path
+from ablate.run import die_with_parent, python_path
 from ablate.train.stop import OUT_OF_MEMORY, TrialFailed, is_out_of_memory
 
 log = logging.getLogger(__name__)
@@ -236,11 +236,6 @@ def ignore_signals() -> None:
             signal.signal(number, signal.SIG_IGN)
 
 
-def _die_with_parent() -> None:
-    os.read(0, 1)
-    os._exit(1)
-
-
 def main() -> None:
     """A rank that `launch` started: its config comes as the first line of stdin."""
     from ablate.config import load
@@ -249,7 +244,7 @@ def main() -> None:
     line = bytearray()
     while not line.endswith(b"\n"):  # not buffered, as the rest of stdin is the parent's life
         line += os.read(0, 1) or sys.exit("rank 0 is gone")
-    threading.Thread(target=_die_with_parent, daemon=True).start()
+    die_with_parent()
     try:
         train(load(json.loads(line)))
     except TrialFailed:

@@ -35,6 +35,7 @@ def test_rows(dtype):
 def test_table():
     console = Console(file=io.StringIO(), width=160)
     words = ["--pattern", "M-", "--pattern", "*-", "--d-model", "64", "--vocab-size", "64"]
+    words += ["--device", "cpu"]
     assert decode.run([*words, "--contexts", "16,64", "--steps", "4"], **NONE, console=console) == 0
     said = console.file.getvalue()
     assert "tokens/s" in said
@@ -48,6 +49,16 @@ def test_table():
 def test_mistakes(words, named):
     with pytest.raises(UserError, match=named):
         decode.run(words, **NONE)
+
+
+def test_the_cpu_must_be_asked_for(monkeypatch):
+    def made(*args, **kwargs):
+        raise AssertionError("weights were made")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(decode, "measure", made)
+    with pytest.raises(UserError, match=r"needs a GPU.*--device cpu"):
+        decode.run(["--pattern", "M-x24"], **NONE)
 
 
 @pytest.mark.gpu

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import io
+import signal
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,9 +17,16 @@ from ablate.bench import train as bench
 from ablate.compose import compose
 from ablate.config import load
 from ablate.errors import UserError
+from tests.processes import left_behind
 
 SMALL = ["scale=cpu", "arch.pattern=M*-", "arch.d_model=32", "evaluate.tokens=2000"]
-SMALL += ["data.seq_len=32", "train.batch_size=2", "evaluate.mqar_rows=0", "arch.vocab_size=320"]
+SMALL += [
+    "train.device=cpu",
+    "data.seq_len=32",
+    "train.batch_size=2",
+    "evaluate.mqar_rows=0",
+    "arch.vocab_size=320",
+]
 
 
 def tree_of(words: list[str]) -> dict[str, Any]:
@@ -62,6 +70,35 @@ def test_a_model_that_fails(settings: list[str]) -> None:
 def test_mistakes(words: list[str], sentence: str) -> None:
     with pytest.raises(UserError, match=sentence):
         bench.run(words, tree_of=tree_of)
+
+
+def test_the_cpu_must_be_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    def measured(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("a model was trained")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(bench, "_measure", measured)
+    with pytest.raises(UserError, match=r"needs a GPU.*train\.device=cpu"):
+        bench.run(["mamba2_130m", "--peers", "none"], tree_of=tree_of)
+
+
+PARENT = """
+import sys
+from ablate.bench import train as bench
+from ablate.compose import compose
+
+bench.run(sys.argv[1:], tree_of=lambda words: compose(words).tree)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_the_process_that_trains_ends_with_its_parent(
+    settings: list[str], tmp_path: Path, number: signal.Signals
+) -> None:
+    words = ["mamba2_130m", *settings, "--steps", "100000", "--peers", "none", "--no-cold"]
+    left = left_behind(PARENT, words, number, tmp_path, under_way="**/ablate-*/run")
+    if number == signal.SIGTERM:
+        assert not left
 
 
 def test_every_model_composes_to_its_size() -> None:

@@ -17,11 +17,12 @@ import pytest
 
 from ablate import config
 from ablate.errors import UserError
-from ablate.run import RunFolder, find_runs
+from ablate.run import RunFolder, find_runs, write_json
 from ablate.study.folder import StudyFolder
 from ablate.study.rerun import OTHER_TOLERANCE, compare, kept
 from ablate.study.store import Store
 from ablate.train import train
+from tests.processes import left_behind
 
 from .conftest import start
 
@@ -189,6 +190,21 @@ def test_the_spread_of_reruns_is_their_tolerance(
     assert found.tolerance == {"val_a": 0.0, "val_b": pytest.approx(by_hand, rel=1e-6)}
     assert found.why == "95% bound by 5 reruns"
     assert len(kept(run)) == 6
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_rerun_ends_with_its_parent(make: Any, tmp_path: Path, number: signal.Signals) -> None:
+    tree = real(make, tmp_path, **{"study.grid": {}, "train.tokens": 10**9})
+    run = RunFolder(tmp_path / "run")
+    run.create(config.load(tree).model_dump(mode="json"))
+    write_json(run.path / "result.json", {"train": {"micro_batch": 4}})
+    code = "import sys; from ablate.study.rerun import compare; compare(sys.argv[1])"
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    under_way = "ablate-rerun-*/run/metrics.jsonl"
+    left = left_behind(code, [str(run.path)], number, temporary, under_way)
+    if number == signal.SIGTERM:
+        assert not left
 
 
 @pytest.mark.slow
