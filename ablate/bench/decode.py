@@ -130,11 +130,15 @@ def _architectures(
     return found
 
 
-def _whole(text: str) -> int:
+def _whole(text: str, least: int = 2) -> int:
     value = int(text)
-    if value < 2:
-        raise argparse.ArgumentTypeError(f"{text} must be 2 or more")
+    if value < least:
+        raise argparse.ArgumentTypeError(f"{text} must be {least} or more")
     return value
+
+
+def _rows(text: str) -> int:
+    return _whole(text, 1)
 
 
 def _contexts(text: str) -> list[int]:
@@ -158,7 +162,7 @@ def run(
     parser.add_argument("--d-model", type=_whole, default=512, help="width of the patterns")
     parser.add_argument("--vocab-size", type=_whole, default=50304, help="where none is given")
     parser.add_argument("--contexts", type=_contexts, default=list(CONTEXTS))
-    parser.add_argument("--batch", type=int, default=1, help="sequences at a time")
+    parser.add_argument("--batch", type=_rows, default=1, help="sequences at a time")
     parser.add_argument("--steps", type=_whole, default=64, help="tokens that are timed")
     parser.add_argument("--dtype", choices=DTYPES, help="default: bf16 on a GPU, fp32 on a CPU")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")

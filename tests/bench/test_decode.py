@@ -51,6 +51,14 @@ def test_mistakes(words, named):
         decode.run(words, **NONE)
 
 
+@pytest.mark.parametrize("batch", ["0", "-3"])
+def test_a_batch_has_a_sequence(batch, capsys):
+    with pytest.raises(SystemExit) as ended:
+        decode.run(["--pattern", "M-", "--device", "cpu", "--batch", batch], **NONE)
+    assert ended.value.code == 2
+    assert f"argument --batch: {batch} must be 1 or more" in capsys.readouterr().err
+
+
 def test_the_cpu_must_be_asked_for(monkeypatch):
     def made(*args, **kwargs):
         raise AssertionError("weights were made")
