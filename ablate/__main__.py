@@ -53,7 +53,7 @@ stays, what runs is checkpointed, and the same command continues. Nothing finish
   match=mlp_width       arms made equal in size by what may move (conf/match)
   study.tune.points=5   first a stage that tunes each arm's learning rate
   study.retry=failed    run failed ones again study.folder=DIR    instead of runs/
-  tracker=none          no W&B mirror (default: W&B offline)
+  tracker=none          no W&B mirror (default: W&B offline, or as WANDB_MODE says)
   -m a=1,2 b=3,4        Hydra's own multirun, one plain trial a job
 """,
     "plan": """\

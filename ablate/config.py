@@ -499,10 +499,18 @@ class StudyConfig(Section):
 
 
 class TrackerConfig(Section):
+    """A mirror of the metrics in Weights & Biases.
+
+    WANDB_MODE=disabled in the environment turns it off whatever stands here; else `mode` counts,
+    where it is not null, then WANDB_MODE, and a mirror of which neither says anything is offline.
+    """
+
     kind: Literal["none", "wandb"] = Field(
         "wandb", description="mirror of the metrics; never needed"
     )
-    mode: Literal["offline", "online"] = Field("offline", description="online needs a W&B login")
+    mode: Literal["offline", "online"] | None = Field(
+        None, description="online needs a W&B login; null: WANDB_MODE, or else offline"
+    )
     project: str = Field("ablate", description="W&B project")
     entity: str | None = Field(None, description="W&B team or user")
 

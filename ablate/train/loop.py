@@ -146,6 +146,7 @@ def _lead(cfg: Config, folder: RunFolder, ranks: Ranks, hooks: Hooks) -> dict[st
             if run is not None:
                 run.shrink(cause)
             _end(folder, "failed", generation, cause, run)
+            _close(tracker, folder)
             os._exit(1)
 
         try:
@@ -210,7 +211,7 @@ def _lead(cfg: Config, folder: RunFolder, ranks: Ranks, hooks: Hooks) -> dict[st
         finally:
             found = folder.result()
             ranks.end(found)
-            tracker.finish(found)
+            _close(tracker, folder)
 
 
 def _follow(cfg: Config, ranks: Ranks) -> dict[str, Any]:
@@ -287,6 +288,11 @@ def _end(
         folder.end(state, generation, cause, **figures)
     except OSError:  # a full disk must not hide the cause that is on its way
         return
+
+
+def _close(tracker: Tracker, folder: RunFolder) -> None:
+    status = folder.status()
+    tracker.finish(status["state"], status.get("cause"), folder.result())
 
 
 def _differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
