@@ -51,6 +51,7 @@ from ablate.train.optim import group_table, load_state_tensors, state_tensors
 from ablate.train.peak import peak_flops
 from ablate.train.ranks import Ranks, from_torchrun, ignore_signals, launch
 from ablate.train.schedule import lr_scale
+from ablate.train.step import Reading
 from ablate.train.stop import OUT_OF_MEMORY, Interrupts, Pruned, TrialFailed, cause_of
 from ablate.train.tracker import Tracker
 from ablate.train.validation import RecallScore, TextScore, Validator
@@ -59,6 +60,8 @@ log = logging.getLogger(__name__)
 
 VALIDATIONS = 5  # over the budget, unless train.eval_every says otherwise
 MAX_SKIPPED = 20  # steps in a row that are not finite, after which the run has diverged
+MAX_SKIPPED_LAST = 5  # the same of a run's last steps: whether it would have gone on is not known
+MAX_SKIPPED_SHARE = 0.5  # of all steps: a run that skipped more has not trained on its budget
 REPORT_SECONDS = 0.3  # at most so often on_progress is called between log steps
 CHECKPOINT_SHARE = 0.05  # of the time at most goes into checkpoints
 _LOADED = process_age()  # what this process took to start and to import torch; counted once
@@ -293,6 +296,17 @@ def _end(
 def _close(tracker: Tracker, folder: RunFolder) -> None:
     status = folder.status()
     tracker.finish(status["state"], status.get("cause"), folder.result())
+
+
+def _too_many_skipped(reading: Reading, steps: int, last: bool) -> str | None:
+    """Which steps were skipped, where a run that skipped them has diverged."""
+    if reading.worst_streak >= MAX_SKIPPED:
+        return f"{reading.worst_streak} steps in a row"
+    if last and reading.streak >= MAX_SKIPPED_LAST:
+        return f"the last {reading.streak} steps"
+    if last and reading.skipped > MAX_SKIPPED_SHARE * steps:
+        return f"{reading.skipped} of {steps} steps"
+    return None
 
 
 def _differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
@@ -736,13 +750,15 @@ class _Run:
             "lr": self.lr_scale * self.cfg.train.lr,
         }
         read, timed_tokens = self.stepper.note(), self.timed_tokens
+        last = self.progress >= 1
 
         def write() -> None:
             reading = read()
-            if reading.worst_streak >= MAX_SKIPPED:
+            which = _too_many_skipped(reading, row["step"], last)
+            if which is not None:
                 raise TrialFailed(
-                    f"diverged: {reading.worst_streak} steps in a row had a loss or gradient that "
-                    f"is not finite, up to step {row['step']}"
+                    f"diverged: {which} had a loss or gradient that is not finite, up to step "
+                    f"{row['step']}"
                 )
             seconds = self.clock.now("train")
             tokens = timed_tokens - self.logged_tokens

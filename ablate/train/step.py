@@ -44,6 +44,7 @@ class Reading:
     loss: float  # mean over the steps that were taken; NaN when none was
     grad_norm: float  # of the last step, before clipping
     skipped: int
+    streak: int  # skipped steps in a row up to the last one
     worst_streak: int  # most skipped steps in a row
 
 
@@ -266,8 +267,8 @@ class Stepper:
         def read() -> Reading:
             if event is not None:
                 event.synchronize()
-            total, count, norm, skipped, _, worst = figures.tolist()
-            return Reading(total / count if count else math.nan, norm, int(skipped), int(worst))
+            total, count, norm, *counts = figures.tolist()
+            return Reading(total / count if count else math.nan, norm, *map(int, counts))
 
         return read
 

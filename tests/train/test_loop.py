@@ -325,6 +325,36 @@ def test_many_bad_steps_in_a_row_have_diverged(
     assert folder.status()["step"] >= 10
 
 
+@pytest.mark.parametrize(
+    ("bad", "cause"),
+    [
+        ({3, 4, *range(15, 20)}, "the last 5 steps"),
+        ({*range(2, 8), *range(9, 14)}, "11 of 20 steps"),
+        ({*range(2, 8), *range(9, 13)}, None),  # half of them
+        ({*range(16, 20)}, None),
+    ],
+)
+@pytest.mark.parametrize("log_every", [1, 7])
+def test_a_run_that_ends_in_bad_steps_or_skipped_most_has_diverged(
+    tiny: Make,
+    folder: RunFolder,
+    monkeypatch: pytest.MonkeyPatch,
+    bad: set[int],
+    cause: str | None,
+    log_every: int,
+) -> None:
+    broken_loss(monkeypatch, bad)
+    cfg = tiny(train={"log_every": log_every})
+    if cause is None:
+        assert train(cfg, folder)["train"]["skipped_steps"] == len(bad)
+        return
+    with pytest.raises(TrialFailed, match=f"diverged: {cause} .* up to step 20"):
+        train(cfg, folder)
+    assert folder.status()["state"] == "failed"
+    assert folder.status()["cause"].startswith("diverged")
+    assert folder.result() is None
+
+
 def test_a_full_disk_fails_the_trial_and_leaves_the_checkpoint(
     tiny: Make, folder: RunFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
