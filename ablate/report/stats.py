@@ -32,6 +32,7 @@ from ablate.study.tune import stretch
 Array = NDArray[np.float64]
 NAN = float("nan")
 LEVEL, ALPHA, POWER = 0.95, 0.05, 0.8
+LARGEST = 1e70  # the fourth power of what is larger, the square of a variance, overflows
 
 
 @dataclass(frozen=True)
@@ -223,6 +224,7 @@ def fit_arms(arm: Sequence[Any], seed: Sequence[Any], value: ArrayLike) -> ArmFi
     """Fit value = arm + seed + noise. One element a run; arms keep the order of appearance.
 
     Runs with a value that is not finite must be left out (and reported) by the caller: ValueError.
+    With one beyond `LARGEST` there are means and no noise: zero degrees of freedom, no interval.
     """
     y = np.asarray(value, dtype=np.float64)
     if y.size == 0 or not np.isfinite(y).all():
@@ -242,6 +244,16 @@ def fit_arms(arm: Sequence[Any], seed: Sequence[Any], value: ArrayLike) -> ArmFi
         n_seeds=len(seeds),
         paired=paired,
     )
+    if np.abs(y).max() > LARGEST:  # where a figure is a perplexity, a loss of 170 is enough
+        return fitted(
+            means=X.T @ (y / counts[a]),
+            unscaled=np.diag(1 / counts),
+            sigma=NAN,
+            df=0.0,
+            seed_mean_square=NAN,
+            seed_weight=NAN,
+            arm_mean_square=NAN,
+        )
     plain = X.T @ y / counts
     rss_arm = float(((y - X @ plain) ** 2).sum())
     if not paired:

@@ -268,6 +268,18 @@ def test_an_exact_curve_is_found() -> None:
     assert np.isnan(curve.optimum.low)  # one seed: no interval
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("scale", [1e80, 1e160, 1e307])
+def test_figures_whose_squares_overflow_have_means_and_no_interval(scale: float) -> None:
+    arms, seeds = ["a", "a", "b", "b"], [0, 1, 0, 1]
+    fit = fit_arms(arms, seeds, scale * np.array([1.0, 3.0, 4.0, 16.0]))
+    assert fit.mean("b").value == pytest.approx(10 * scale)
+    difference = fit.difference("b", "a")
+    assert difference.value == pytest.approx(8 * scale)
+    assert np.isnan([difference.low, difference.p, fit.mean("a").high, fit.omnibus()]).all()
+    assert fit.not_worse_than_best() == ["a", "b"]
+
+
 def test_a_curve_that_only_falls_has_its_optimum_at_the_edge() -> None:
     s = np.linspace(0, 0.5, 6)
     arms = [f"{v}" for v in s]
