@@ -313,7 +313,13 @@ def execute(path: Path) -> None:
             "notebooks need nbclient and ipykernel: pip install 'ablate-hybrids[dev]'"
         ) from None
     notebook = nbformat.read(path, as_version=4)
-    client = NotebookClient(notebook, kernel_name="python3", record_timing=False, timeout=600)
+    client = NotebookClient(
+        notebook,
+        kernel_name="python3",
+        record_timing=False,
+        timeout=600,
+        coalesce_streams=True,  # what is printed comes in pieces that clocks decide
+    )
     client.extra_arguments = ["--IPKernelApp.log_level=40"]  # no advice on the way of messages
     client.execute(cwd=str(path.parent))
     notebook.metadata = {"kernelspec": {"name": "python3", "display_name": "Python 3"}}
