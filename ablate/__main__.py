@@ -242,7 +242,7 @@ def _hydra_multirun(args: list[str]) -> int:
 
     plain = [a for a in args if "=" in a and "," not in a]
     load(compose(plain).tree)  # mistakes in one sentence, first
-    register_sweeps()
+    register_sweeps(args)
 
     @hydra.main(version_base="1.3", config_path=str(shipped("conf")), config_name="config")
     def job(cfg: DictConfig) -> float | None:

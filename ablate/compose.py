@@ -112,20 +112,23 @@ def compose(overrides: Sequence[str]) -> Composed:
     return Composed(tree, choices, notes)
 
 
-def register_sweeps() -> dict[str, str]:
+def register_sweeps(words: Sequence[str]) -> None:
     """Make every sweep YAML a choice of the group `sweep`; the user's own shadow the shipped.
 
-    Returns what is wrong with those that cannot be one, by name: a draft that nobody asks for stops
-    nothing.
+    UserError for one that cannot be a choice and that words ask for: a draft stops nothing else.
     """
     folders = (shipped("sweeps"), Path.cwd() / "sweeps")
     paths = [path for folder in folders for path in _yaml_files(folder)]
-    return _register(tuple((path, path.stat().st_mtime_ns) for path in paths))
+    wrong = _register(tuple((path, path.stat().st_mtime_ns) for path in paths))
+    for name in _sweeps_of(words):
+        if name in wrong:
+            raise UserError(wrong[name])
 
 
 @functools.lru_cache(maxsize=1)
 def _register(files: tuple[tuple[Path, int], ...]) -> dict[str, str]:
-    """Files with their times of modification: done again when any is another."""
+    """What is wrong with files, by name. They come with their times of modification: done again
+    when any is another."""
     wrong: dict[str, str] = {}
     store = ConfigStore.instance()
     store.repo.pop("sweep", None)  # what was a sweep before may be none now
@@ -166,10 +169,7 @@ def _sweeps_of(words: Sequence[str]) -> list[str]:
 
 
 def _compose(words: list[str]) -> tuple[dict[str, Any], dict[str, str]]:
-    wrong = register_sweeps()
-    for name in _sweeps_of(words):
-        if name in wrong:
-            raise UserError(wrong[name])
+    register_sweeps(words)
     for name, resolver in _RESOLVERS.items():
         OmegaConf.register_new_resolver(name, _numbers_only(resolver), replace=True)
     GlobalHydra.instance().clear()
@@ -267,9 +267,13 @@ def _of_defaults(words: list[str]) -> str | None:
             _compose(own)
         except UserError as error:
             reason = str(error).partition(". Config search path")[0]
+            if not re.search(
+                "Could not|Multiple values|there is no such group|[Dd]efaults", reason
+            ):
+                continue  # it fails for another reason
             return (
                 f"sweep file {name}.yaml: its 'defaults' cannot be used ({reason}); "
-                "the choice of another group is written as '- override /scale: 14m'"
+                "the choice of another group is written as '- override /data: files'"
             )
     return None
 

@@ -171,21 +171,22 @@ def no_cost(figures: Sequence[Estimate]) -> str:
     return verdict(highest, 0.0).format(high=f"{highest.high:.4f}")
 
 
-def rate_of(study: Study | None) -> str:
-    """How well the rate of a study's best arm is known: 'the best of 4 rates tried with one seed,
-    whose neighbours end 0.0954 and 0.1495 nats higher', or nothing."""
-    if study is None or study.loss is None:
+def rate_of(study: Study | None, rate: float | None) -> str:
+    """How well a learning rate is known by a study of rates: "its rate is the best of 4 tried with
+    1 seed, whose neighbours end 0.148 and 0.095 nats higher", or nothing."""
+    if study is None or study.loss is None or rate is None:
         return ""
     runs = study.analysis.runs
     loss = runs.groupby("lr")["val_b_loss"].mean()
+    tried = f"of {len(loss)} tried with {seed_counts(runs).partition(',')[0]}"
     best = int(np.argmin(loss))
+    if loss.index[best] != rate:
+        return f"its rate is not the best {tried}, {loss.index[best]:.2g}"
     beside = [loss.iloc[i] - loss.iloc[best] for i in (best - 1, best + 1) if 0 <= i < len(loss)]
-    seeds = seed_counts(runs).partition(",")[0]
+    if len(beside) < 2:
+        return f"its rate is the best {tried}, at the edge of them"
     higher = " and ".join(f"{v:.3f}" for v in beside)
-    return (
-        f"the Transformer's rate is the best of {len(loss)} tried with {seeds}, whose neighbours "
-        f"end {higher} nats higher"
-    )
+    return f"its rate is the best {tried}, whose neighbours end {higher} nats higher"
 
 
 def within(study: Study, arms: Sequence[str]) -> str:
@@ -250,8 +251,10 @@ def of_loss(
     follows = verdict(found, size, ROUNDING)
     if size == 0 and all(not e.low > 0 for e in figures):
         said, follows = set(), no_cost(figures)
-        if study.analysis.margin is not None:
-            follows = f"{within(study, arms)} {no_cost(figures).partition(' but ')[2]}"
+        if study.analysis.margin is not None and math.isfinite(found.low):
+            highest = max(e.high for e in figures)
+            cost = f"a cost of up to {highest:.4f} nats is not excluded"
+            follows = f"{within(study, arms)} {cost if highest > 0 else 'a gain, not a cost'}"
     if len(said) > 1:
         same = all(e.value * size > 0 for e in figures)
         follows = f"{'same direction; its size is ' if same else ''}not settled: figures differ"
@@ -404,8 +407,8 @@ def mlp_speed(study: Study | None) -> Row:
     if few.empty or not half or few.idxmin() == half[0]:
         return Row(claim, published, "its arms are not finished", study=study.name)
     arms = [half[0], str(few.idxmin())]
-    speeds = runs.pivot_table(index="seed", columns="arm", values="tokens_per_second")[arms]
-    speeds = speeds.dropna()
+    speeds = runs.pivot_table(index="seed", columns="arm", values="tokens_per_second")
+    speeds = speeds.reindex(columns=arms).dropna()
     if speeds.empty:
         return Row(claim, published, "its arms share no seed", study=study.name)
     more = 100 * (speeds[arms[0]] / speeds[arms[1]] - 1)
@@ -420,8 +423,10 @@ def mlp_speed(study: Study | None) -> Row:
         ours += f", whose runs of one arm differ by {spread:.1f} per cent"
     ours += unlike(study, "half", *arms)
     follows = "decides nothing: seeds differ in sign"
-    if (more > 0).all():
-        follows = "same direction; no interval, as runs differ more by GPU than by seed"
+    if len(speeds) < 2:
+        follows = "decides nothing: one seed"
+    elif (more > 0).all():
+        follows = "same direction; no interval, as it is not seeds alone that differ"
         follows = follows if spread > 1 else "same direction"
     elif (more < 0).all():
         follows = "disagrees: slower"
@@ -688,6 +693,12 @@ def rows(found: dict[str, Study]) -> list[Row]:
         return lambda s: [str(a) for a in s.analysis.arms.index if str(a).endswith(text)]
 
     none, half, behind = (v - eighth for v in (curve[0.0], curve[0.5], TRANSFORMER))
+    rate = ""
+    if mlps is not None:
+        own = mlps.analysis.runs.set_index("arm")["lr"]
+        own = own[own.index.isin(mlps.arms(name="transformer"))]
+        rate = rate_of(found.get("lr_transformer"), None if own.empty else float(own.iloc[0]))
+        rate = rate.replace("its rate", "the Transformer's rate", 1)
     one_for_four = ", ".join(f"{name} {signed(v, 3)}" for name, v in ONE_FOR_FOUR.items())
     near = [share for share, excess in curve.items() if excess < 0.008]
     hybrid = "hybrid, attention_share=0.0833"
@@ -706,8 +717,8 @@ def rows(found: dict[str, Study]) -> list[Row]:
         of_loss(mlps, "A Transformer is behind an 8% hybrid with MLPs",
                 f"{signed(behind, 3)} nats (350M, without MLPs in the hybrid)",
                 behind, lambda s: s.arms(name="transformer"), lambda s: s.arms(name=hybrid),
-                note=rate_of(found.get("lr_transformer"))),
-        passes(mlps, rate_of(found.get("lr_transformer"))),
+                note=rate),
+        passes(mlps, rate),
         mlp_cost(found.get("mlp_ratio")),
         mlp_speed(found.get("mlp_ratio")),
         of_loss(found.get("gqa"), "Grouped queries cost almost nothing (two key/value heads)",

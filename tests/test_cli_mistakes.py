@@ -204,6 +204,8 @@ def test_stray_files_in_sweeps_stop_nothing(tmp_path, monkeypatch, capsys) -> No
         said = capsys.readouterr().err
         assert said.startswith(f"ablate: sweep file {name}.yaml is not valid YAML: ")
         assert said.count("\n") == 1
+    assert main(["-m", "+sweep=draft,mine", "scale=cpu"]) == 2
+    assert capsys.readouterr().err.startswith("ablate: sweep file draft.yaml is not valid YAML: ")
     (folder / "draft.yaml").write_text("study: {name: draft}\n")
     assert compose(["+sweep=draft", "scale=cpu"]).tree["study"]["name"] == "draft"
 
@@ -213,7 +215,8 @@ def test_stray_files_in_sweeps_stop_nothing(tmp_path, monkeypatch, capsys) -> No
     [
         ("- a\n- b\n", "sweep file mine.yaml is a list; it must be names with values"),
         ("defaults: [scale: 14m]", "(sweep/scale=14m: there is no such group)"),
-        ("defaults: [/scale: 14m]", "written as '- override /scale: 14m'"),
+        ("defaults: [/scale: 14m]", "written as '- override /data: files'"),
+        ("defaults: [override /data: files]\ntrain: {lr: '${arch.dd}'}", "'arch.dd' not found"),
         ("defaults: [other]", "(In 'sweep/mine': Could not load 'sweep/other')"),
         ("defaults: 3", "sweep file mine.yaml: its 'defaults' cannot be used"),
     ],
@@ -225,6 +228,7 @@ def test_a_sweep_file_that_cannot_be_one(text, named, tmp_path, monkeypatch) -> 
     with pytest.raises(UserError) as error:
         compose(["+sweep=mine", "scale=cpu"])
     assert named in str(error.value)
+    assert ("'defaults' cannot be used" in str(error.value)) == (": " in text and "dd" not in text)
     (tmp_path / "sweeps" / "mine.yaml").write_text("defaults: [override /data: files]")
     assert compose(["+sweep=mine", "scale=cpu"]).tree["data"]["source"] == "files"
 

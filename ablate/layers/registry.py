@@ -33,6 +33,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from torch import nn
+
 from ablate.config import ArchConfig
 from ablate.errors import UserError
 from ablate.layers.attention import Attention, AttentionOptions, SlidingAttentionOptions
@@ -114,26 +116,32 @@ def register(kind: Kind) -> None:
 
 def _check_contract(kind: Kind) -> None:
     for name, (counts, written) in _CONTRACT.items():
-        method = getattr(kind.options, name, None)
+        method = inspect.getattr_static(kind.options, name, None)
+        bound = isinstance(method, staticmethod | classmethod)
+        called = getattr(kind.options, name) if bound else method
         try:
             for count in counts:
-                inspect.signature(method).bind(None, *range(count))  # type: ignore[arg-type]
-        except TypeError:
+                inspect.signature(called).bind(*range(count + (not bound)))
+        except (TypeError, ValueError):
             raise UserError(
                 f"layer kind '{kind.name}': {kind.options.__name__} must have {name}{written}"
             ) from None
     for name in ("forward", "init_state", "step"):
-        if not callable(getattr(kind.module, name, None)):
+        method = getattr(kind.module, name, None)
+        if not callable(method) or method is nn.Module.forward:
             raise UserError(f"layer kind '{kind.name}': {kind.module.__name__} must have {name}")
 
 
+def own_modules(letters: Iterable[str]) -> list[str]:
+    """Names of the modules outside this package that the kinds of `letters` come from."""
+    found = {KINDS[letter].module.__module__ for letter in letters}
+    return sorted(name for name in found if name.split(".")[0] != __name__.split(".")[0])
+
+
 def own_sources(letters: Iterable[str]) -> dict[str, str]:
-    """Modules outside this package that the kinds of `letters` come from, by name, with a digest
-    of each one's source ("unknown" where there is none to read)."""
+    """`own_modules` with a digest of each one's source ("unknown" where there is none to read)."""
     found = {}
-    for module in sorted({KINDS[letter].module.__module__ for letter in letters}):
-        if module.split(".")[0] == __name__.split(".")[0]:
-            continue
+    for module in own_modules(letters):
         try:
             source = inspect.getsource(sys.modules[module])
         except (OSError, TypeError, KeyError):

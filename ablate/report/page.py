@@ -257,7 +257,7 @@ def _differences(analysis: Analysis, table: pd.DataFrame) -> str:
     if not parts:
         return ""
     apart = ""
-    if "only</th>" in "".join(parts):
+    if table["items_low"].notna().any():
         apart = (
             " Intervals over other documents only are those of these trained models: the noise of "
             "seeds, which others would have, is not in them."

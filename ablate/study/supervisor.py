@@ -158,6 +158,7 @@ class _Supervisor:
         if self.cfg.study.tune.points:
             self.arms, self.cells = self.cells, space.tuning(self.cfg, self.cells)
         self.folder = StudyFolder(Path(self.cfg.study.folder).expanduser() / self.cfg.study.name)
+        self.there = self.folder.path.is_dir()
         self.selector = selectors.DefaultSelector()
         self.display = Display(self.console, self.cfg.study.name)
         self.started = time.monotonic()
@@ -202,7 +203,7 @@ class _Supervisor:
 
     def _open_folder(self) -> FileLock:
         """Write the study's index and bring Optuna up to date; the lock of this worker."""
-        if self.done or self.pruned or self.causes:
+        if self.there:
             self.folder.check()  # what was read there is not there any more
         try:
             worker, lock = self.folder.worker()

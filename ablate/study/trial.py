@@ -30,7 +30,7 @@ from ablate.data.tokenizer import Tokenizer
 from ablate.data.tokenizer import load as load_tokenizer
 from ablate.errors import UserError
 from ablate.evaluate.trial import check as check_evaluation
-from ablate.layers.registry import KINDS, own_sources
+from ablate.layers.registry import KINDS, own_modules
 from ablate.run import RunFolder
 from ablate.train import checkpoint
 from ablate.train.budget import Budget
@@ -109,7 +109,7 @@ def key(cfg: Config, architecture: Architecture) -> str:
     """
     science = config.science(cfg)
     science["arch"] = architecture.canonical()
-    if modules := list(own_sources(architecture.letters)):
+    if modules := own_modules(architecture.letters):
         science["arch"]["modules"] = modules  # another one may have its letters, names and options
     if cfg.train.branch_from is not None:
         science["train"]["branch_from"] = Path(cfg.train.branch_from).name  # its key; it may move

@@ -149,7 +149,7 @@ def _lead(cfg: Config, folder: RunFolder, ranks: Ranks, hooks: Hooks) -> dict[st
             if run is not None:
                 run.shrink(cause)
             _end(folder, "failed", generation, cause, run)
-            _close(tracker, folder)
+            _close(tracker, folder, generation)
             os._exit(1)
 
         try:
@@ -214,7 +214,7 @@ def _lead(cfg: Config, folder: RunFolder, ranks: Ranks, hooks: Hooks) -> dict[st
         finally:
             found = folder.result()
             ranks.end(found)
-            _close(tracker, folder)
+            _close(tracker, folder, generation)
 
 
 def _follow(cfg: Config, ranks: Ranks) -> dict[str, Any]:
@@ -293,9 +293,12 @@ def _end(
         return
 
 
-def _close(tracker: Tracker, folder: RunFolder) -> None:
+def _close(tracker: Tracker, folder: RunFolder, generation: int) -> None:
     status = folder.status()
-    tracker.finish(status["state"], status.get("cause"), folder.result())
+    if status.get("generation") == generation:
+        tracker.finish(status["state"], status.get("cause"), folder.result())
+    else:  # another process goes on with the run, and with its mirror
+        tracker.finish("running")
 
 
 def _too_many_skipped(reading: Reading, steps: int, last: bool) -> str | None:
@@ -695,7 +698,12 @@ class _Run:
             "attention": forms,
             "parameter_groups": self.group_rows,
         }
-        if sources := own_sources(self.arch.letters):
+        before = self.folder.environment().get("layers") or {}
+        sources = own_sources(self.arch.letters)
+        for name, digest in sources.items():  # all that worked on it, as of commits
+            made = str(before.get(name) or digest).split(", ")
+            sources[name] = ", ".join(dict.fromkeys([*made, digest]))
+        if sources:
             more["layers"] = sources
         self.folder.write_environment({**surroundings, "commits": commits, "data": data, **more})
         definition = self.token_set.tokenizer.definition

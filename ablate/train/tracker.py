@@ -36,6 +36,7 @@ class Tracker:
     def __init__(self, cfg: Config, folder: RunFolder) -> None:
         self._queue: queue.SimpleQueue[Mapping[str, Any] | None] = queue.SimpleQueue()
         self._summary: dict[str, Any] = {}
+        self._failed = False
         self._thread: threading.Thread | None = None
         if cfg.tracker.kind == "wandb" and mode(cfg) != "disabled":
             self._thread = threading.Thread(
@@ -51,11 +52,14 @@ class Tracker:
     def finish(
         self, state: State, cause: str | None = None, result: Mapping[str, Any] | None = None
     ) -> None:
-        """Close the mirror, with how the run ended and its result as the summary; W&B calls a run
-        that is neither done nor pruned failed. Waits at most FINISH_SECONDS."""
+        """Close the mirror, with how the run ended and its result as the summary, unless another
+        process goes on with it ("running"); W&B calls a run that is neither done nor pruned failed.
+        Waits at most FINISH_SECONDS."""
         if self._thread is None:
             return
-        self._summary = {"state": state, "cause": cause, **dict(flatten(result or {}))}
+        self._failed = state not in ("done", "pruned", "running")
+        if state != "running":
+            self._summary = {"state": state, "cause": cause, **dict(flatten(result or {}))}
         self._queue.put(None)
         self._thread.join(FINISH_SECONDS)
         if self._thread.is_alive():
@@ -69,7 +73,7 @@ class Tracker:
             while (row := self._queue.get()) is not None:
                 run.log(dict(row))
             run.summary.update(self._summary)
-            run.finish(exit_code=int(self._summary["state"] not in ("done", "pruned")))
+            run.finish(exit_code=int(self._failed))
         except BaseException as error:  # W&B raises all kinds, SystemExit included
             message = str(error).strip().splitlines() or [""]
             log.warning("W&B mirror is off: %s: %s", type(error).__name__, message[0])

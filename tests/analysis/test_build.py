@@ -349,7 +349,18 @@ for on_a in (0.1, 4.0):  # the worse of both counts
     study = N(loss=N(fit=fit(3.0)), on_a=fit(on_a), analysis=N(margin=0.015))
     print(findings.within(study, ["a", "b"]))
 rates = pd.DataFrame(dict(arm=list("abcd"), seed=0, lr=[1, 2, 3, 4], val_b_loss=[3.7, 3.5, 3.6, 4]))
-print(findings.rate_of(N(loss=1, analysis=N(runs=rates))), repr(findings.rate_of(None)))
+for rate in (2, 3, None):
+    print(findings.rate_of(N(loss=1, analysis=N(runs=rates)), rate) or "-")
+rates["lr"] = [2, 1, 3, 4]
+print(findings.rate_of(N(loss=1, analysis=N(runs=rates)), 1))
+def row(low, high, margin=0.015):
+    e = findings.Estimate((low + high) / 2, low=low, high=high)
+    fit = N(arms=["a", "b"], equivalence=lambda a, b, m: N(p=0.2), difference=lambda a, b: e)
+    study = N(name="s", loss=N(fit=fit), on_a=None, analysis=N(margin=margin), keys=lambda a: "k")
+    findings.unlike = lambda *_: ""
+    return findings.of_loss(study, "c", "p", 0.0, lambda s: ["a"], lambda s: ["b"]).follows
+for low, high in ((-0.1, 0.1), (-0.01, 0.02), (-0.03, -0.01), (-float("inf"), float("inf"))):
+    print(row(low, high))
 E = lambda low, high: findings.Estimate((low + high) / 2, low=low, high=high)
 def twin(name, e):
     fit = N(arms=["a", "b"], difference=lambda a, b: e)
@@ -367,20 +378,39 @@ arms = runs.groupby("arm").first()
 half = lambda mlp_of_layers: ["mlp=0.5"]
 study = N(name="mlp_ratio", analysis=N(runs=runs, arms=arms), arms=half, keys=lambda arms: "k")
 print(findings.mlp_speed(study).ours, "|", findings.mlp_speed(study).follows)
+study.analysis.runs = runs[runs["seed"] == 0]
+print(findings.mlp_speed(study).follows)
+known = runs["tokens_per_second"].where(runs["arm"] == "mlp=0.5")
+study.analysis.runs = runs.assign(tokens_per_second=known)
+print(findings.mlp_speed(study).ours)
 """
     said = build(root, f"exec({code!r})")
+    unequal = (
+        "decides nothing: not shown equal within the study's margin of 0.015 nats (p = 0.2), and a "
+        "cost of up to"
+    )
     assert said.stdout.splitlines() == [
         "equal within the study's margin of 0.015 nats (p = 0.045);",
         "decides nothing: not shown equal within the study's margin of 0.015 nats (p = 0.06), and",
-        "the Transformer's rate is the best of 4 tried with 1 seed, whose neighbours end 0.200 and "
-        "0.100 nats higher ''",
+        "its rate is the best of 4 tried with 1 seed, whose neighbours end 0.200 and 0.100 nats "
+        "higher",
+        "its rate is not the best of 4 tried with 1 seed, 2",
+        "-",
+        "its rate is the best of 4 tried with 1 seed, at the edge of them",
+        f"{unequal} 0.1000 nats is not excluded",
+        f"{unequal} 0.0200 nats is not excluded",
+        "decides nothing: not shown equal within the study's margin of 0.015 nats (p = 0.2), and a "
+        "gain, not a cost",
+        "decides nothing: one seed",
         "; by other code −0.0600 (−0.0700 to −0.0500) (commit 75d3558, H100)",
         "; by other code −0.0600 (−0.0700 to −0.0500) (commit 75d3558, H100): the direction is "
         "settled, the size is not",
         "; by other code −0.0600 (−0.0700 to −0.0500) (commit 75d3558, H100): the size is not",
         "+20.0, +21.0, +25.0 per cent in tokens/s against 10% MLPs, by seed, on H200, whose runs "
-        "of one arm differ by 4.2 per cent | same direction; no interval, as runs differ more by "
-        "GPU than by seed",
+        "of one arm differ by 4.2 per cent | same direction; no interval, as it is not seeds alone "
+        "that differ",
+        "decides nothing: one seed",
+        "its arms share no seed",
     ], said.stderr
 
 

@@ -9,11 +9,13 @@ import pytest
 import torch
 
 from ablate.arch import Architecture
-from ablate.config import ArchConfig
+from ablate.config import ArchConfig, load
 from ablate.errors import UserError
 from ablate.layers import KINDS, registry
 from ablate.model import LanguageModel, param_groups
+from ablate.run import RunFolder
 from ablate.study.trial import resolve
+from ablate.train import train
 
 LAYER = '''
 from dataclasses import dataclass
@@ -149,6 +151,11 @@ def test_a_module_imported_before_is_taken():
         (LAYER.replace("dtype_bytes=2", "b"), "AverageOptions must have state_bytes(T, bytes=2)"),
         (LAYER.replace("def flops(", "def flop("), "AverageOptions must have flops(T)"),
         (LAYER.replace("def step(", "def stop("), "Average must have step"),
+        (LAYER.replace("def forward(", "def forwards("), "Average must have forward"),
+        (
+            LAYER.replace("    def num_params(self):", "    num_params = 3\n    def n(self):"),
+            "num_params()",
+        ),
     ],
 )
 def test_mistakes_name_the_field_and_the_module(package, text, words):
@@ -180,6 +187,31 @@ def test_parameters_are_counted_as_they_are(package):
         UserError, match=r"AverageOptions\.num_params\(\) is 576, but Average has 384"
     ):
         LanguageModel(arch)
+
+
+def test_methods_may_be_static(package):
+    text = LAYER.replace(
+        "    def elementwise_flops(self, T):\n        return 2 * T * self.rank",
+        "    @staticmethod\n    def elementwise_flops(T):\n        return 2 * T",
+    )
+    assert "@staticmethod" in text
+    (package / "my_layer.py").write_text(text)
+    assert Architecture.from_config(config(), 128).cost(8).elementwise_flops > 0
+
+
+def test_a_run_that_goes_on_with_another_source_has_both(package, tmp_path, monkeypatch):
+    tree = {
+        "arch": {"pattern": "W-", "d_model": 16, "layers": ["my_pkg.my_layer"]},
+        "train": {"tokens": 256, "batch_size": 2, "device": "cpu"},
+        "data": {"seq_len": 32},
+        "tracker": {"kind": "none"},
+    }
+    folder = RunFolder(tmp_path / "run")
+    folder.create(tree)
+    folder.write_environment({"layers": {"my_pkg.my_layer": "older"}})
+    train(load(tree), folder)
+    told = folder.environment()["layers"]["my_pkg.my_layer"]
+    assert told == f"older, {registry.own_sources('W')['my_pkg.my_layer']}"
 
 
 def test_what_its_source_was_is_known(package):

@@ -20,6 +20,7 @@ import pytest
 from rich.console import Console
 
 from ablate.layers.registry import KINDS
+from ablate.report import plots
 from ablate.report.confounds import confounds
 from ablate.report.frames import load_details, load_metrics, load_study
 from ablate.report.page import summary, write_report
@@ -199,7 +200,18 @@ def test_one_arm_compares_with_nothing(synthetic: ModuleType, tmp_path: Path) ->
     assert "Fewer than two arms" in Page(write_report(path)).text
 
 
-def test_a_planted_curve_is_read_off(synthetic: ModuleType, tmp_path: Path) -> None:
+def curves_drawn(path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Dashed and dotted lines in the figure of outcomes."""
+    figures = []
+    monkeypatch.setattr(plots, "save", lambda figure, *_: figures.append(figure))
+    plots.plot_outcomes(analyse(load_study(path)), folder)
+    (figure,) = figures
+    return sum(line.get_linestyle() in ("--", ":") for line in figure.axes[0].lines)
+
+
+def test_a_planted_curve_is_read_off(
+    synthetic: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     shares = np.array([0, 1, 2, 3, 4, 6, 8, 12]) / 24
     path = synthetic.write_study(
         tmp_path / "curve",
@@ -216,9 +228,12 @@ def test_a_planted_curve_is_read_off(synthetic: ModuleType, tmp_path: Path) -> N
     assert found
     assert all(10 <= float(share) <= 17 for share in found.groups())
     assert "Dashed: " in write_report(path).read_text()
+    assert curves_drawn(path, tmp_path, monkeypatch) == 2
 
 
-def test_no_curve_is_drawn_through_noise(synthetic: ModuleType, tmp_path: Path) -> None:
+def test_no_curve_is_drawn_through_noise(
+    synthetic: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = synthetic.write_study(
         tmp_path / "noise",
         shares=[n / 24 for n in (0, 1, 2, 3, 4, 6, 8, 12)],
@@ -233,6 +248,7 @@ def test_no_curve_is_drawn_through_noise(synthetic: ModuleType, tmp_path: Path) 
     assert comparison.curves
     assert comparison.fit.omnibus() > 0.05
     assert "Dashed: " not in write_report(path).read_text()
+    assert curves_drawn(path, tmp_path, monkeypatch) == 0
 
 
 def test_a_gain_before_the_first_share_has_a_set_of_the_best_and_no_curve(

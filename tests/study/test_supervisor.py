@@ -18,6 +18,7 @@ from optuna.trial import TrialState
 from ablate import config
 from ablate.data import prepare
 from ablate.errors import UserError
+from ablate.run import write_json
 from ablate.study import space, supervisor
 from ablate.study.folder import StudyFolder
 from ablate.study.status import frame
@@ -211,13 +212,18 @@ def test_a_folder_that_is_moved_while_the_study_runs_is_not_made_again(
     assert run(tree, console).exit_code == 0
 
 
+@pytest.mark.parametrize("interrupted", [False, True])
 def test_a_folder_that_is_moved_while_the_text_is_prepared_is_not_made_again(
-    make: Any, console: Any, monkeypatch: pytest.MonkeyPatch
+    make: Any, console: Any, monkeypatch: pytest.MonkeyPatch, interrupted: bool
 ) -> None:
     tree = make()
     assert run(tree, console).exit_code == 0
     tree["study"]["seeds"] = [0, 1]
     there = folder_of(tree).path
+    if interrupted:  # nothing has ended there, but there is something to go on with
+        for file in there.rglob("result.json"):
+            file.unlink()
+            write_json(file.with_name("status.json"), {"state": "interrupted", "generation": 1})
     moved = there.with_name("elsewhere")
     monkeypatch.setattr(supervisor, "prepare", lambda data: (prepare(data), there.rename(moved))[0])
     with pytest.raises(UserError, match="is gone"):

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from ablate.run import RunFolder, write_json
+from ablate.run import RunFolder, StaleWriter, write_json
 from ablate.train import tracker, train
 from ablate.train.stop import Pruned, TrialFailed
 from ablate.train.tracker import Tracker, label
@@ -105,6 +105,21 @@ def test_a_run_that_is_not_done_has_failed_with_its_cause(
         train(tiny(tracker=MIRROR), RunFolder(tmp_path / "run"), should_prune=end)
     assert run.summary == {"state": state, "cause": cause}
     assert run.exit_code == (state != "pruned")
+
+
+def test_a_writer_that_was_replaced_leaves_the_mirror_to_the_next(
+    tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, folder = FakeRun(), RunFolder(tmp_path / "run")
+    install(monkeypatch, run)
+
+    def replace(step: int, loss: float) -> bool:
+        folder.begin()
+        return False
+
+    with pytest.raises(StaleWriter):
+        train(tiny(tracker=MIRROR), folder, should_prune=replace)
+    assert (run.exit_code, run.summary) == (0, {})
 
 
 @pytest.mark.parametrize(
