@@ -171,7 +171,7 @@ def no_cost(figures: Sequence[Estimate]) -> str:
     return verdict(highest, 0.0).format(high=f"{highest.high:.4f}")
 
 
-def rate_of(study: Study | None, rate: float | None) -> str:
+def rate_of(study: Study | None, rate: float | None, whose: str = "its") -> str:
     """How well a learning rate is known by a study of rates: "its rate is the best of 4 tried with
     1 seed, whose neighbours end 0.148 and 0.095 nats higher", or nothing."""
     if study is None or study.loss is None or rate is None:
@@ -181,12 +181,12 @@ def rate_of(study: Study | None, rate: float | None) -> str:
     tried = f"of {len(loss)} tried with {seed_counts(runs).partition(',')[0]}"
     best = int(np.argmin(loss))
     if loss.index[best] != rate:
-        return f"its rate is not the best {tried}, {loss.index[best]:.2g}"
+        return f"{whose} rate is not the best {tried}, {loss.index[best]:.2g}"
     beside = [loss.iloc[i] - loss.iloc[best] for i in (best - 1, best + 1) if 0 <= i < len(loss)]
     if len(beside) < 2:
-        return f"its rate is the best {tried}, at the edge of them"
+        return f"{whose} rate is the best {tried}, at the edge of them"
     higher = " and ".join(f"{v:.3f}" for v in beside)
-    return f"its rate is the best {tried}, whose neighbours end {higher} nats higher"
+    return f"{whose} rate is the best {tried}, whose neighbours end {higher} nats higher"
 
 
 def within(study: Study, arms: Sequence[str]) -> str:
@@ -697,8 +697,8 @@ def rows(found: dict[str, Study]) -> list[Row]:
     if mlps is not None:
         own = mlps.analysis.runs.set_index("arm")["lr"]
         own = own[own.index.isin(mlps.arms(name="transformer"))]
-        rate = rate_of(found.get("lr_transformer"), None if own.empty else float(own.iloc[0]))
-        rate = rate.replace("its rate", "the Transformer's rate", 1)
+        tried = None if own.empty else float(own.iloc[0])
+        rate = rate_of(found.get("lr_transformer"), tried, "the Transformer's")
     one_for_four = ", ".join(f"{name} {signed(v, 3)}" for name, v in ONE_FOR_FOUR.items())
     near = [share for share, excess in curve.items() if excess < 0.008]
     hybrid = "hybrid, attention_share=0.0833"

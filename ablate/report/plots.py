@@ -94,8 +94,9 @@ def plot_outcomes(analysis: Analysis, folder: Path) -> Plot | None:
             if first.has_interval
             else f"{first.too_few}: single runs, without intervals."
         )
-        if _differ(first) and first.curves:
-            caption += f" Dashed: {first.curves[0].formula}; dotted: {first.curves[1].formula}."
+        if first.told_curves:
+            dashed, dotted = first.told_curves
+            caption += f" Dashed: {dashed.formula}; dotted: {dotted.formula}."
             if first.flat() is not None:
                 caption += " Shaded: shares that the curves cannot tell from the best."
         return save(figure, folder, "outcomes", alt, caption)
@@ -146,11 +147,6 @@ class _Layout:
             ax.xaxis.set_minor_locator(NullLocator())
 
 
-def _differ(comparison: Comparison) -> bool:
-    """Whether arms differ at all: a curve through noise has an optimum too."""
-    return comparison.fit.omnibus() < 0.05
-
-
 def _outcome(ax: Axes, analysis: Analysis, comparison: Comparison, lay: _Layout) -> None:
     metric, fit = comparison.metric, comparison.fit
     runs = analysis.runs
@@ -184,7 +180,7 @@ def _outcome(ax: Axes, analysis: Analysis, comparison: Comparison, lay: _Layout)
         x = [lay.at(arm) for arm in arms]
         means = [fit.mean(arm) for arm in arms]
         y = [m.value for m in means]
-        if analysis.axis.numeric and not (comparison.curves and _differ(comparison)):
+        if analysis.axis.numeric and not comparison.told_curves:
             ax.plot(x, y, color=colour, alpha=0.55, linewidth=1.1, zorder=1)
         bars = None
         if comparison.has_interval:
@@ -202,14 +198,12 @@ def _outcome(ax: Axes, analysis: Analysis, comparison: Comparison, lay: _Layout)
             zorder=3,
             label=name or None,
         )
-    for curve, dash in zip(
-        comparison.curves if _differ(comparison) else [], ("--", ":"), strict=False
-    ):
+    for curve, dash in zip(comparison.told_curves, ("--", ":"), strict=False):
         places = [lay.x[arm] for arm in comparison.drawn]
         s = np.linspace(min(places), max(places), 300)
         ax.plot(s, curve(s), dash, color="#555555", linewidth=1.0, zorder=1)
     flat = comparison.flat()
-    if flat is not None and _differ(comparison):
+    if flat is not None and comparison.told_curves:
         ax.axvspan(*flat, color=BLUE, alpha=0.08, linewidth=0, zorder=0)
     ax.set_ylabel("validation loss (nats a token)" if metric is LOSS else metric.name)
     if metric.percent:

@@ -143,6 +143,11 @@ class Comparison:
         return "Too few seeds that arms share" if several else "One seed an arm"
 
     @property
+    def told_curves(self) -> list[Curve]:
+        """The curves, where arms differ at all: one through noise has an optimum too."""
+        return self.curves if self.fit.omnibus() < 0.05 else []
+
+    @property
     def doubt(self) -> str:
         """Why the curves decide nothing; empty where they do."""
         return next((c.doubt for c in self.curves if c.doubt), "")
@@ -595,7 +600,7 @@ def _best(analysis: Analysis, comparison: Comparison) -> list[Verdict]:
             f"The {word} {metric.name.lower()} is at the edge of the values tried: the optimum may"
         )
         lines.append(Verdict("limit", f"{text} lie beyond {analysis.short(best)}."))
-    if comparison.curves and fit.omnibus() < 0.05:
+    if comparison.told_curves:
         lines.append(Verdict("result", curve_sentence(comparison)))
     return lines
 

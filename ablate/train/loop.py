@@ -686,8 +686,10 @@ class _Run:
         return found
 
     def describe(self, surroundings: dict[str, Any]) -> None:
-        """Write environment.json; a resumed run remembers the commits that worked on it."""
-        commits = list(self.folder.environment().get("commits", []))
+        """Write environment.json; a resumed run remembers the commits that worked on it, and
+        the sources of own layers."""
+        before = self.folder.environment()
+        commits = list(before.get("commits", []))
         if surroundings["commit"] not in commits:
             commits.append(surroundings["commit"])
         meta = self.token_set.meta
@@ -698,13 +700,10 @@ class _Run:
             "attention": forms,
             "parameter_groups": self.group_rows,
         }
-        before = self.folder.environment().get("layers") or {}
-        sources = own_sources(self.arch.letters)
-        for name, digest in sources.items():  # all that worked on it, as of commits
-            made = str(before.get(name) or digest).split(", ")
-            sources[name] = ", ".join(dict.fromkeys([*made, digest]))
-        if sources:
-            more["layers"] = sources
+        layers = before.get("layers") or {}
+        for name, digest in own_sources(self.arch.letters).items():
+            made = [*layers[name].split(", "), digest] if name in layers else [digest]
+            more.setdefault("layers", {})[name] = ", ".join(dict.fromkeys(made))
         self.folder.write_environment({**surroundings, "commits": commits, "data": data, **more})
         definition = self.token_set.tokenizer.definition
         if self.cfg.train.keep != "none" and definition is not None:
