@@ -55,6 +55,8 @@ class Case:
     must: tuple[float | None, float | None] = (None, None)
     tuning: tuple[str, ...] = ()
     """peers whose backward pass tunes itself for many minutes, and is left out unless asked for"""
+    less: tuple[Callable[[int, int], Inputs], Function] | None = None
+    """inputs and function of what `ours` does besides the operation: its times are taken off"""
 
 
 @dataclass
@@ -406,34 +408,57 @@ def _core_inputs(batch: int, length: int, heads: int = 24) -> Inputs:
 
 
 def _layer_inputs(batch: int, length: int, heads: int = 24, width: int = 768) -> Inputs:
-    return _core_inputs(batch, length, heads) | {
-        "projection": _randn(width, 64 * heads, scale=(64 * heads) ** -0.5),
+    return _core_inputs(batch, length, heads) | _projected(batch, length, heads, width)
+
+
+def _projected_inputs(batch: int, length: int, heads: int = 24, width: int = 768) -> Inputs:
+    return {"y": _randn(batch, length, 64 * heads)} | _projected(batch, length, heads, width)
+
+
+def _projected(batch: int, length: int, heads: int, width: int) -> Inputs:
+    inner = 64 * heads
+    return {
+        "projection": _randn(width, inner, scale=inner**-0.5, dtype=torch.float32),
         "residual": _randn(batch, length, width, dtype=torch.float32),
         "next_norm": _randn(width, dtype=torch.float32),
     }
 
 
-def _layer(core: Any, add: Any, apart: bool, t: Inputs) -> Any:
-    """All of a Mamba-2 layer after its in-projection, with the norm that follows; apart: as it is
-    trained."""
+def _layer(apart: bool, exact: bool, t: Inputs) -> Any:
+    """A Mamba-2 layer after its in-projection, with the norm that follows; apart: as it is trained,
+    the core's norm divides where the residual is added. exact: by the definitions."""
+    kernels = importlib.import_module("ablate.kernels")
     names = ["zxbcdt", "conv_weight", "conv_bias", "dt_bias", "A_log", "D", "norm_weight"]
     options: dict[str, Any] = {"head_dim": 64, "n_groups": 1, "d_state": 128}
+    options |= {"backend": "reference"} if exact else {}
     inputs, projection = [t[n] for n in names], t["projection"]
-    if not apart:
-        out, more = F.linear(core(*inputs, **options), projection), {}
-    else:
-        out, squares = core(*inputs, **options, projection_DI=projection)
-        more = {"squares_xS": squares, "squares_of": projection.shape[-1]}
-    return add(out, t["next_norm"], residual=t["residual"], **more)
+    with torch.autocast("cuda", torch.bfloat16, enabled=not exact):
+        if not apart:
+            out = kernels.linear(kernels.mamba2_core(*inputs, **options), projection)
+            more: dict[str, Any] = {}
+        else:
+            out, squares = kernels.mamba2_core(*inputs, **options, projection_DI=projection)
+            more = {"squares_xS": squares, "squares_of": projection.shape[-1]}
+        more |= {"backend": "reference"} if exact else {}
+        return kernels.rms_norm(out, t["next_norm"], residual=t["residual"], **more)
 
 
-def _layers(apart: bool) -> tuple[Function, Function]:
-    norm = importlib.import_module("ablate.kernels.norm")
-    core = importlib.import_module("ablate.kernels.mamba2_core")
-    return (
-        partial(_layer, core.mamba2_core, norm.rms_norm, apart),
-        partial(_layer, core.mamba2_core_reference, norm.rms_norm_reference, apart),
-    )
+def _without_core(t: Inputs) -> Any:
+    """What `_layer` does after the core: cuBLAS's product, the residual and the norm."""
+    kernels = importlib.import_module("ablate.kernels")
+    with torch.autocast("cuda", torch.bfloat16):
+        out = kernels.linear(t["y"], t["projection"])
+        return kernels.rms_norm(out, t["next_norm"], residual=t["residual"])
+
+
+def _layer_case(
+    size: str, batch: int, must: float | None = None, apart: bool = False, **options: int
+) -> Case:
+    return Case(
+        "mamba2_core", size, batch, 2048, partial(_layer_inputs, **options),
+        partial(_layer, apart, False), partial(_layer, apart, True), dict, must=(None, must),
+        less=(partial(_projected_inputs, **options), _without_core),
+    )  # fmt: skip
 
 
 def _core_peers() -> dict[str, Function]:
@@ -537,14 +562,11 @@ def _cases() -> list[Case]:
              (None, None), (None, 1.0)),
         Case("mamba2_core", "B=32 L=2048 width 288", 32, 2048, partial(_core_inputs, heads=9),
              *core, none),
-        Case("Mamba-2 layer, projected", "width 768, norm within", 16, 2048, _layer_inputs,
-             *_layers(apart=False), none),
-        Case("Mamba-2 layer, projected", "width 768, norm apart", 16, 2048, _layer_inputs,
-             *_layers(apart=True), none),
-        Case("Mamba-2 layer, projected", "width 288, norm within", 32, 2048,
-             partial(_layer_inputs, heads=9, width=288), *_layers(apart=False), none),
-        Case("Mamba-2 layer, projected", "width 288, norm apart", 32, 2048,
-             partial(_layer_inputs, heads=9, width=288), *_layers(apart=True), none),
+        # the whole layer less its projection and the norm after it
+        _layer_case("in a layer, width 768", 16, 1.0),
+        _layer_case("in a layer as trained, width 768", 16, 1.0, apart=True),
+        _layer_case("in a layer, width 288", 32, heads=9, width=288),
+        _layer_case("in a layer as trained, width 288", 32, apart=True, heads=9, width=288),
         Case("attention", "window 2048 H=12 P=64", 8, 4096,
              partial(_window_inputs, heads=12, head_dim=64, window=2048), *window, _window_peers,
              (0.20, 0.69), (0.45, 1.85)),
@@ -695,40 +717,58 @@ def _measure(case: Case, who: str, fn: Function, milliseconds: int, tune: bool =
 
 
 def _timed(case: Case, who: str, fn: Function, milliseconds: int, backward: bool) -> Row:
-    from triton.testing import do_bench
-
     row = Row(case.operation, case.size, who, floor=case.floor, must=case.must)
     try:
         # torch's own, of which a second shape would compile twice, and attention without a window
         if who != "compile" and not who.startswith("full"):
             row.error, row.worst_gradient = _errors(fn, case, backward)
-        torch.manual_seed(0)
-        t = case.inputs(case.batch, case.length)
-        leaves = list(_leaves(t).values())
-        with torch.no_grad():
-            grads = [torch.randn_like(o) for o in _outputs(fn(t))]
-
-        def forward() -> None:
-            with torch.no_grad():
-                fn(t)
-
-        def both() -> None:
-            torch.autograd.grad(_outputs(fn(t)), leaves, grads)
-
-        for name, call in (("forward", forward), ("both", both))[: 1 + backward]:
-            call()
-            setattr(row, name, do_bench(call, warmup=10, rep=milliseconds, return_mode="median"))
-            setattr(row, f"{name}_device", _device_ms(call))
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        both() if backward else forward()
-        row.memory = (torch.cuda.max_memory_allocated() - before) / 2**30
+        figures = _figures(case, case.inputs, fn, milliseconds, backward)
+        if case.less is not None:
+            besides = _figures(case, *case.less, milliseconds, backward)
+            figures = {name: figures[name] - besides[name] for name in figures}
+        for name, value in figures.items():
+            setattr(row, name, value)
     except Exception as problem:
         row.failed = f"{type(problem).__name__}: {str(problem).splitlines()[0][:120]}"
     finally:
         torch.cuda.empty_cache()
     return row
+
+
+def _figures(
+    case: Case,
+    inputs: Callable[[int, int], Inputs],
+    fn: Function,
+    milliseconds: int,
+    backward: bool,
+) -> dict[str, float]:
+    """Times and memory, by the names of `Row`."""
+    from triton.testing import do_bench
+
+    torch.manual_seed(0)
+    t = inputs(case.batch, case.length)
+    leaves = list(_leaves(t).values())
+    with torch.no_grad():
+        grads = [torch.randn_like(o) for o in _outputs(fn(t))]
+
+    def forward() -> None:
+        with torch.no_grad():
+            fn(t)
+
+    def both() -> None:
+        torch.autograd.grad(_outputs(fn(t)), leaves, grads)
+
+    found = {}
+    for name, call in (("forward", forward), ("both", both))[: 1 + backward]:
+        call()
+        found[name] = do_bench(call, warmup=10, rep=milliseconds, return_mode="median")
+        found[f"{name}_device"] = _device_ms(call)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    both() if backward else forward()
+    found["memory"] = (torch.cuda.max_memory_allocated() - before) / 2**30
+    return found
 
 
 def _chosen(only: str) -> list[Case]:

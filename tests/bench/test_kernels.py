@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 from ablate.bench import kernels
@@ -39,3 +41,16 @@ def test_a_peer_that_refuses_its_backward_pass_keeps_its_forward_time(monkeypatc
     line = kernels.table([kernels._measure(case, "fla", case.ours, 10)]).splitlines()[-1]
     assert "| 0.824 / - | 0.810 / - |" in line
     assert "no backward pass: RuntimeError: wrong on this GPU" in line
+
+
+def test_what_a_case_does_besides_the_operation_is_taken_off(monkeypatch):
+    times = {"whole": 3.0, "besides": 1.25}
+    monkeypatch.setattr(
+        kernels, "_figures", lambda case, inputs, fn, *_: {"both_device": times[fn], "memory": 0.5}
+    )
+    monkeypatch.setattr(kernels, "_errors", lambda *_: (0.0, "z"))
+    case = kernels.Case("core", "in a layer", 1, 8, dict, "whole", "exact", dict)
+    assert kernels._timed(case, "ours", case.ours, 10, True).both_device == 3.0
+    less = dataclasses.replace(case, less=(dict, "besides"))
+    row = kernels._timed(less, "ours", case.ours, 10, True)
+    assert (row.both_device, row.memory) == (1.75, 0.0)
