@@ -186,7 +186,7 @@ def _cost(found: dict[str, Study]) -> str:
 
 def _costs(found: dict[str, Study]) -> str:
     """What each study took, and its noise over seeds, with what of it all arms share."""
-    header = ["study", "trials", "tokens a trial", "minutes a trial", "hours", "on"]
+    header = ["study", "trials", "tokens a trial", "minutes a trial (median)", "hours", "on"]
     header += ["seed noise, nats (SD)", "shared by arms (95%)"]
     lines = [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
     for study in found.values():

@@ -47,6 +47,7 @@ TASKS = {
     "needle": "needle (tokens)",
     "mqar_text": "associative recall (pairs)",
 }
+SAME = "same direction"
 # What no attention at all costs, as published: an interval that reaches beyond says nothing of a
 # claim that something costs nothing.
 LARGE = ATTENTION_SHARE[0.0] - ATTENTION_SHARE[4 / 48]
@@ -156,13 +157,13 @@ def verdict(ours: Estimate, published: float, rounding: float = 0.0) -> str:
     if published == 0:
         return "disagrees: a cost" if ours.value > 0 else "agrees: a gain, not a cost"
     if ours.low <= published <= ours.high:
-        return "agrees: the published figure is inside"
+        return f"{SAME}; the published figure is inside"
     if inside:
-        return f"agrees within the rounding of the published figure ({rounding:g})"
+        return f"{SAME}; inside within the rounding of the published figure ({rounding:g})"
     if (ours.value > 0) != (published > 0):
         return "disagrees: the other way"
     size = "larger" if abs(ours.value) > abs(published) else "smaller"
-    return f"same direction; {size} than the published figure, whose own noise is not known"
+    return f"{SAME}; {size} than the published figure, whose own noise is not known"
 
 
 def no_cost(figures: Sequence[Estimate]) -> str:
@@ -247,17 +248,24 @@ def of_loss(
     if note:
         ours += f"; {note}"
     figures = [found, *others.values()]
-    said = {verdict(e, size, ROUNDING) for e in figures}
+    said: dict[str, list[str]] = {}  # what follows, and where
+    for where, e in {"on validation B": found, **others}.items():
+        said.setdefault(verdict(e, size, ROUNDING), []).append(where)
     follows = verdict(found, size, ROUNDING)
     if size == 0 and all(not e.low > 0 for e in figures):
-        said, follows = set(), no_cost(figures)
+        said, follows = {}, no_cost(figures)
         if study.analysis.margin is not None and math.isfinite(found.low):
             highest = max(e.high for e in figures)
             cost = f"a cost of up to {highest:.4f} nats is not excluded"
             follows = f"{within(study, arms)} {cost if highest > 0 else 'a gain, not a cost'}"
     if len(said) > 1:
-        same = all(e.value * size > 0 for e in figures)
-        follows = f"{'same direction; its size is ' if same else ''}not settled: figures differ"
+        follows = "not settled: figures differ"
+        if all(told.startswith(SAME) for told in said):
+            parts = [
+                f"{told.removeprefix(f'{SAME}; ').partition(', ')[0]} {' and '.join(places)}"
+                for told, places in said.items()
+            ]
+            follows = f"{SAME}; its size is not settled: {'; '.join(parts)}"
     return Row(claim, published, ours, follows, study.name, "; ".join(arms), study.keys(arms))
 
 
@@ -269,30 +277,24 @@ def in_short(found: dict[str, Study]) -> str:
 
     Differences from none have Dunnett's intervals, so that picking the lowest flatters nothing."""
     told = []
-    study = found.get("attn_ratio")
+    study, larger = found.get("attn_ratio"), found.get("attn_ratio_60m")
     if study is not None and study.loss is not None and study.loss.has_interval:
-        fit, places, short = study.loss.fit, study.analysis.arms["x"], study.analysis.short
-        none, most = (str(g(places[list(fit.arms)])) for g in (pd.Series.idxmin, pd.Series.idxmax))
-        lowest = fit.arms[int(np.argmin(fit.means))]
-        rows = fit.against(none).set_index("arm")
-
-        def less(arm: str) -> str:
-            r, than = rows.loc[arm], f"nats against {short(none)}"
-            e = Estimate(r["difference"], low=r["dunnett_low"], high=r["dunnett_high"])
-            if study.on_a is None or not {arm, none} <= set(study.on_a.arms):
-                return f"{show(e)} {than}"
-            on_a = signed(study.on_a.difference(arm, none).value)
-            return f"{show(e)} {than} on validation B, {on_a} on A"
-
-        text = f"**Loss** is lowest at {short(lowest)} attention"
+        text, lowest, none = loss_in_short(study)
         if lowest != none:
-            text += f": {less(lowest)}"
-            text += elsewhere(found, lowest, none, fit.difference(lowest, none))
-        same = [short(a) for a in fit.arms if a in study.loss.best and a != lowest]
-        text += f". Not told from {short(lowest)}: {', '.join(same) or 'no other'}."
-        if most not in (lowest, none):
-            text += f" At {short(most)}: {less(most)}."
-        told.append(f"{text} ({set_up(study)}, equal tokens but not equal FLOPs.)")
+            here = study.loss.fit.difference(lowest, none)
+            text = f"{text}{elsewhere(found, lowest, none, here)}"
+        told.append(
+            f"**Loss** is lowest at {text}. {others_in_short(study, lowest, none)} "
+            f"({set_up(study)}, equal tokens but not equal FLOPs; intervals against "
+            f"{study.analysis.short(none)} are simultaneous, Dunnett's.)"
+        )
+        if larger is not None and larger.loss is not None and larger.loss.has_interval:
+            text, lowest, none = loss_in_short(larger)
+            told.append(
+                f"**In larger models** the lowest of {len(larger.loss.fit.arms)} shares is {text}. "
+                f"{others_in_short(larger, lowest, none)} {orders(study, larger)} "
+                f"({set_up(larger)}, {short_of(larger, study)}.)"
+            )
     study = found.get("recall")
     if study is not None and len(study.scores):
         arms = {KINDS[kind]: arm for kind in KINDS for arm in widest(study, kind)}
@@ -315,6 +317,84 @@ def in_short(found: dict[str, Study]) -> str:
     return "".join(f"{paragraph}\n\n" for paragraph in told)
 
 
+def less(study: Study, arm: str, reference: str) -> str:
+    assert study.loss is not None
+    r = study.loss.fit.against(reference).set_index("arm").loc[arm]
+    e = Estimate(r["difference"], low=r["dunnett_low"], high=r["dunnett_high"])
+    told = f"{show(e)} nats against {study.analysis.short(reference)}"
+    if study.on_a is None or not {arm, reference} <= set(study.on_a.arms):
+        return told
+    on_a = signed(study.on_a.difference(arm, reference).value)
+    return f"{told} on validation B, {on_a} on A"
+
+
+def loss_in_short(study: Study) -> tuple[str, str, str]:
+    """Where a study's loss is lowest and by how much, that arm, and the one without attention."""
+    assert study.loss is not None
+    fit, short = study.loss.fit, study.analysis.short
+    none = str(study.analysis.arms["x"][list(fit.arms)].idxmin())
+    lowest = fit.arms[int(np.argmin(fit.means))]
+    gain = f": {less(study, lowest, none)}" if lowest != none else ""
+    return f"{short(lowest)} attention{gain}", lowest, none
+
+
+def others_in_short(study: Study, lowest: str, none: str) -> str:
+    """Which arms cannot be told from the lowest, and what most attention does."""
+    assert study.loss is not None
+    fit, short = study.loss.fit, study.analysis.short
+    most = str(study.analysis.arms["x"][list(fit.arms)].idxmax())
+    text = f"Not told from the lowest: {not_told(study)}."
+    if most not in (lowest, none):
+        text += f" At {short(most)}: {less(study, most, none)}."
+    return text
+
+
+def not_told(study: Study, arms: Sequence[str] | None = None) -> str:
+    """The arms (of some) that Hsu's comparisons cannot tell from the best, on B and on A."""
+    assert study.loss is not None
+    short, places, parts = study.analysis.short, study.analysis.arms["x"], []
+    for where, fit in (("B", study.loss.fit), ("A", study.on_a)):
+        if fit is None or not fit.df > 0:
+            continue
+        best = fit.arms[int(np.argmin(fit.means))]
+        same = [a for a in fit.not_worse_than_best() if a != best and (arms is None or a in arms)]
+        same.sort(key=lambda a: places[a])
+        at = f", where {short(best)} is lowest" if where == "A" else ""
+        parts.append(f"{', '.join(map(short, same)) or 'no other'} on {where}{at}")
+    return "; ".join(parts)
+
+
+def orders(study: Study, larger: Study) -> str:
+    """The order of the arms that two studies have, by their means, and what one of them lacks."""
+    fits = [s.loss.fit for s in (study, larger) if s.loss is not None]
+    both = set.intersection(*(set(fit.arms) for fit in fits))
+    short = study.analysis.short
+    small, large = (
+        [short(fit.arms[i]) for i in np.argsort(fit.means) if fit.arms[i] in both] for fit in fits
+    )
+    again = "the same" if small == large else ", ".join(small)
+    text = f"By means on B, not all of which are told apart: {', '.join(large)}; in the smaller "
+    lacking = [short(a) for a in fits[0].arms if a not in both]
+    return f"{text}models {again}." + (f" Not run: {', '.join(lacking)}." if lacking else "")
+
+
+def short_of(larger: Study, study: Study) -> str:
+    """What else than its size sets a study apart from a smaller one, for who compares them."""
+    one, other = larger.analysis.runs, study.analysis.runs
+    each, fewer = ((r["tokens"] / r["non_embedding_params"]).median() for r in (one, other))
+    flops = one["train_flops_per_token"]
+    column = "config.data.tokenizer.vocab_size"
+    sizes = [set(load_details(s.path).get(column, pd.Series()).dropna()) for s in (larger, study)]
+    told = f"{each:.1f} tokens for each of these parameters, {fewer:.1f} in the smaller models"
+    if len(rates := set(one["lr"])) == 1:
+        told += f", one learning rate of {rates.pop():g}, not tuned at this size"
+    told += f", equal tokens but up to {100 * (flops.max() / flops.min() - 1):.0f}% more FLOPs"
+    if all(sizes) and sizes[0] != sizes[1]:
+        entries = " for ".join(" and ".join(f"{v:,.0f}" for v in sorted(own)) for own in sizes)
+        told += f", a vocabulary of {entries}, so that a token is another"
+    return told
+
+
 def twins(found: dict[str, Study]) -> list[Study]:
     """Studies that trained arms of `attn_ratio` by another commit, named by it."""
     return [s for name, s in found.items() if re.fullmatch("attn_ratio_[0-9a-f]{7}", name)]
@@ -330,7 +410,7 @@ def elsewhere(found: dict[str, Study], arm: str, reference: str, here: Estimate)
             told.append(f"{show(sizes[-1])} (commit {twin.name.rpartition('_')[2]}, {where})")
     if not told:
         return ""
-    text = f"; by other code {' and '.join(told)}"
+    text = f"; by other code, each interval on its own, {' and '.join(told)}"
     if max(e.low for e in sizes) > min(e.high for e in sizes):
         settled = all(e.high < 0 for e in sizes) or all(e.low > 0 for e in sizes)
         text += f": the {'direction is settled, the ' if settled else ''}size is not"
@@ -342,19 +422,16 @@ def best_share(study: Study | None, claim: str, published: str) -> Row:
         return Row(claim, published)
     loss, analysis = study.loss, study.analysis
     lowest = loss.fit.arms[int(np.argmin(loss.fit.means))]
-    ours = f"at equal tokens lowest at {analysis.short(lowest)}"
-    on_a = analysis.runs.groupby("arm")["val_a_loss"].mean()
-    if not on_a.isna().any() and on_a.idxmin() != lowest:
-        ours += f" (on validation A at {analysis.short(str(on_a.idxmin()))})"
+    shares = {analysis.arms["attention_of_layers"][a] for a in loss.fit.arms}
+    ours = f"at equal tokens lowest of {len(shares)} shares at {analysis.short(lowest)}"
     if not loss.has_interval:
         return Row(claim, published, ours, "decides nothing: one seed", study.name)
     rates = analysis.runs.groupby("arm")["lr"].first()
     alike = [a for a in loss.fit.arms if rates[a] == rates[lowest]]  # others have rows of their own
-    told = [analysis.short(a) for a in alike if a in loss.best and a != lowest]
-    ours += f"; not told from the best: {', '.join(told) or 'no other'}"
+    ours += f"; not told from the lowest: {not_told(study, alike)}"
     p = loss.fit.worse_than_best()
     out = [f"{analysis.short(a)} ({p_value(p[a])})" for a in alike if a not in loss.best]
-    follows = f"worse than the best (p): {', '.join(out)}"
+    follows = f"worse than the best (p), on B: {', '.join(out)}"
     if not out:
         follows = "decides nothing: no share is excluded"
     arms = list(loss.fit.arms)
@@ -682,6 +759,7 @@ def fuzzy(study: Study | None) -> Row:
 def rows(found: dict[str, Study]) -> list[Row]:
     """The table, in the order of the questions."""
     share, mlps = found.get("attn_ratio"), found.get("attn_ratio_mlp")
+    large, same_at = found.get("attn_ratio_60m"), "The same at scale=60m, without MLPs"
     again = twins(found)
     curve = ATTENTION_SHARE
     eighth = curve[4 / 48]
@@ -706,14 +784,15 @@ def rows(found: dict[str, Study]) -> list[Row]:
         best_share(share, "Loss is lowest with few attention layers: about 8% (130M), 12.5% (350M)",
                    f"lowest at 12.5%; {min(near):.0%} to {max(near):.0%} within 0.008 nats"),
         best_share(mlps, "The same where half of the layers are MLPs", "about 8% (130M)"),
+        best_share(large, same_at, "about 8% (130M), 12.5% (350M)"),
         of_loss(share, "No attention costs loss, against 8%", f"{signed(none, 3)} nats (350M)",
                 none, at(0.0), at(2 / 24), also=again),
         of_loss(mlps, "The same where half of the layers are MLPs",
                 f"{signed(none, 3)} nats (350M, without MLPs)", none, at(0.0), at(2 / 24)),
+        of_loss(large, same_at, f"{signed(none, 3)} nats (350M)", none, at(0.0), at(2 / 24)),
         of_loss(share, "Half of the layers as attention cost loss, against 8%",
                 f"{signed(half, 3)} nats (350M)", half, at(0.5), at(2 / 24), also=again),
-        of_loss(found.get("attn_ratio_60m"), "No attention costs loss, with 60M parameters",
-                f"{signed(none, 3)} nats (350M)", none, at(0.0), at(2 / 24)),
+        of_loss(large, same_at, f"{signed(half, 3)} nats (350M)", half, at(0.5), at(2 / 24)),
         of_loss(mlps, "A Transformer is behind an 8% hybrid with MLPs",
                 f"{signed(behind, 3)} nats (350M, without MLPs in the hybrid)",
                 behind, lambda s: s.arms(name="transformer"), lambda s: s.arms(name=hybrid),

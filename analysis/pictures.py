@@ -11,7 +11,16 @@ from matplotlib.ticker import NullLocator, PercentFormatter
 
 from ablate.report.evaluation import SEEDS_DRAWN, by_size, draw_seeds
 from ablate.report.frames import load_details
-from ablate.report.plots import BLUE, CYCLE, MARKERS, STYLE, VERMILLION, Plot, save
+from ablate.report.plots import (
+    BLUE,
+    CYCLE,
+    GREEN,
+    MARKERS,
+    STYLE,
+    VERMILLION,
+    Plot,
+    save,
+)
 from ablate.report.published import ATTENTION_SHARE
 
 
@@ -22,6 +31,7 @@ def attention_share(found: dict[str, Study], folder: Path) -> Plot | None:
         for name, label, colour, marker in (
             ("attn_ratio", "Mamba-2 and attention", BLUE, "o"),
             ("attn_ratio_mlp", "the same, half of the layers MLPs", VERMILLION, "s"),
+            ("attn_ratio_60m", "Mamba-2 and attention, larger", GREEN, "^"),
         )
         if name in found and found[name].loss is not None
     ]
@@ -31,7 +41,7 @@ def attention_share(found: dict[str, Study], folder: Path) -> Plot | None:
         return None
     told = []
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(5.6, 3.2), layout="constrained")
+        figure = Figure(figsize=(5.6, 3.6), layout="constrained")
         ax = figure.subplots()
         ax.axhline(0, color="#555555", linewidth=0.8)
         for k, (study, label, colour, marker) in enumerate(shown):
@@ -42,7 +52,7 @@ def attention_share(found: dict[str, Study], folder: Path) -> Plot | None:
             # simultaneous: a bar that leaves zero out is a difference that Dunnett's test finds
             table = fit.against(reference).set_index("arm")
             for group, form in ((arms, marker), (anchors, "*")):
-                x = [places[a] + 0.003 * (k - (len(shown) - 1) / 2) for a in group]
+                x = [places[a] + 0.005 * (k - (len(shown) - 1) / 2) for a in group]
                 d = table.reindex(group)
                 y = d["difference"].fillna(0.0).tolist()
                 half = (d["dunnett_high"] - d["difference"]).tolist()
@@ -52,11 +62,14 @@ def attention_share(found: dict[str, Study], folder: Path) -> Plot | None:
                     ax.errorbar(x, y, yerr=[0 if h != h else h for h in half], label=name,
                                 color=colour, marker=form, markersize=8 if form == "*" else 4.5,
                                 linestyle=line, linewidth=0.9, elinewidth=1.2)  # fmt: skip
-                told += [f"{label}, {p:.1%}: {v:+.4f}" for p, v in zip(x, y, strict=True)]
+                told += [
+                    f"{label}, {places[a]:.1%}: {v:+.4f}" for a, v in zip(group, y, strict=True)
+                ]
             on_a = study.analysis.runs.groupby("arm")["val_a_loss"].mean().reindex(arms)
             if on_a.notna().all():
                 ax.plot([places[a] for a in arms], on_a - on_a[reference], linestyle=":",
-                        color=colour, linewidth=1.2, label=f"{label}, validation A")  # fmt: skip
+                        color=colour, linewidth=1.2)  # fmt: skip
+        ax.plot([], [], linestyle=":", color="#555555", linewidth=1.2, label="on validation A")
         base = ATTENTION_SHARE[0.0]
         ax.plot(list(ATTENTION_SHARE), [v - base for v in ATTENTION_SHARE.values()], "--",
                 color="#999999", linewidth=1.1, zorder=1,
@@ -69,7 +82,7 @@ def attention_share(found: dict[str, Study], folder: Path) -> Plot | None:
         caption = (
             "Differences within paired seeds on validation B, with simultaneous 95% intervals "
             "(Dunnett); below zero, attention helps. Intervals cover seeds, not text: dotted, "
-            "validation A. "
+            "validation A. Markers are shifted sideways where studies overlap. "
             f"{sizes}."
         )
         return save(figure, folder, "attention_share", "; ".join(told) + ".", caption)

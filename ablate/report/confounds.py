@@ -23,7 +23,7 @@ from ablate.study.show import si
 _IGNORED_CONFIG = ("study.", "tracker.", "match.", "arch.published", "arch.name")
 _IGNORED_ENVIRONMENT = (
     *("host", "platform", "versions.wandb", "versions.optuna"),
-    "gpu_uuid",  # of one type, whose arithmetic is the same: for speeds alone (`page`)
+    "gpu_id",  # of one type, whose arithmetic is the same: for speeds alone (`page`)
     *("hardware", "commit", "dirty", "data."),  # told by columns of the frame
     "micro_batch",  # how a batch is cut changes the order of its sum
     "parameter_groups",  # how many parameters each has differs with the layers

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import platform
 import subprocess
@@ -84,7 +85,7 @@ def environment(cfg: TrainConfig, device: torch.device) -> dict[str, Any]:
         "host": platform.node(),
         "hardware": _hardware(device),
         # which GPU of its type: they differ in speed
-        **({"gpu_uuid": _gpu_uuid(device)} if device.type == "cuda" else {}),
+        **({"gpu_id": _gpu_id(device)} if device.type == "cuda" else {}),
         "numerics": {
             "device": device.type,
             "precision": "bf16" if uses_bf16(cfg, device) else "fp32",
@@ -170,9 +171,10 @@ def _hardware(device: torch.device) -> dict[str, Any]:
     return hardware
 
 
-def _gpu_uuid(device: torch.device) -> str | None:
+def _gpu_id(device: torch.device) -> str | None:
+    """Tells a GPU from others, and no one which it is: a hash of its UUID."""
     uuid = getattr(torch.cuda.get_device_properties(device), "uuid", None)
-    return None if uuid is None else str(uuid)
+    return None if uuid is None else hashlib.sha256(str(uuid).encode()).hexdigest()[:12]
 
 
 def _cpu_name() -> str:

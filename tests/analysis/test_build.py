@@ -221,7 +221,7 @@ def test_figures_of_the_table_lead_back_to_their_runs(root: Path) -> None:
     assert row["ours"].split()[0] in (root / "README.md").read_text()
     arms = ["attention_share=0", "attention_share=0.0833"]
     assert row["keys"].split() == frame.loc[frame["arm"].isin(arms), "key"].tolist()
-    assert row["follows"] == "agrees: the published figure is inside"
+    assert row["follows"] == "same direction; the published figure is inside"
     cost = rows.loc["30 to 50% of the layers can be MLPs"]
     frame = load_study(root / "analysis" / "results" / "mlp_ratio")
     means = frame.groupby("arm")["val_b_loss"].mean()
@@ -291,6 +291,23 @@ def test_a_reader_of_the_first_lines_is_told_of_loss_and_recall(root: Path) -> N
     shown = f"{r['difference']:+.4f} ({r['dunnett_low']:+.4f} to {r['dunnett_high']:+.4f})"
     assert f"lowest at 12.5% attention: {shown} nats against 0%".replace("-", "−") in text
     assert re.search(r"At 50%: \S+ \(\S+ to \S+\) nats against 0%", text)
+    small, larger = (
+        load_study(root / "analysis" / "results" / name).groupby("attention_of_layers")
+        for name in ("attn_ratio", "attn_ratio_60m")
+    )
+    means = larger["val_b_loss"].mean()
+    found = text.partition("**In larger models**")[2].partition("\n")[0]
+    gain = means[2 / 24] - means[0]
+    assert f"lowest of 3 shares is 8.3% attention: {gain:+.4f} (".replace("-", "−") in found
+    orders = [
+        ", ".join(f"{100 * x:.1f}%".replace(".0", "") for x in m.sort_values().index if x in means)
+        for m in (means, small["val_b_loss"].mean())
+    ]
+    again = "the same" if orders[0] == orders[1] else orders[1]
+    assert (
+        f": {orders[0]}; in the smaller models {again}. Not run: 4.2%, 12.5%, 16.7%, 25%, 33.3%."
+        in found
+    )
     own = recalled(root, "mamba2, d_state=128", "phonebook").mean()
     each = ", ".join(f"{v:.0%}" for v in own)
     assert f" {own.mean():.0%} ({each}) |" in text
@@ -314,8 +331,8 @@ print(findings.no_cost([E(-0.02, 0.02), E(-0.02, 0.03)]))
         "none found, but a cost of up to 0.02 nats is not excluded",
         "disagrees: a cost",
         "agrees: a gain, not a cost",
-        "agrees: the published figure is inside",
-        "agrees within the rounding of the published figure (0.002)",
+        "same direction; the published figure is inside",
+        "same direction; inside within the rounding of the published figure (0.002)",
         "same direction; smaller than the published figure, whose own noise is not known",
         "disagrees: the other way",
         "decides nothing: zero and the published figure are both inside",
@@ -389,6 +406,10 @@ print(findings.mlp_speed(study).ours)
         "decides nothing: not shown equal within the study's margin of 0.015 nats (p = 0.2), and a "
         "cost of up to"
     )
+    elsewhere = (
+        "; by other code, each interval on its own, −0.0600 (−0.0700 to −0.0500) "
+        "(commit 75d3558, H100)"
+    )
     assert said.stdout.splitlines() == [
         "equal within the study's margin of 0.015 nats (p = 0.045);",
         "decides nothing: not shown equal within the study's margin of 0.015 nats (p = 0.06), and",
@@ -402,10 +423,9 @@ print(findings.mlp_speed(study).ours)
         "decides nothing: not shown equal within the study's margin of 0.015 nats (p = 0.2), and a "
         "gain, not a cost",
         "decides nothing: one seed",
-        "; by other code −0.0600 (−0.0700 to −0.0500) (commit 75d3558, H100)",
-        "; by other code −0.0600 (−0.0700 to −0.0500) (commit 75d3558, H100): the direction is "
-        "settled, the size is not",
-        "; by other code −0.0600 (−0.0700 to −0.0500) (commit 75d3558, H100): the size is not",
+        elsewhere,
+        f"{elsewhere}: the direction is settled, the size is not",
+        f"{elsewhere}: the size is not",
         "+20.0, +21.0, +25.0 per cent in tokens/s against 10% MLPs, by seed, on H200, whose runs "
         "of one arm differ by 4.2 per cent | same direction; no interval, as it is not seeds alone "
         "that differ",

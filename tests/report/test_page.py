@@ -327,7 +327,7 @@ def test_confounds_are_found_in_configs_results_and_environments(
                 tokens=2_457_600 + 4096 * i,
                 fingerprint=f"text-{seed}",
             )
-            environment = {"commit": f"{i}" * 40, "host": f"host{i}", "gpu_uuid": f"{i}"}
+            environment = {"commit": f"{i}" * 40, "host": f"host{i}", "gpu_id": f"{i}"}
             environment["numerics"] = {"precision": ("fp32", "bf16")[i]}
             environment["layers"] = {"my_pkg.my_layer": f"source {seed}"}
             synthetic.write_run(
@@ -348,7 +348,7 @@ def test_confounds_are_found_in_configs_results_and_environments(
         "study.name",
         "train.log_every",
         "host",
-        "gpu_uuid",
+        "gpu_id",
         "seed",
     }
     assert not found["text (fingerprint)"].between_arms  # seeds differ, arms do not

@@ -38,12 +38,12 @@ def test_environment_says_what_matters() -> None:
 @pytest.mark.gpu
 def test_the_gpu_is_told_from_others_of_its_type() -> None:
     cfg = load({"train": {"tokens": 1}}).train
-    uuids = [
-        env.environment(cfg, torch.device("cuda", i))["gpu_uuid"]
+    ids = [
+        env.environment(cfg, torch.device("cuda", i))["gpu_id"]
         for i in range(torch.cuda.device_count())
     ]
-    assert all(uuids)
-    assert len(set(uuids)) == len(uuids)
+    assert all(ids)
+    assert len(set(ids)) == len(ids)
 
 
 def test_a_copy_without_its_repository_is_told_its_commit(monkeypatch: pytest.MonkeyPatch) -> None:
