@@ -107,8 +107,6 @@ def compose(overrides: Sequence[str]) -> Composed:
         and match.get("arms") == "unmatched"
     ):
         match["arms"] = "both"  # a scale that matches nothing does so where nobody asks for it
-    if auto:
-        choices["scale_auto"] = "yes"
     return Composed(tree, choices, notes)
 
 

@@ -14,7 +14,7 @@ import copy
 import types
 import typing
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -563,8 +563,6 @@ def _sentence(error: ValidationError) -> str:
 
 
 _TYPES = {"str", "int", "float", "bool", "none", "list", "dict", "function-after"}
-
-S = TypeVar("S", bound=Section)
 
 
 def _section_of(annotation: Any) -> type[Section] | None:

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 class LayerCost:
     """One layer, with its pre-norm. FLOPs per sequence of `seq_len`, decode FLOPs per token."""
 
-    index: int
     letter: str
     params: int
     flops: int
@@ -134,9 +133,8 @@ def cost(arch: Architecture, seq_len: int) -> Cost:
 
 
 def _layers(arch: Architecture, seq_len: int) -> Iterable[LayerCost]:
-    for index, (letter, o) in enumerate(zip(arch.letters, arch.layer_options, strict=True)):
+    for letter, o in zip(arch.letters, arch.layer_options, strict=True):
         yield LayerCost(
-            index=index,
             letter=letter,
             params=o.num_params(),
             flops=o.flops(seq_len),

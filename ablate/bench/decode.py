@@ -42,7 +42,6 @@ class Row:
     batch: int
     tokens_per_second: float
     state_bytes: int  # of one sequence
-    weight_bytes: int
 
 
 def measure(
@@ -63,7 +62,6 @@ def measure(
         for parameter in model.parameters():  # the values do not matter, but must be finite
             parameter.normal_(0.0, 0.02, generator=generator)
     cast_weights(model, dtype)
-    weights = sum(p.nbytes for p in model.parameters())
     rows = []
     for context in contexts:
         # of one sequence's caches, by the layers' contracts
@@ -72,7 +70,7 @@ def measure(
             speed = _speed(model, context, batch, steps, dtype, expected)
         except torch.cuda.OutOfMemoryError:
             speed = float("nan")
-        rows.append(Row(name, context, batch, speed, expected, weights))
+        rows.append(Row(name, context, batch, speed, expected))
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()

@@ -89,10 +89,6 @@ class TokenSet:
         """Ids of the tokenizer; a model's table is `model_vocab` of it."""
         return self.tokenizer.vocab_size
 
-    @property
-    def eos_id(self) -> int:
-        return self.tokenizer.eos_id
-
 
 def prepare(data: DataConfig, progress: bool | None = None, *, tell: bool = False) -> TokenSet:
     """Open the tokenised text of a config, building it first when it is not in the cache.

@@ -58,7 +58,6 @@ class Display:
         self._console = console
         self._name = name
         self._live: Live | None = None
-        self._snapshot: Snapshot | None = None
         self._last_plain = time.monotonic()
 
     def __enter__(self) -> Display:
@@ -81,7 +80,6 @@ class Display:
         self._console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     def update(self, snapshot: Snapshot) -> None:
-        self._snapshot = snapshot
         if self._live is not None:
             self._live.update(self._render(snapshot))
             return
