@@ -220,7 +220,7 @@ def _run(args: list[str]) -> int:
     for note in composed.notes:
         print(note)
     outcome = run_study(composed.tree, words=args)
-    if outcome.exit_code != 2 and any(find_runs(outcome.folder)):
+    if any(find_runs(outcome.folder)):
         page = write_report(outcome.folder, console=Console())
         print(f"report: {page}")
     elif outcome.exit_code == 1:

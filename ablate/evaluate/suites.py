@@ -130,8 +130,7 @@ def published(suite: str, entry: Entry) -> dict[str, float]:
     return {model: value for model, value in found.items() if value is not None}
 
 
-def as_choice_text(task: Any) -> Any:
-    """A standard MMLU task whose answers are the choices' texts instead of their letters."""
+def as_choice_text(task: Any) -> None:
+    """Make the answers of a standard MMLU task the choices' texts instead of their letters."""
     task.config.doc_to_choice = "{{choices}}"
     task.fewshot_cfg.doc_to_choice = "{{choices}}"
-    return task

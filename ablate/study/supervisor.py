@@ -697,18 +697,14 @@ class _Supervisor:
         self._tell(lambda: self.store.finish(cell, "failed", cause=cause))
         self._say_end(cell, "failed", cause)
 
-    def _write_failure(self, cell: Cell, cause: str) -> bool:
-        """Put a cause into status.json, unless the child did; False when the disk refuses."""
+    def _write_failure(self, cell: Cell, cause: str) -> None:
+        """Put a cause into status.json, unless the child did or the disk refuses."""
         self.folder.check()
         run = self.folder.run(cell.key)
-        try:
-            if run.status()["state"] == "failed":
-                return True
-            run.create(cell.trial.tree)
-            run.end("failed", run.begin(), cause)
-        except OSError:
-            return False
-        return True
+        with contextlib.suppress(OSError):
+            if run.status()["state"] != "failed":
+                run.create(cell.trial.tree)
+                run.end("failed", run.begin(), cause)
 
     def _finish_records(self) -> None:
         """What a full disk refused to take when it happened, once more."""
