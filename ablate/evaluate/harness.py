@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import importlib.util
 import logging
 import math
@@ -33,7 +34,7 @@ def need_lm_eval() -> None:
 
 
 def run_suite_entry(
-    subject: Subject, entry: Entry, *, data: Path | None, limit: int | None, lm: Any
+    entry: Entry, *, data: Path | None, limit: int | None, lm: Any
 ) -> dict[str, Any]:
     """The content of evaluation/<entry.name>.json; `Skipped` where its data is not to be had."""
     name = "mmlu" if entry.task == suites.MMLU_TEXT else entry.task
@@ -210,8 +211,6 @@ def _item(task: str, sample: Mapping[str, Any], metric: str) -> dict[str, Any]:
 
 
 def hash_of(text: Any) -> str:
-    import hashlib
-
     return hashlib.blake2b(str(text).encode(), digest_size=6).hexdigest()
 
 

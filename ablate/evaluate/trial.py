@@ -154,7 +154,7 @@ def evaluate(
         between()
         lm = lm or adapter(whole=False)
         try:
-            content = harness.run_suite_entry(subject, entry, data=data, limit=options.limit, lm=lm)
+            content = harness.run_suite_entry(entry, data=data, limit=options.limit, lm=lm)
         except harness.Skipped as error:
             say(str(error))
             continue

@@ -322,7 +322,7 @@ def _middle(dim: config.SearchDimension) -> Any:
 # --- what it could decide -------------------------------------------------------------------------
 
 
-def noise_of(cfg: config.Config, arms: Sequence[Cell], folder: StudyFolder) -> Noise:
+def noise_of(arms: Sequence[Cell], folder: StudyFolder) -> Noise:
     """From finished runs of this study, else of the earlier study nearest in size, else assumed."""
     here = [(c.arm, c.seed, folder.run(c.key)) for c in arms]
     own = _fit(here)
@@ -396,7 +396,7 @@ def _power(
     a_seed: seconds of one seed of every arm; before: those of the first stage.
     """
     k, seeds = len(by_arm(arms)), len({c.seed for c in arms})
-    noise = noise_of(cfg, arms, folder)
+    noise = noise_of(arms, folder)
 
     def detects(n: int, comparisons: int = 1) -> float:
         return minimum_detectable_effect(

@@ -134,15 +134,14 @@ def test_noise_is_measured_where_it_can_be(make: Any) -> None:
     tree = make(**GRID)
     cells = space.cells(tree)
     study = StudyFolder(Path(tree["study"]["folder"]) / "tiny")
-    cfg = config.load(tree)
-    assumed = noise_of(cfg, cells, study)
+    assumed = noise_of(cells, study)
     assert (assumed.sigma, assumed.correlation) == ASSUMED_NOISE
     finished(tree, "before", [3.0, 3.1, 3.2, 3.02, 3.1, 3.24])
-    measured = noise_of(cfg, cells, study)
+    measured = noise_of(cells, study)
     assert measured.source == "the earlier study before, 2 degrees of freedom"
     assert 0.005 < measured.sigma < 0.05
     finished(tree, "tiny", [3.0, 3.1, 3.2, 3.002, 3.1, 3.203])
-    own = noise_of(cfg, cells, study)
+    own = noise_of(cells, study)
     assert own.source.startswith("the finished runs of this study")
     assert own.sigma < measured.sigma / 3
 
