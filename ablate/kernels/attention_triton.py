@@ -28,7 +28,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ablate.kernels.dispatch import define_op
-from ablate.kernels.tiles_triton import LOG2E
+from ablate.kernels.tiles_triton import LOG2E, dense_last, precision, starts
 
 PAD = 128  # rows of the per-query sums are padded to whole tiles of this many queries
 
@@ -309,10 +309,6 @@ def _hopper(t: Tensor) -> bool:
     return t.is_cuda and torch.cuda.get_device_capability(t.device)[0] >= 9
 
 
-def _dense(t: Tensor) -> Tensor:
-    return t if t.stride(-1) == 1 else t.contiguous()
-
-
 def _padded(length: int) -> int:
     return (length + PAD - 1) // PAD * PAD
 
@@ -325,7 +321,7 @@ def _constants(q: Tensor, k: Tensor, doc: Tensor | None, c: Config) -> dict[str,
     return {
         "H": q.shape[2], "KV": k.shape[2], "P": q.shape[3], "BM": c.queries, "BN": c.keys,
         "DOCS": doc is not None, "FULL": q.shape[1] % PAD == 0,
-        "PREC": "tf32x3" if q.dtype == torch.float32 else "ieee",
+        "PREC": precision(q.dtype),
         "num_warps": c.warps, "num_stages": c.stages,
     }  # fmt: skip
 
@@ -335,7 +331,7 @@ def forward(
     use: Config | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """y (B, L, H, P), and log2 of each query's sum of exponentials (B, H, padded L)."""
-    q, k, v = _dense(q), _dense(k), _dense(v)
+    q, k, v = map(dense_last, (q, k, v))
     b, length, heads, head_dim = q.shape
     y, sums = _forward_fake(q, k, v, doc, window, scale)
     c = use or config("forward", head_dim, q.dtype, _hopper(q))
@@ -357,7 +353,7 @@ def backward(
     dy: Tensor, q: Tensor, k: Tensor, v: Tensor, doc: Tensor | None, y: Tensor, sums: Tensor,
     window: int, scale: float, use: tuple[Config, Config] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    q, k, v, dy = _dense(q), _dense(k), _dense(v), _dense(dy)
+    q, k, v, dy = map(dense_last, (q, k, v, dy))
     b, length, heads, head_dim = q.shape
     dq, dk, dv = _backward_fake(dy, q, k, v, doc, y, sums, window, scale)
     delta = torch.empty_like(sums)
@@ -429,8 +425,6 @@ def attention_triton(
     row.
     """
     length, head_dim = q_BLHP.shape[1], q_BLHP.shape[3]
-    if doc_start_BL is not None:
-        doc_start_BL = doc_start_BL.to(torch.int32).contiguous()
     missing = max(16, triton.next_power_of_2(head_dim)) - head_dim
     q, k, v = (t.to(q_BLHP.dtype) for t in (q_BLHP, k_BLHP, v_BLHP))
     if missing:  # zero channels change no score
@@ -439,7 +433,7 @@ def attention_triton(
         q,
         k,
         v,
-        doc_start_BL,
+        starts(doc_start_BL),
         length if window is None else min(window, length),
         head_dim**-0.5 if scale is None else scale,
     )

@@ -37,6 +37,7 @@ from ablate.kernels.tiles_triton import (
     away_from_zero,
     batch_unit,
     before_90,
+    contiguous,
     dense_rows,
     load_tile,
     precision,
@@ -721,7 +722,7 @@ def _backward(
     D: Tensor | None, doc: Tensor | None, states: Tensor, dts: Tensor, softplus: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     x, B, C, dy = dense_rows(x), dense_rows(B), dense_rows(C), dy.contiguous()
-    dlast = None if dlast is None else dlast.contiguous()
+    dlast = contiguous(dlast)
     dstates, dfirst = chunk_states(dy, C, dts, doc, dlast, reverse=True)
     dx, dB, dC = (v.new_empty(v.shape) for v in (x, B, C))
     parts, through = gradients(x, dy, B, C, D, dts, doc, states, dstates, dx, dB, dC)
@@ -820,8 +821,6 @@ def ssd_triton(
     doc_start_BL: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`ablate.kernels.ssd` on a GPU; x, B and C share one type, states between chunks keep it."""
-    if initial_state_BHPN is not None:
-        initial_state_BHPN = initial_state_BHPN.contiguous()
     out: Tensor | tuple[Tensor, Tensor] = _SSD.apply(
         x_BLHP,
         dt_BLH,
@@ -830,7 +829,7 @@ def ssd_triton(
         C_BLGN.to(x_BLHP.dtype),
         D_H,
         dt_bias_H,
-        initial_state_BHPN,
+        contiguous(initial_state_BHPN),
         doc_start_BL,
         dt_softplus,
         return_final_state,
