@@ -91,7 +91,6 @@ def _kernel_runs(q: torch.Tensor, scale: float | None) -> bool:
         q.shape[-1] <= 128
         and q.dtype in (torch.float32, torch.bfloat16, torch.float16)
         and (scale is None or scale > 0)
-        and q.numel() > 0
     )
 
 
@@ -212,8 +211,7 @@ def attention_step(
             f"{kv_heads} heads of {head_dim}"
         )
     scale = head_dim**-0.5 if scale is None else scale
-    supported = all(t.dtype != torch.float64 and t.numel() > 0 for t in (qkv_BE, k_BTKP))
-    supported = supported and head_dim <= 256 and heads // kv_heads <= 64
+    supported = head_dim <= 256 and heads // kv_heads <= 64
     supported = supported and k_BTKP.is_contiguous() and v_BTKP.is_contiguous()
     if use_triton(backend, qkv_BE, k_BTKP, supported=supported):
         from ablate.kernels.step_triton import attention_step_triton

@@ -164,8 +164,7 @@ def causal_conv1d(
     """
     _check(x_BLD, weight_DK, activation)
     taps = weight_DK.shape[1]
-    supported = 2 <= taps <= 4 and x_BLD.dtype != torch.float64 and x_BLD.numel() > 0
-    if use_triton(backend, x_BLD, supported=supported):
+    if use_triton(backend, x_BLD, supported=2 <= taps <= 4):
         from ablate.kernels.conv1d_triton import causal_conv1d_triton
 
         y = causal_conv1d_triton(
@@ -192,8 +191,8 @@ def causal_conv1d_step(
 ) -> Tensor:
     """One token: y_BD; the state, the last K-1 inputs (B, K-1, D), is updated in place."""
     _check(x_BD, weight_DK, activation)
-    supported = 2 <= weight_DK.shape[1] <= 8 and x_BD.dtype != torch.float64 and x_BD.numel() > 0
-    if use_triton(backend, x_BD, supported=supported and state_BKD.is_contiguous()):
+    supported = 2 <= weight_DK.shape[1] <= 8 and state_BKD.is_contiguous()
+    if use_triton(backend, x_BD, supported=supported):
         from ablate.kernels.step_triton import causal_conv1d_step_triton
 
         return causal_conv1d_step_triton(x_BD, weight_DK, bias_D, activation == "silu", state_BKD)

@@ -126,8 +126,7 @@ def linear_cross_entropy(
     device = x_MD.device.type
     if torch.is_autocast_enabled(device) and x_MD.dtype == torch.float32:
         x_MD = x_MD.to(torch.get_autocast_dtype(device))
-    supported = x_MD.dtype != torch.float64 and x_MD.numel() > 0
-    if use_triton(backend, x_MD, weight_VD, supported=supported):
+    if use_triton(backend, x_MD, weight_VD):
         from ablate.kernels.cross_entropy_triton import (
             linear_cross_entropy_triton,
             token_losses_triton,

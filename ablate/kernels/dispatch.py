@@ -25,12 +25,14 @@ ALIGN = 8  # numbers of 16 bits in 16 bytes, below which matrix products on a GP
 def use_triton(backend: str | None, *tensors: torch.Tensor, supported: bool = True) -> bool:
     """True when the Triton form should run on these tensors.
 
-    `supported` tells whether the kernel handles the case at all. Asking for `backend="triton"`
-    insists, also on the CPU (where it works in Triton's interpreter only).
+    `supported` tells whether the kernel handles the case at all; float64 and empty tensors none
+    does. Asking for `backend="triton"` insists, also on the CPU (where it works in Triton's
+    interpreter only).
     Raises ValueError for an unknown backend, or for "triton" where there is none.
     """
     if backend == "reference" or (backend is None and FORCE_REFERENCE):
         return False
+    supported = supported and all(t.dtype != torch.float64 and t.numel() > 0 for t in tensors)
     if backend == "triton":
         if not HAS_TRITON:
             raise ValueError("backend='triton' needs the package triton, which is not installed")

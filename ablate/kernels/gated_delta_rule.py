@@ -181,11 +181,10 @@ def gated_delta_rule_chunked(
     return o, state
 
 
-def triton_supports(data: Tensor, key_width: int, value_width: int) -> bool:
+def triton_supports(data: Tensor, key_width: int) -> bool:
     """Whether the Triton kernels run data of this type: keys up to 256 wide, in float32 up to 128
-    (the tiles do not fit), values of any width, not float64."""
-    fits = key_width <= (128 if data.dtype == torch.float32 else 256)
-    return fits and value_width > 0 and data.numel() > 0 and data.dtype != torch.float64
+    (the tiles do not fit), values of any width."""
+    return key_width <= (128 if data.dtype == torch.float32 else 256)
 
 
 def gated_delta_rule(
@@ -224,8 +223,8 @@ def gated_delta_rule(
     """
     _check(q_BLHK, k_BLHK, v_BLHV, log_decay_BLH, beta_BLH)
     form: Callable[..., Tensor | tuple[Tensor, Tensor]] = gated_delta_rule_chunked
-    supported = triton_supports(q_BLHK, q_BLHK.shape[3], v_BLHV.shape[3])
-    if use_triton(backend, q_BLHK, supported=supported):
+    supported = triton_supports(q_BLHK, q_BLHK.shape[3])
+    if use_triton(backend, q_BLHK, v_BLHV, supported=supported):
         from ablate.kernels.gated_delta_rule_triton import gated_delta_rule_triton
 
         form = gated_delta_rule_triton
@@ -250,8 +249,7 @@ def gated_delta_rule_step(
 ) -> Tensor:
     """One token, for decoding: o_BHV; the state is updated in place."""
     supported = state_BHKV.dtype == torch.float32 and state_BHKV.is_contiguous()
-    supported = supported and q_BHK.dtype != torch.float64 and q_BHK.shape[2] <= 2048
-    if use_triton(backend, q_BHK, supported=supported and q_BHK.numel() > 0):
+    if use_triton(backend, q_BHK, supported=supported and q_BHK.shape[2] <= 2048):
         from ablate.kernels.step_triton import gated_delta_rule_step_triton
 
         scale = q_BHK.shape[2] ** -0.5 if scale is None else scale

@@ -164,11 +164,6 @@ def gla_chunked(
     return y, state
 
 
-def triton_supports(q: Tensor, v: Tensor) -> bool:
-    """Whether the Triton kernels run this case: any widths, not float64."""
-    return q.numel() > 0 and v.numel() > 0 and q.dtype != torch.float64
-
-
 def gla(
     q_BLHK: Tensor,
     k_BLHK: Tensor,
@@ -199,7 +194,7 @@ def gla(
         ValueError: shapes do not fit, or the named backend cannot run the case.
     """
     form = gla_chunked
-    if use_triton(backend, q_BLHK, supported=triton_supports(q_BLHK, v_BLHV)):
+    if use_triton(backend, q_BLHK, v_BLHV):
         from ablate.kernels.gla_triton import gla_triton
 
         _check(q_BLHK, k_BLHK, v_BLHV, log_decay_BLHK, initial_state_BHKV)
@@ -223,8 +218,7 @@ def gla_step(
     """One token, for decoding: y_BHV; the state is updated in place."""
     scale = q_BHK.shape[-1] ** -0.5 if scale is None else scale
     supported = state_BHKV.dtype == torch.float32 and state_BHKV.is_contiguous()
-    supported = supported and q_BHK.shape[2] <= 2048
-    if use_triton(backend, q_BHK, supported=supported and triton_supports(q_BHK, v_BHV)):
+    if use_triton(backend, q_BHK, v_BHV, supported=supported and q_BHK.shape[2] <= 2048):
         from ablate.kernels.step_triton import gla_step_triton
 
         return gla_step_triton(q_BHK, k_BHK, v_BHV, log_decay_BHK, scale, state_BHKV)

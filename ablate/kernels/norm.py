@@ -53,8 +53,7 @@ def rms_norm(
     """
     if squares_xS is not None and residual is None:
         raise ValueError("squares_xS needs a residual: x / rms is only ever added to one")
-    supported = x.dtype != torch.float64 and x.numel() > 0 and x.shape[-1] <= 16384
-    if use_triton(backend, x, supported=supported):
+    if use_triton(backend, x, supported=x.shape[-1] <= 16384):
         from ablate.kernels.norm_triton import rms_norm_triton
 
         return rms_norm_triton(x, weight_D, eps, residual, squares_xS, squares_of)
@@ -99,8 +98,7 @@ def gated_rms_norm(
     group = group_size or width
     if width % group:
         raise ValueError(f"group_size={group_size} does not divide the width {width}")
-    supported = x_BLD.dtype != torch.float64 and x_BLD.numel() > 0 and group <= 16384
-    if use_triton(backend, x_BLD, supported=supported):
+    if use_triton(backend, x_BLD, supported=group <= 16384):
         from ablate.kernels.norm_triton import gated_rms_norm_triton
 
         return gated_rms_norm_triton(x_BLD, z_BLD, weight_D, eps, group, norm_before_gate)

@@ -65,8 +65,7 @@ def rotary_qkv(
 
     qkv_BLE: (B, L, (H + 2 K) P), queries first, values last. The rest as in `rotary`.
     """
-    supported = dim in (None, head_dim) and head_dim <= 256 and qkv_BLE.dtype != torch.float64
-    if use_triton(backend, qkv_BLE, supported=supported and qkv_BLE.numel() > 0):
+    if use_triton(backend, qkv_BLE, supported=dim in (None, head_dim) and head_dim <= 256):
         from ablate.kernels.rotary_triton import rotary_qkv_triton
 
         tables = table or rotary_table(positions_BL, base, head_dim, torch.float32)

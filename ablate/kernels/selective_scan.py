@@ -18,6 +18,7 @@ from ablate.kernels.dispatch import compute_dtype, use_triton
 from ablate.kernels.ssd import step_sizes
 
 CHUNK_ELEMENTS = 1 << 20  # states of one chunk: 4 MB of float32
+MOST_STATE = 128  # numbers of state that the Triton kernels take
 
 
 def _finish(y_BLD: Tensor, u_BLD: Tensor, D_D: Tensor | None, z_BLD: Tensor | None) -> Tensor:
@@ -132,11 +133,6 @@ def _rows(t: Tensor | None, rows: slice) -> Tensor | None:
     return None if t is None else t[rows]
 
 
-def triton_supports(u_BLD: Tensor, A_DN: Tensor) -> bool:
-    """Whether the Triton kernels run this case: up to 128 numbers of state, not float64."""
-    return A_DN.shape[1] <= 128 and u_BLD.numel() > 0 and u_BLD.dtype != torch.float64
-
-
 def selective_scan(
     u_BLD: Tensor,
     delta_BLD: Tensor,
@@ -162,7 +158,7 @@ def selective_scan(
     backend: None chooses; "triton" or "reference" (chunked PyTorch) insist.
     Returns y_BLD in u's dtype; with `return_final_state` also the last state, float32.
     """
-    if use_triton(backend, u_BLD, supported=triton_supports(u_BLD, A_DN)):
+    if use_triton(backend, u_BLD, supported=A_DN.shape[1] <= MOST_STATE):
         from ablate.kernels.selective_scan_triton import selective_scan_triton
 
         return selective_scan_triton(
@@ -205,8 +201,7 @@ def selective_scan_step(
 ) -> Tensor:
     """One token: y_BD; the state (B, D, N) is updated in place."""
     supported = state_BDN.dtype == torch.float32 and state_BDN.is_contiguous()
-    supported = supported and triton_supports(u_BD, A_DN)
-    if use_triton(backend, u_BD, supported=supported):
+    if use_triton(backend, u_BD, supported=supported and A_DN.shape[1] <= MOST_STATE):
         from ablate.kernels.step_triton import selective_scan_step_triton
 
         return selective_scan_step_triton(

@@ -238,11 +238,9 @@ def ssd_chunked(
 
 def triton_supports(data: Tensor, head_dim: int, d_state: int) -> bool:
     """Whether the Triton scan runs data of this type: head and state up to 128 wide, in float32 not
-    both (the tiles do not fit), not float64."""
+    both (the tiles do not fit)."""
     fits = head_dim <= 128 and d_state <= 128
-    if data.dtype == torch.float32:
-        fits = fits and min(head_dim, d_state) <= 64
-    return fits and data.numel() > 0 and data.dtype != torch.float64
+    return fits and (data.dtype != torch.float32 or min(head_dim, d_state) <= 64)
 
 
 def ssd(
@@ -308,8 +306,7 @@ def ssd_step(
 ) -> Tensor:
     """One token of the scan, for decoding: y_BHP; the state is updated in place."""
     supported = state_BHPN.dtype == torch.float32 and state_BHPN.is_contiguous()
-    supported = supported and x_BHP.dtype != torch.float64 and B_BGN.shape[2] <= 2048
-    if use_triton(backend, x_BHP, supported=supported and x_BHP.numel() > 0):
+    if use_triton(backend, x_BHP, supported=supported and B_BGN.shape[2] <= 2048):
         from ablate.kernels.step_triton import ssd_step_triton
 
         return ssd_step_triton(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -18,8 +17,7 @@ def swiglu(x: Tensor, *, backend: str | None = None) -> Tensor:
     """
     if x.shape[-1] % 2:
         raise ValueError(f"swiglu: the last axis is {x.shape[-1]}, which has no two halves")
-    supported = x.is_floating_point() and x.dtype != torch.float64 and x.numel() > 0
-    if use_triton(backend, x, supported=supported):
+    if use_triton(backend, x, supported=x.is_floating_point()):
         from ablate.kernels.swiglu_triton import swiglu_triton
 
         return swiglu_triton(x)
