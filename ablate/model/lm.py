@@ -78,19 +78,16 @@ class LanguageModel(nn.Module):
         super().__init__()
         self.arch = arch
         self.embedding = nn.Parameter(torch.empty(arch.vocab_size, arch.d_model))
-        self.layers: Any = nn.ModuleList(
-            KINDS[letter].module(options, arch.norm_eps)
-            for letter, options in zip(arch.letters, arch.layer_options, strict=True)
-        )
-        for letter, options, layer in zip(
-            arch.letters, arch.layer_options, self.layers, strict=True
-        ):
+        self.layers: Any = nn.ModuleList()
+        for letter, options in zip(arch.letters, arch.layer_options, strict=True):
+            layer = KINDS[letter].module(options, arch.norm_eps)
             told, made = options.num_params(), sum(p.numel() for p in layer.parameters())
             if told != made:  # of a user's own kind: its cost would be wrong, and what it matches
                 raise UserError(
                     f"layer kind '{KINDS[letter].name}': {type(options).__name__}.num_params() is "
                     f"{told}, but {type(layer).__name__} has {made}"
                 )
+            self.layers.append(layer)
         self.final_norm = nn.Parameter(torch.empty(arch.d_model))
         if arch.tie_embeddings:
             self.unembedding = None

@@ -128,9 +128,9 @@ def load_newest(root: Path) -> Checkpoint | None:
     return None
 
 
-def tidy(root: Path, keep: Collection[int] = ()) -> None:
+def tidy(root: Path, keep: Collection[int] = (), newest: int = KEPT) -> None:
     """Remove all but the newest checkpoints and those of the steps in `keep`."""
-    for step in steps(root)[:-KEPT]:
+    for step in steps(root)[:-newest]:
         if step not in keep:
             shutil.rmtree(root / _name(step), ignore_errors=True)
     if root.is_dir():
@@ -143,11 +143,8 @@ def finish(root: Path, keep: str, kept_steps: Collection[int] = ()) -> None:
     if keep == "none":
         shutil.rmtree(root, ignore_errors=True)
         return
-    tidy(root, kept_steps)
+    tidy(root, kept_steps, newest=1)
     present = steps(root)
-    for step in present[:-1]:
-        if step not in kept_steps:
-            shutil.rmtree(root / _name(step), ignore_errors=True)
     if keep == "weights" and present:
         # Not a checkpoint any more: nothing resumes from it.
         last = root / _name(present[-1])
