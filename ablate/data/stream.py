@@ -11,7 +11,6 @@ import functools
 import logging
 import math
 import operator
-from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ from ablate.config import DataConfig
 from ablate.data import bits
 from ablate.data.recall import IGNORE, check_recall, packed_recall, recall_rows
 from ablate.data.tokens import Split, TokenSet, usable_cores
-from ablate.data.worker import Pool, ProcessEnded
+from ablate.data.worker import Pool, ProcessEnded, in_order
 from ablate.data.written import written_count, written_rows
 from ablate.errors import UserError
 
@@ -295,7 +294,6 @@ def prefetched(
     last: int,
     *,
     pin: bool = False,
-    ahead: int = 4,
     pool: Pool | None = None,
 ) -> Iterator[Iterator[Batch]]:
     """Batches first … last - 1 of a stream, made ahead by a thread, in pinned memory for a GPU.
@@ -304,8 +302,7 @@ def prefetched(
     that was killed. What the thread raises is raised by the iteration; what it has made at the end
     is dropped.
     """
-    if pool is not None:
-        ahead += 2 * len(pool.processes)
+    ahead = 4 if pool is None else 4 + 2 * len(pool.processes)
     told = False
 
     def make(step: int, rows: Future[Written] | None) -> Batch:
@@ -320,18 +317,12 @@ def prefetched(
         batch = stream.batch(step, written)
         return batch.pin_memory() if pin else batch
 
-    def batches() -> Iterator[Batch]:
-        ready: deque[Future[Batch]] = deque()
-        for step in range(first, last):
-            rows = None if pool is None else pool.submit(stream.written(step))
-            ready.append(thread.submit(make, step, rows))
-            if len(ready) > ahead:
-                yield ready.popleft().result()
-        while ready:
-            yield ready.popleft().result()
+    def submit(step: int) -> Future[Batch]:
+        rows = None if pool is None else pool.submit(stream.written(step))
+        return thread.submit(make, step, rows)
 
     thread = ThreadPoolExecutor(1, "prefetch")
     try:
-        yield batches()
+        yield in_order(map(submit, range(first, last)), ahead)
     finally:
         thread.shutdown(cancel_futures=True)

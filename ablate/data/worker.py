@@ -18,7 +18,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -26,6 +26,8 @@ from ablate.data.corpus import Chunk, document_hash, documents
 from ablate.data.tokenizer import Tokenizer
 from ablate.errors import UserError
 from ablate.run import python_path
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -66,13 +68,18 @@ def encode_all(
         yield from map(task, chunks)
         return
     with Pool(task, workers) as pool:
-        pending: deque[Future[Encoded]] = deque()
-        for chunk in chunks:
-            pending.append(pool.submit(chunk))
-            if len(pending) > 2 * workers:
-                yield pending.popleft().result()
-        while pending:
+        yield from in_order(map(pool.submit, chunks), ahead=2 * workers)
+
+
+def in_order(futures: Iterable[Future[T]], ahead: int) -> Iterator[T]:
+    """The results of futures, which are drawn so many before the one that is waited for."""
+    pending: deque[Future[T]] = deque()
+    for future in futures:
+        pending.append(future)
+        if len(pending) > ahead:
             yield pending.popleft().result()
+    while pending:
+        yield pending.popleft().result()
 
 
 class ProcessEnded(RuntimeError):
