@@ -265,6 +265,12 @@ def _hex(raw: bytes) -> str:
     return hashlib.blake2b(raw, digest_size=16).hexdigest()
 
 
+def recipe_hash(recipe: Any) -> str:
+    """Of what something in the cache is made from, for its name."""
+    text = json.dumps(recipe, sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
 def document_hash(raw: bytes) -> int:
     """64 bits of a document's content; decides its split, so equal documents stay together."""
     return int.from_bytes(hashlib.blake2b(raw, digest_size=8).digest(), "big")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from pathlib import Path
@@ -10,7 +9,7 @@ from pathlib import Path
 import zstandard
 
 from ablate.config import DataConfig
-from ablate.data.corpus import locked, progress_bar, say, writing
+from ablate.data.corpus import locked, progress_bar, recipe_hash, say, writing
 from ablate.errors import UserError
 
 
@@ -21,8 +20,7 @@ def download(data: DataConfig) -> Path:
     Raises UserError when the package, the network or the dataset is missing.
     """
     hub = data.hub
-    recipe = json.dumps([hub.model_dump(), data.max_bytes], sort_keys=True)
-    key = hashlib.blake2b(recipe.encode(), digest_size=8).hexdigest()
+    key = recipe_hash([hub.model_dump(), data.max_bytes])
     folder = Path(data.cache).expanduser() / "hub"
     target = folder / f"{hub.name.replace('/', '--')}-{key}.jsonl.zst"
     if target.is_file():

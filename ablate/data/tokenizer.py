@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -21,6 +20,7 @@ from ablate.data.corpus import (
     is_packed,
     locked,
     read_chunks,
+    recipe_hash,
     say,
     writing,
 )
@@ -75,9 +75,7 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text, without an end-of-text."""
-        if self._inner is None:
-            return list(text.encode())
-        return list(self._inner.encode(text, add_special_tokens=False).ids)
+        return self.encode_all([text])[0]
 
     def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each text, on as many cores as TOKENIZERS_PARALLELISM lets the package use."""
@@ -90,8 +88,7 @@ class Tokenizer:
         """Ids of each text; `raws` are the same texts as UTF-8."""
         if self._inner is None:
             return [np.frombuffer(raw, np.uint8).astype(self.dtype) for raw in raws]
-        encodings = self._inner.encode_batch_fast(texts, add_special_tokens=False)
-        return [np.array(encoding.ids, self.dtype) for encoding in encodings]
+        return [np.array(ids, self.dtype) for ids in self.encode_all(texts)]
 
     def decode(self, ids: list[int]) -> str:
         """Text of ids; end-of-text is left out, bytes that are not UTF-8 become U+FFFD."""
@@ -134,8 +131,7 @@ def _bpe(data: DataConfig, text: Source) -> Tokenizer:
         data.max_bytes,
         None if all(given) else [data.val_share, given],
     ]
-    key = hashlib.blake2b(json.dumps(recipe).encode(), digest_size=8).hexdigest()
-    path = cache / "tokenizers" / f"bpe-{size}-{key}.json"
+    path = cache / "tokenizers" / f"bpe-{size}-{recipe_hash(recipe)}.json"
     name = f"bpe-{size}"
     with locked(path.with_suffix(".lock"), "the tokenizer"):
         if path.is_file():

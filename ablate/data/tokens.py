@@ -28,7 +28,7 @@ import numpy as np
 from ablate.config import DataConfig
 from ablate.data import corpus, worker
 from ablate.data import tokenizer as tokenizers
-from ablate.data.corpus import HASH_MAX, Source, locked, say, writing
+from ablate.data.corpus import HASH_MAX, Source, locked, recipe_hash, say, writing
 from ablate.data.tokenizer import Tokenizer
 from ablate.errors import UserError
 from ablate.run import atomic_write, read_json
@@ -104,7 +104,7 @@ def prepare(data: DataConfig, progress: bool | None = None, *, tell: bool = Fals
         _say_each(left_out)
     tokenizer = tokenizers.load(data, sources["text"])
     recipe = _recipe(data, sources, tokenizer, cache)
-    fingerprint = _hash(recipe)
+    fingerprint = recipe_hash(recipe)
     folder = cache / "tokens" / fingerprint
     found = _open(folder, tokenizer, fingerprint)
     if isinstance(found, TokenSet):
@@ -124,7 +124,7 @@ def prepare(data: DataConfig, progress: bool | None = None, *, tell: bool = Fals
             _say_each(left_out)
         try:
             _build(partial, data, sources, tokenizer, recipe, progress)
-            if _hash(_recipe(data, sources, tokenizer, cache)) != fingerprint:
+            if recipe_hash(_recipe(data, sources, tokenizer, cache)) != fingerprint:
                 raise UserError(
                     f"{sources['text'].name}: the text changed while it was read; run again"
                 )
@@ -156,18 +156,13 @@ def _recipe(
     }
 
 
-def _hash(value: Any) -> str:
-    text = json.dumps(value, sort_keys=True)
-    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
-
-
 # --- opening -------------------------------------------------------------------------------------
 
 
 def _open(folder: Path, tokenizer: Tokenizer, fingerprint: str) -> TokenSet | str:
     """The token set of a folder, or what is wrong with it."""
     meta = read_json(folder / "meta.json")
-    if meta is None or meta.pop("check", None) != _hash(meta):
+    if meta is None or meta.pop("check", None) != recipe_hash(meta):
         return "meta.json is missing or torn"
     for name, (size, check) in meta["files"].items():
         path = folder / name
@@ -333,7 +328,7 @@ def _build(
         "dropped_documents": dropped,
         "files": {f.name: [f.stat().st_size, _check(f)] for f in sorted(folder.iterdir())},
     }
-    meta["check"] = _hash(meta)
+    meta["check"] = recipe_hash(meta)
     with writing(folder / "meta.json"):
         atomic_write(folder / "meta.json", json.dumps(meta, indent=1) + "\n")
 
