@@ -216,13 +216,14 @@ def command(words: Sequence[str], console: Console | None = None) -> int:
     check(options, None if own is None else own.data)
     contents: dict[str, Mapping[str, Any]] = {}
     place = folder if out is None else RunFolder(Path(str(out)).expanduser())
-    if own is not None or out is not None:
+    kept = own is not None or out is not None
+    if kept:
         place.check_writable()
     subject = load(target, device=device, **of_model)
 
     def write(name: str, content: Mapping[str, Any]) -> None:
         contents[name] = content
-        if own is not None or out is not None:
+        if kept:
             place.write_evaluation(name, content)
 
     def documents() -> list[Any]:
@@ -237,7 +238,7 @@ def command(words: Sequence[str], console: Console | None = None) -> int:
         return 1
     for table in tables(contents):
         console.print(table)
-    if own is not None or out is not None:
+    if kept:
         console.print(f"written to {place.path / 'evaluation'}", highlight=False)
     else:
         console.print("nothing was written: give out=FOLDER to keep the items", highlight=False)

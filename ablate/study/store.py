@@ -113,7 +113,6 @@ class Store:
         """
         changed = 0
         by_key = self.trials()
-        by_cell = {cell.key: cell for cell in cells}
         for trial in self.study.get_trials(deepcopy=False):
             key = trial.user_attrs.get("key")
             if trial.state != TrialState.RUNNING:
@@ -127,10 +126,9 @@ class Store:
                 cause = folder.status().get("cause") or "its process was killed"
                 self._tell(trial.number, TrialState.FAIL, None, cause)
                 changed += 1
-        for key, cell in by_cell.items():
-            folder = self._folder.run(key)
-            value = objective(folder)
-            states = [t.state for t in by_key.get(key, [])]
+        for cell in cells:
+            value = objective(self._folder.run(cell.key))
+            states = [t.state for t in by_key.get(cell.key, [])]
             if value is not None and TrialState.COMPLETE not in states:
                 self.finish(cell, "done", value)
                 changed += 1
@@ -187,12 +185,11 @@ class Store:
             if running is not None:
                 self._tell(running.number, TrialState.FAIL, None, "another process finished it")
             return
-        if running is None:  # it ended before it could be said to have begun
-            if state != "interrupted":
-                value = value if target == TrialState.COMPLETE else None
-                self.study.add_trial(self._template(cell, target, value))
-            return
-        self._tell(running.number, target, value if target == TrialState.COMPLETE else None, cause)
+        value = value if target == TrialState.COMPLETE else None
+        if running is not None:
+            self._tell(running.number, target, value, cause)
+        elif state != "interrupted":  # it ended before it could be said to have begun
+            self.study.add_trial(self._template(cell, target, value))
 
     def should_prune(self, number: int, step: int, value: float) -> bool:
         """Report an intermediate loss; whether the pruner gives the trial up."""
