@@ -21,10 +21,11 @@ from findings import Study
 
 from ablate.errors import UserError
 from ablate.report.export import gpu_hours
-from ablate.report.frames import load_evaluation, study_of
+from ablate.report.frames import load_evaluation
 from ablate.report.page import write_report
 from ablate.report.verdicts import signed
 from ablate.run import atomic_write
+from ablate.study.folder import StudyFolder
 from ablate.study.rerun import ENOUGH
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -113,7 +114,7 @@ def _findings(table: pd.DataFrame, found: dict[str, Study]) -> str:
     if len(run):
         lines += ["", PROVENANCE, "", MODEL]
     for name in sorted(set(found) - set(run["study"])):
-        question = study_of(found[name].path).get("question")
+        question = StudyFolder(found[name].path).index().get("question")
         lines += ["", f"{_link(name)}: {question} {_best(found[name], found)}"]
     if len(run) < len(table):
         left = table.loc[table["ours"] == findings.NOT_RUN, "claim"]
@@ -135,7 +136,7 @@ def _best(study: Study, found: dict[str, Study]) -> str:
     done = study.analysis.frame
     done = done[done["state"] == "done"]
     means = done.groupby("arm")["val_b_loss"].mean()
-    planned = len(study_of(study.path).get("cells", {}))
+    planned = len(StudyFolder(study.path).index().get("cells", {}))
     if len(done) < planned:
         known = {k for s in found.values() if s is not study for k in s.analysis.runs["key"]}
         again = int(done["key"].isin(known).sum())

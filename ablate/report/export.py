@@ -34,6 +34,7 @@ import yaml
 
 from ablate.errors import UserError
 from ablate.run import atomic_write, dump_yaml, find_runs, load_yaml, read_json, write_json
+from ablate.study.folder import StudyFolder
 
 TRIALS, CURVES = "trials.csv", "curves.csv"
 SUMS = "SHA256SUMS"  # `sha256sum -c` reads it too
@@ -175,7 +176,7 @@ def export_study(path: Path, parent: Path) -> Path:
     frame = frames.load_study(path)
     _keep_what_is_there(folder, frame, path)
     runs = list(find_runs(path))
-    study = frames.study_of(path)
+    study = StudyFolder(path).index()
 
     scores: dict[str, dict[str, Any]] = {}
     tables: dict[str, list[pd.DataFrame]] = {}

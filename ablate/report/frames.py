@@ -22,7 +22,8 @@ import pandas as pd
 from ablate import config as config_tree
 from ablate.errors import UserError
 from ablate.report import export
-from ablate.run import PHASES, RunFolder, atomic_write, find_runs, read_json
+from ablate.run import PHASES, RunFolder, atomic_write, find_runs
+from ablate.study.folder import StudyFolder
 
 INDEX = "index.parquet"
 # column of the frame <- place in result.json
@@ -91,7 +92,7 @@ def load_study(path: str | Path) -> pd.DataFrame:
     """
     folder = Path(path)
     index = _index(folder)
-    study = study_of(folder)
+    study = StudyFolder(folder).index()
     configs = [json.loads(text) for text in index["config"]]
     factors = list(study.get("factors") or [])
     if "cells" not in study:
@@ -196,11 +197,6 @@ def load_certificates(path: str | Path) -> dict[str, dict[str, Any]]:
         if certificate:
             found[str(record["key"])] = certificate
     return found
-
-
-def study_of(path: Path) -> dict[str, Any]:
-    """The content of study.json at `path`, or an empty dict."""
-    return read_json(path / "study.json") or {}
 
 
 def missing_cells(frame: pd.DataFrame) -> pd.DataFrame:
