@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from ablate.model.generate import Decoder, Sampling, cast_weights, generate
 from ablate.model.init import init_weights, param_groups
-from ablate.model.lm import DecodeState, LanguageModel
+from ablate.model.lm import LanguageModel
 
 __all__ = [
-    "DecodeState",
     "Decoder",
     "LanguageModel",
     "Sampling",

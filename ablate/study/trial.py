@@ -18,8 +18,8 @@ from typing import Any
 import torch
 
 from ablate import config
-from ablate.arch import Cost
 from ablate.arch import match as matching
+from ablate.arch.cost import Cost
 from ablate.arch.spec import Architecture
 from ablate.config import Config, DataConfig
 from ablate.data import model_vocab

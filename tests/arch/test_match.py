@@ -12,9 +12,9 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ablate.arch import Architecture
 from ablate.arch.certificate import QUANTITIES, Certificate
 from ablate.arch.match import check, figures, solve
+from ablate.arch.spec import Architecture
 from ablate.config import ArchConfig, MatchConfig
 from ablate.errors import UserError
 from ablate.model import LanguageModel

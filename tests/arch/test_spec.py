@@ -11,7 +11,7 @@ import pytest
 import yaml
 from omegaconf import OmegaConf
 
-from ablate.arch import Architecture
+from ablate.arch.spec import Architecture
 from ablate.compose import compose
 from ablate.config import ArchConfig
 from ablate.errors import UserError

@@ -8,7 +8,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from ablate.arch import Architecture
+from ablate.arch.spec import Architecture
 from ablate.bench import decode
 from ablate.errors import UserError
 

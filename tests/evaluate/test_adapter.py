@@ -158,7 +158,7 @@ def test_a_task_with_shots_through_the_evaluator(both, tmp_path):
 
 
 def test_our_model_scores_as_its_logits(tmp_path):
-    from ablate.arch import Architecture
+    from ablate.arch.spec import Architecture
     from ablate.data.tokenizer import Tokenizer
     from ablate.evaluate.adapter import SubjectLM
     from ablate.evaluate.subjects import OwnModel

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from ablate.arch import Architecture
+from ablate.arch.spec import Architecture
 from ablate.config import ArchConfig, load
 from ablate.errors import UserError
 from ablate.layers import KINDS, registry

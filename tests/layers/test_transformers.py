@@ -7,7 +7,7 @@ import inspect
 import pytest
 import torch
 
-from ablate.arch import Architecture
+from ablate.arch.spec import Architecture
 from ablate.layers import Context
 from ablate.layers.gated_deltanet import GatedDeltaNet, GatedDeltaNetOptions
 from ablate.model import LanguageModel

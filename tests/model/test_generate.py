@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ablate.arch import Architecture
+from ablate.arch.spec import Architecture
 from ablate.layers import KINDS
 from ablate.model import Decoder, LanguageModel, Sampling, cast_weights, generate
 from ablate.model.generate import padded_length

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ablate.arch import Architecture
+from ablate.arch.spec import Architecture
 from ablate.model import LanguageModel, init_weights, param_groups
 
 OPTIONS = {
