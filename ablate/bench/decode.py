@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import gc
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -204,18 +205,14 @@ def _table(rows: Sequence[Row], names: Sequence[str], title: str) -> Table:
     at = {(row.name, row.context): row for row in rows}
     for context in dict.fromkeys(row.context for row in rows):
         cells = [f"{context:,}"]
-        first = at.get((names[0], context))
+        speeds = []
         for name in names:
             row = at.get((name, context))
-            fits = row is not None and row.tokens_per_second == row.tokens_per_second
-            cells.append(f"{row.tokens_per_second:,.4g}" if row and fits else "no memory")
+            speeds.append(row.tokens_per_second if row else math.nan)
+            cells.append(f"{speeds[-1]:,.4g}" if math.isfinite(speeds[-1]) else "no memory")
             cells.append(f"{row.state_bytes / 2**20:,.1f} MiB" if row else "")
             if name != names[0]:
-                told = row and fits and first and first.tokens_per_second > 0
-                cells.append(
-                    f"{row.tokens_per_second / first.tokens_per_second:.2f}x"
-                    if told and row and first
-                    else ""
-                )
+                ratio = speeds[-1] / speeds[0]
+                cells.append(f"{ratio:.2f}x" if math.isfinite(ratio) else "")
         table.add_row(*cells)
     return table
