@@ -308,9 +308,8 @@ def _state(run: RunFolder, record: Mapping[str, Any]) -> tuple[str, str]:
     if state == "running" and not run.is_held():
         return "interrupted", "stopped before its end (killed, or the machine went down)"
     if state == "done":
-        if not math.isfinite(record["val_b_loss"]) and not math.isfinite(record["val_a_loss"]):
-            return state, "finished without a finite validation loss"
-        return state, ""
+        finite = any(math.isfinite(record[name]) for name in ("val_a_loss", "val_b_loss"))
+        return state, "" if finite else "finished without a finite validation loss"
     return state, cause
 
 

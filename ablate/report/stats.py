@@ -149,7 +149,7 @@ class ArmFit:
             }
         )
         table[["dunnett_low", "dunnett_high", "dunnett_p", "holm_p"]] = NAN
-        if self.df > 0 and others and self.sigma > 0:
+        if others and self.sigma > 0:
             correlation = self._correlation(r)
             reach = many_to_one_quantile(correlation, self.df) * table["se"]
             table["dunnett_low"] = table["difference"] - reach
@@ -161,7 +161,7 @@ class ArmFit:
 
     def omnibus(self) -> float:
         """p-value of the F test that all arms are equal (arms after seeds); NaN without df."""
-        if not self.df > 0 or len(self.arms) < 2 or not self.sigma > 0:
+        if len(self.arms) < 2 or not self.sigma > 0:
             return NAN
         ratio = self.arm_mean_square / self.sigma**2
         return float(stats.f.sf(ratio, len(self.arms) - 1, self.df))
@@ -170,7 +170,7 @@ class ArmFit:
         """p-value of each arm that it is as good as the best: Hsu's multiple comparisons with the
         best, by the arm that is better by the most standard errors and the one-sided Dunnett
         distribution that takes the arm as control. NaN without df."""
-        if not self.df > 0 or len(self.arms) < 2 or not self.sigma > 0:
+        if len(self.arms) < 2 or not self.sigma > 0:
             return dict.fromkeys(self.arms, NAN)
         values = self.means if lower_is_better else -self.means
         found = {}
@@ -197,7 +197,7 @@ class ArmFit:
         The intraclass correlation ICC(3,1) by the method of moments (it can come out negative),
         with the interval of Shrout and Fleiss 1979; exact in a complete design.
         """
-        if not self.paired or not self.df > 0 or self.n_seeds < 2 or not self.sigma > 0:
+        if not self.paired or self.n_seeds < 2 or not self.sigma > 0:
             return Estimate(NAN)
         k, ratio = self.seed_weight, self.seed_mean_square / self.sigma**2
         upper = float(stats.f.ppf((1 + LEVEL) / 2, self.n_seeds - 1, self.df))
@@ -699,7 +699,7 @@ def fit_curve(
     a, b, c, d = (float(v) for v in parameters[0])
     named = (a, b, c, d)
     settled = bool(b == 0 or c > scales[0])
-    if not fit.df > 0 or not fit.sigma > 0:
+    if not fit.sigma > 0:
         return Curve(form, named, Estimate(optimum), (NAN, NAN), NAN, settled)
 
     rng = np.random.default_rng(0)

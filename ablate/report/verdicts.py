@@ -134,7 +134,7 @@ class Comparison:
 
     @property
     def has_interval(self) -> bool:
-        return self.fit.df > 0 and self.fit.sigma > 0
+        return self.fit.sigma > 0  # NaN without degrees of freedom
 
     @property
     def too_few(self) -> str:
@@ -359,7 +359,7 @@ def _compare(
         places = {arm: float(arms["x"][arm]) for arm in drawn}
         forms = ("exponential", "hyperbolic")
         curves = [fit_curve(fit.only(drawn), places, form=form) for form in forms]
-    best = fit.not_worse_than_best(metric.lower_is_better) if fit.sigma > 0 else list(fit.arms)
+    best = fit.not_worse_than_best(metric.lower_is_better)
     return Comparison(metric, fit, str(first), fit.against(str(first)), best, curves, drawn)
 
 
