@@ -35,14 +35,19 @@ def _padded(x_BLD: Tensor, state: Tensor | None, taps: int) -> Tensor:
     return torch.cat([state.to(x_BLD.dtype), x_BLD], dim=1)
 
 
-def _visible(doc_start_BL: Tensor, back: int) -> Tensor:
-    """(B, L, 1) bool: the input `back` steps ago belongs to the token's own document.
+def _seen(source: Tensor, doc_start: Tensor) -> Tensor:
+    """(..., 1) bool: inputs at these places are seen from a document that began there.
 
     A document that continues (doc_start < 0) sees all of the initial state, whose foreign inputs
     `final_state` has already set to zero.
     """
+    return ((source >= doc_start) | ((source < 0) & (doc_start < 0))).unsqueeze(-1)
+
+
+def _visible(doc_start_BL: Tensor, back: int) -> Tensor:
+    """(B, L, 1) bool: the input `back` steps ago belongs to the token's own document."""
     source_L = torch.arange(doc_start_BL.shape[1], device=doc_start_BL.device) - back
-    return ((source_L >= doc_start_BL) | ((source_L < 0) & (doc_start_BL < 0))).unsqueeze(-1)
+    return _seen(source_L, doc_start_BL)
 
 
 def final_state(
@@ -57,9 +62,7 @@ def final_state(
     tail = tail[:, tail.shape[1] - (taps - 1) :]
     if doc_start_BL is not None and length > 0:
         source_K = torch.arange(length - taps + 1, length, device=x_BLD.device)
-        last_B1 = doc_start_BL[:, -1:]
-        keep_BK = (source_K >= last_B1) | ((source_K < 0) & (last_B1 < 0))
-        tail = tail * keep_BK.unsqueeze(-1).to(tail.dtype)
+        tail = tail * _seen(source_K, doc_start_BL[:, -1:]).to(tail.dtype)
     return tail
 
 
@@ -129,9 +132,7 @@ def causal_conv1d_reference(
         window_BKD = padded[:, t : t + taps]
         if doc_start_BL is not None:
             source_K = torch.arange(t - taps + 1, t + 1, device=x_BLD.device)
-            start_B1 = doc_start_BL[:, t : t + 1]
-            keep_BK = (source_K >= start_B1) | ((source_K < 0) & (start_B1 < 0))
-            window_BKD = window_BKD * keep_BK.unsqueeze(-1)
+            window_BKD = window_BKD * _seen(source_K, doc_start_BL[:, t : t + 1])
         rows.append((window_BKD * weight_DK.t()).sum(1))
     y = torch.stack(rows, 1) if rows else torch.zeros_like(x_BLD)
     y = y if bias_D is None else y + bias_D
