@@ -105,15 +105,10 @@ class Engine:
             n += 2
         return n * part.tokens_BL.numel() / (time.perf_counter() - begun)
 
-    def lead_state(self, stepper: Stepper) -> None:
-        """Of rank 0: give weights, moments and figures to the others."""
+    def share_state(self, stepper: Stepper) -> None:
+        """Rank 0's weights, moments and figures to all."""
         moments = self.ranks.agree(bool(self.optimizer.state))
-        self._share(stepper, moments)
-
-    def follow_state(self, stepper: Stepper) -> None:
-        """Of the others: take them."""
-        moments = self.ranks.agree(None)
-        if moments:
+        if moments and self.ranks.rank:
             scalar = torch.zeros((), device=self.device)
             empty = {
                 f"{name}/{key}": scalar if key == "step" else torch.zeros_like(p)
@@ -121,9 +116,6 @@ class Engine:
                 for key in STATE
             }
             load_state_tensors(self.model, self.optimizer, empty)
-        self._share(stepper, moments)
-
-    def _share(self, stepper: Stepper, moments: bool) -> None:
         tensors = [t.detach() for t in self.model.state_dict(keep_vars=True).values()]
         if moments:
             tensors += state_tensors(self.model, self.optimizer).values()

@@ -231,7 +231,7 @@ def _follow(cfg: Config, ranks: Ranks) -> dict[str, Any]:
             engine = Engine(cfg, architecture_of(cfg, token_set), device, ranks)
             record, first = ranks.agree(None)
             stepper = engine.stepper(record["rows"])
-            engine.follow_state(stepper)
+            engine.share_state(stepper)
             ranks.listen()  # rank 0 has compiled it all by now
             if engine.compiled:
                 stepper.warm_up(ranks.part(stream.batch(first)))
@@ -503,7 +503,7 @@ class _Run:
         """Bring the other ranks to where this one begins."""
         if self.ranks.world > 1:
             self.ranks.agree((self.micro_batch, self.step))
-            self.engine.lead_state(self.stepper)
+            self.engine.share_state(self.stepper)
 
     def check_epochs(self, steps: int) -> None:
         tokens = self.stream.text_tokens(steps * self.step_tokens)
