@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import zstandard
 
@@ -47,6 +49,16 @@ def _stream(data: DataConfig, path: Path) -> None:
             "data.source is 'hub', which needs the package 'datasets': "
             "pip install 'ablate-hybrids[hub]'"
         ) from None
+
+    def rows() -> Iterator[dict[str, Any]]:
+        try:
+            yield from datasets.load_dataset(
+                hub.name, hub.subset, split=hub.split, revision=hub.revision, streaming=True
+            )
+        # The library and its transports raise dozens of kinds; the user needs the one reason.
+        except Exception as error:
+            raise _failure(data, error) from None
+
     size = documents = 0
     limit = data.max_bytes
     say(f"fetching {hub.name} from the Hugging Face hub, {limit or 'all its'} bytes")
@@ -55,17 +67,9 @@ def _stream(data: DataConfig, path: Path) -> None:
         zstandard.ZstdCompressor(level=3).stream_writer(raw) as file,
         progress_bar("fetching", limit, None) as advance,
     ):
-        try:
-            rows = iter(
-                datasets.load_dataset(
-                    hub.name, hub.subset, split=hub.split, revision=hub.revision, streaming=True
-                )
-            )
-            row = next(rows, None)
-        # The library and its transports raise dozens of kinds; the user needs the one reason.
-        except Exception as error:
-            raise _failure(data, error) from None
-        while row is not None and (limit is None or size < limit):
+        for row in rows():
+            if limit is not None and size >= limit:
+                break
             text = row.get(hub.text_field)
             if not isinstance(text, str):
                 raise UserError(
@@ -77,10 +81,6 @@ def _stream(data: DataConfig, path: Path) -> None:
             size += n_bytes
             advance(n_bytes)
             documents += 1
-            try:
-                row = next(rows, None)
-            except Exception as error:
-                raise _failure(data, error) from None
     if not documents:
         raise UserError(f"data.hub.name {hub.name!r} has no rows in split {hub.split!r}")
 
