@@ -38,6 +38,7 @@ from ablate.kernels.tiles_triton import (
     batch_unit,
     before_90,
     contiguous,
+    dense_last,
     dense_rows,
     load_tile,
     precision,
@@ -697,7 +698,7 @@ def _forward(
     dt_bias: Tensor | None, first: Tensor | None, doc: Tensor | None, softplus: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     x, B, C = dense_rows(x), dense_rows(B), dense_rows(C)
-    dts = step_sizes(dt if dt.stride(2) == 1 else dt.contiguous(), A, dt_bias, softplus)
+    dts = step_sizes(dense_last(dt), A, dt_bias, softplus)
     states, last = chunk_states(x, B, dts, doc, first, reverse=False)
     return scan(x, B, C, D, dts, doc, states)[0], last, states, dts
 
