@@ -43,6 +43,7 @@ from ablate.kernels.tiles_triton import (
     load_tile,
     precision,
     sigmoid,
+    starts,
     store_tile,
 )
 
@@ -825,13 +826,11 @@ def ssd_triton(
     out: Tensor | tuple[Tensor, Tensor] = _SSD.apply(
         x_BLHP,
         dt_BLH,
-        A_H,
+        A_H.contiguous(),
         B_BLGN.to(x_BLHP.dtype),
         C_BLGN.to(x_BLHP.dtype),
-        D_H,
-        dt_bias_H,
-        contiguous(initial_state_BHPN),
-        doc_start_BL,
+        *map(contiguous, (D_H, dt_bias_H, initial_state_BHPN)),
+        starts(doc_start_BL),
         dt_softplus,
         return_final_state,
     )

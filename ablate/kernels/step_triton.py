@@ -82,7 +82,8 @@ def causal_conv1d_step_triton(
     x_BD: Tensor, weight_DK: Tensor, bias_D: Tensor | None, silu: bool, state_BKD: Tensor
 ) -> Tensor:
     """See `ablate.kernels.causal_conv1d_step`; the state must be contiguous."""
-    return _conv_op(dense_last(x_BD), weight_DK.contiguous(), bias_D, silu, state_BKD)
+    weight, bias = weight_DK.contiguous(), contiguous(bias_D)
+    return _conv_op(dense_last(x_BD), weight, bias, silu, state_BKD)
 
 
 # --- Mamba-2 --------------------------------------------------------------------------------------
@@ -154,8 +155,8 @@ def ssd_step_triton(
 ) -> Tensor:  # fmt: skip
     """See `ablate.kernels.ssd_step`; the state must be contiguous."""
     x, dt, B, C = map(dense_last, (x_BHP, dt_BH, B_BGN, C_BGN))
-    A, D = A_H.contiguous(), contiguous(D)
-    return _ssd_op(x, dt, A, B, C, D, dt_bias_H, dt_softplus, state_BHPN)
+    A, D, bias = map(contiguous, (A_H, D, dt_bias_H))
+    return _ssd_op(x, dt, A, B, C, D, bias, dt_softplus, state_BHPN)
 
 
 # --- Mamba-1 --------------------------------------------------------------------------------------
@@ -228,7 +229,8 @@ def selective_scan_step_triton(
     """See `ablate.kernels.selective_scan_step`; the state must be contiguous."""
     u, dt, A, B, C = map(dense_last, (u_BD, delta_BD, A_DN, B_BN, C_BN))
     z = None if z_BD is None else dense_last(z_BD)
-    return _scan_op(u, dt, A, B, C, D_D, z, delta_bias_D, delta_softplus, state_BDN)
+    D, bias = map(contiguous, (D_D, delta_bias_D))
+    return _scan_op(u, dt, A, B, C, D, z, bias, delta_softplus, state_BDN)
 
 
 # --- gated DeltaNet -------------------------------------------------------------------------------

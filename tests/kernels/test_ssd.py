@@ -222,7 +222,11 @@ def triton_against_the_recurrence(shape, docs, device, dtype, tolerance, decay=1
             for k, v in args.items()
         }
         plain = run(ssd_chunked, same, doc_start_BL=starts)
-    starts = None if starts is None else starts.to(device)
+    if starts is not None:  # rows of a longer matrix, and numbers that are not next to each other
+        starts = torch.nn.functional.pad(starts, (0, 3)).to(device)[:, :-3]
+        for name in ("A_H", "D_H", "dt_bias_H"):
+            v = args[name].detach()
+            args[name] = torch.stack([v, 9 - v], -1)[..., 0].requires_grad_()
     got = run(ssd, args, doc_start_BL=starts, backend="triton")
     if docs is not None:  # resets leave A's gradient a small difference of large sums, or nothing
         a, b = got.pop("grad A_H").double().cpu(), want.pop("grad A_H").double()

@@ -43,6 +43,11 @@ def skip_bf16(device, dtype):
         pytest.skip("the interpreter's bf16 is not the GPU's")
 
 
+def strided(t):
+    """The same numbers, not next to each other: as of a parameter that holds more."""
+    return torch.stack([t, 9 - t], -1)[..., 0]
+
+
 def check(step, whole, dtype):
     """`step(t)` for each token equals row t of `whole`, which is (B, L, ...)."""
     with torch.no_grad():
@@ -63,7 +68,7 @@ def test_convolution(device, backend, dtype, taps, width, silu):
         data.double(), weight.double(), bias if bias is None else bias.double(), activation=silu
     )
     state = torch.zeros(2, taps - 1, width, dtype=dtype, device=device)
-    here = [t if t is None else t.to(device) for t in (weight, bias)]
+    here = [t if t is None else strided(t.to(device)) for t in (weight, bias)]
     x = data.to(device)
     check(
         lambda t: causal_conv1d_step(
@@ -98,10 +103,11 @@ def test_ssd(device, backend, dtype, heads, groups, head_dim, d_state, skip):
         initial_state_BHPN=start.double(), return_final_state=True,
     )  # fmt: skip
     state = start.to(device)
-    x, dt, A, B, C, D = (v if v is None else v.to(device) for v in t.values())
+    x, dt, A, B, C, D = (v if v is None else strided(v.to(device)) for v in t.values())
+    bias = strided(bias.float().to(device))
     check(
         lambda i: ssd_step(
-            x[:, i], dt[:, i], A, B[:, i], C[:, i], D, dt_bias_H=bias.float().to(device),
+            x[:, i], dt[:, i], A, B[:, i], C[:, i], D, dt_bias_H=bias,
             dt_softplus=True, state_BHPN=state, backend=backend,
         ),
         whole,
@@ -132,7 +138,7 @@ def test_selective_scan(device, backend, dtype, width, d_state, full):
     )  # fmt: skip
     state = start.to(device)
     u, delta, A, B, C, D, z, bias = (
-        v if v is None else v.to(device) for v in (u, delta, A, B, C, D, z, bias)
+        v if v is None else strided(v.to(device)) for v in (u, delta, A, B, C, D, z, bias)
     )
     check(
         lambda t: selective_scan_step(
