@@ -7,6 +7,7 @@ a study with failed trials with 1; an interrupted one with 130.
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -241,7 +242,8 @@ def _hydra_multirun(args: list[str]) -> int:
     from ablate.study.supervisor import run_study
 
     plain = [a for a in args if "=" in a and "," not in a]
-    load(compose(plain).tree)  # mistakes in one sentence, first
+    composed = compose(plain)
+    load(composed.tree)  # mistakes in one sentence, first
     register_sweeps(args)
 
     @hydra.main(version_base="1.3", config_path=str(shipped("conf")), config_name="config")
@@ -251,7 +253,11 @@ def _hydra_multirun(args: list[str]) -> int:
         outcome = run_study({str(k): v for k, v in tree.items()})
         return outcome.exit_code
 
-    words = [a if not a.startswith("scale=auto") else "scale=cpu" for a in args]
+    # Hydra itself knows nothing of a scale that the machine chooses.
+    scale = composed.choices["scale"]
+    words = [re.sub(r"\bauto\b", scale, a) if a.startswith("scale=") else a for a in args]
+    if not any(a.startswith("scale=") for a in words):
+        words.append(f"scale={scale}")
     sys.argv = ["ablate", *words]
     job()
     return 0

@@ -2,6 +2,8 @@
 named in one sentence, no traceback, nothing created."""
 
 import os
+import subprocess
+import sys
 import typing
 from pathlib import Path
 
@@ -242,6 +244,15 @@ def test_what_a_scale_sets_can_be_set_beside_the_scale_of_this_machine(monkeypat
         assert found.tree["data"]["seq_len"] == 2048
         assert found.choices["scale"] == "14m"
         assert found.notes == ["scale auto: 14m (some GPU)"]
+
+
+@pytest.mark.parametrize("words", [[], ["scale=auto"]])
+def test_hydras_own_words_take_the_scale_that_the_machine_has(tmp_path, words):
+    command = [sys.executable, "-m", "ablate", "--cfg", "job", *words]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    own = compose(words).tree
+    assert f"\n  n_layers: {own['arch']['n_layers']}\n" in done.stdout
+    assert f"\n  tokens: {own['train']['tokens']}\n" in done.stdout
 
 
 @pytest.mark.parametrize(
