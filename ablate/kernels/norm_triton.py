@@ -59,8 +59,10 @@ def backward_config(block: int) -> Config:
     """Static choice by the (padded) width of a row."""
     if block <= 256:
         return Config(rows=8, warps=4, programs=4)
+    if block <= 512:
+        return Config(rows=1, warps=1, programs=16, stages=2)
     if block <= 1024:
-        return Config(rows=1, warps=2, programs=8, stages=2)
+        return Config(rows=2, warps=4, programs=4, stages=2)
     warps = 4 if block <= 2048 else 8 if block <= 8192 else 16
     return Config(rows=1, warps=warps, programs=4 if block <= 2048 else 2)
 

@@ -110,7 +110,7 @@ def test_gated_norm(arch, group):
 
 
 @architectures
-@pytest.mark.parametrize("width", [96, 768, 2048, 8192])
+@pytest.mark.parametrize("width", [96, 288, 768, 2048, 8192])
 @pytest.mark.parametrize("parts", [0, 1, 4])  # of what is divided by its root mean square first
 def test_norm_with_residual(arch, width, parts):
     block = triton.next_power_of_2(width)
