@@ -14,8 +14,12 @@ import contextlib
 import datetime
 import importlib
 import json
+import os
 import platform
+import subprocess
 import sys
+import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -802,6 +806,50 @@ def bench_kernels(
                 yield _measure(case, name, fn, milliseconds, tune)
 
 
+def first_calls(only: str = "") -> Iterator[tuple[Case, float | None, float | None]]:
+    """Seconds of the first forward and backward pass of each operation at its first size, in a new
+    process with an empty cache: its kernels compiled one after the other, as a call does by itself,
+    and together (`compile_together`), as training does. None where that failed."""
+    cases = {case.operation: case for case in reversed(_chosen(only))}
+    for case in reversed(cases.values()):
+        yield case, _first_call(case, together=False), _first_call(case, together=True)
+
+
+def _first_call(case: Case, *, together: bool) -> float | None:
+    code = "from ablate.bench.kernels import time_first_call as t; print(t({!r}, {!r}, {!r}))"
+    asked = code.format(case.operation, case.size, together)
+    with tempfile.TemporaryDirectory() as cache:
+        environment = os.environ | {"TRITON_CACHE_DIR": cache, "TORCHINDUCTOR_CACHE_DIR": cache}
+        done = subprocess.run(
+            [sys.executable, "-c", asked], env=environment, stdout=subprocess.PIPE, text=True,
+            check=False,
+        )  # fmt: skip
+    return None if done.returncode else float(done.stdout.split()[-1])
+
+
+def time_first_call(operation: str, size: str, together: bool) -> float:
+    """Seconds of a call that is this process's first, its imports included."""
+    case = next(c for c in _cases() if (c.operation, c.size) == (operation, size))
+    t = case.inputs(case.batch, case.length)
+    leaves = list(_leaves(t).values())
+    torch.cuda.synchronize()
+
+    def both() -> None:
+        outs = _outputs(case.ours(t))
+        torch.autograd.grad(outs, leaves, [torch.ones_like(o) for o in outs])
+
+    begun = time.perf_counter()
+    if together:
+        with compile_together(usable_cores()) as dry_run:
+            with dry_run():
+                both()
+            both()
+    else:
+        both()
+    torch.cuda.synchronize()
+    return time.perf_counter() - begun
+
+
 def _number(value: float | None, digits: int = 3) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
 
@@ -859,12 +907,23 @@ def run(args: list[str]) -> int:
     parser.add_argument(
         "--tune", action="store_true", help="wait for peers that tune themselves for minutes"
     )
+    parser.add_argument(
+        "--cold", action="store_true", help="seconds of first calls with an empty cache instead"
+    )
     parser.add_argument("--json", type=Path, help="also write every figure to this file")
     options = parser.parse_args(args)
     if not torch.cuda.is_available():
         print("ablate bench kernels needs a CUDA GPU, and this machine has none.", file=sys.stderr)
         return 2
     print(", ".join(f"{k} {v}" for k, v in environment().items()), flush=True)
+    if options.cold:
+        print(
+            "| operation | size | first call, s | kernels compiled together, s |\n|---|---|---|---|"
+        )
+        for case, alone, together in first_calls(options.only):
+            cells = (_number(alone, 1), _number(together, 1))
+            print(f"| {case.operation} | {case.size} | {' | '.join(cells)} |", flush=True)
+        return 0
     rows = []
     for row in bench_kernels(options.only, options.peers, options.ms, options.tune):
         rows.append(row)

@@ -54,3 +54,13 @@ def test_what_a_case_does_besides_the_operation_is_taken_off(monkeypatch):
     less = dataclasses.replace(case, less=(dict, "besides"))
     row = kernels._timed(less, "ours", case.ours, 10, True)
     assert (row.both_device, row.memory) == (1.75, 0.0)
+
+
+def test_first_calls_are_of_each_operation_once_at_its_first_size(monkeypatch):
+    monkeypatch.setattr(kernels, "_first_call", lambda case, together: 2.0 if together else 5.0)
+    found = list(kernels.first_calls("ssd,gla"))
+    sizes = {case.operation: case.size for case in reversed(kernels._cases())}
+    assert [(case.operation, case.size) for case, *_ in found] == [
+        (operation, sizes[operation]) for operation in ("ssd", "gla")
+    ]
+    assert {(alone, together) for _, alone, together in found} == {(5.0, 2.0)}
