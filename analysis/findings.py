@@ -273,28 +273,8 @@ def of_loss(
 
 
 def in_short(found: dict[str, Study]) -> str:
-    """What attention does to loss and to recall, for who reads no further; empty without either.
-
-    Differences from none have Dunnett's intervals, so that picking the lowest flatters nothing."""
-    told = []
-    study, larger = found.get("attn_ratio"), found.get("attn_ratio_60m")
-    if study is not None and study.loss is not None and study.loss.has_interval:
-        text, lowest, none = loss_in_short(study)
-        if lowest != none:
-            here = study.loss.fit.difference(lowest, none)
-            text = f"{text}{elsewhere(found, lowest, none, here)}"
-        told.append(
-            f"**Loss** is lowest at {text}. {others_in_short(study, lowest, none)} "
-            f"({set_up(study)}, equal tokens but not equal FLOPs; intervals against "
-            f"{study.analysis.short(none)} are simultaneous, Dunnett's.)"
-        )
-        if larger is not None and larger.loss is not None and larger.loss.has_interval:
-            text, lowest, none = loss_in_short(larger)
-            told.append(
-                f"**In larger models** the lowest of {len(larger.loss.fit.arms)} shares is {text}. "
-                f"{others_in_short(larger, lowest, none)} {orders(study, larger)} "
-                f"({set_up(larger)}, {short_of(larger, study)}.)"
-            )
+    """What attention does to loss and to recall, for who reads no further; empty without either."""
+    told = loss_by_share(found)
     study = found.get("recall")
     if study is not None and len(study.scores):
         arms = {KINDS[kind]: arm for kind in KINDS for arm in widest(study, kind)}
@@ -317,36 +297,64 @@ def in_short(found: dict[str, Study]) -> str:
     return "".join(f"{paragraph}\n\n" for paragraph in told)
 
 
-def less(study: Study, arm: str, reference: str) -> str:
-    assert study.loss is not None
-    r = study.loss.fit.against(reference).set_index("arm").loc[arm]
-    e = Estimate(r["difference"], low=r["dunnett_low"], high=r["dunnett_high"])
-    told = f"{show(e)} nats against {study.analysis.short(reference)}"
-    if study.on_a is None or not {arm, reference} <= set(study.on_a.arms):
-        return told
-    on_a = signed(study.on_a.difference(arm, reference).value)
-    return f"{told} on validation B, {on_a} on A"
+def loss_by_share(found: dict[str, Study]) -> list[str]:
+    """A table of losses less that without attention, a row a study and text, and what to know of
+    it. Differences have Dunnett's intervals, so that picking the lowest flatters nothing."""
+    names = ("attn_ratio", "attn_ratio_mlp", "attn_ratio_60m")
+    known = [(found[n], loss) for n in names if n in found and (loss := found[n].loss) is not None]
+    known = [(study, loss) for study, loss in known if loss.has_interval]
+    if not known or known[0][0].name != names[0]:
+        return []
+    rows: list[tuple[str, dict[float, str], str]] = []
+    lowest = []
+    for study, loss in known:
+        places = study.analysis.arms["x"]
+        arms = [a for a in loss.drawn or loss.fit.arms if a in loss.fit.arms]
+        none = min(arms, key=lambda a: places[a])
+        lowest.append(percent(places[loss.fit.arms[loss.fit.means.argmin()]]))
+        for fit in (loss.fit, study.on_a):
+            if fit is None or not set(arms) <= set(fit.arms):
+                continue
+            table = fit.against(none).set_index("arm").loc[[a for a in arms if a != none]]
+            same = fit.not_worse_than_best()
+            shown = table["difference"].map(lambda v: signed(v, 3))
+            cells = {places[a]: f"**{v}**" if a in same else v for a, v in shown.items()}
+            half = (table["dunnett_high"] - table["difference"]).max()
+            whose = "the same on A" if fit is study.on_a else in_row(study)
+            rows.append((whose, cells, f"±{half:.3f}"))
+    shares = sorted({share for _, cells, _ in rows for share in cells})
+    header = ["layers that are attention", *map(percent, shares), "95%"]
+    lines = [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
+    for whose, cells, half in rows:
+        lines.append(f"| {' | '.join([whose, *(cells.get(x, '') for x in shares), half])} |")
+    where = f"at {lowest[0]} in each" if len(set(lowest)) == 1 else f"at {', '.join(lowest)}"
+    notes = (
+        f"On B it is lowest {where}. Bold: not told from the lowest (Hsu's comparisons with the "
+        "best); ±: half of a simultaneous interval over seeds (Dunnett). Tokens are equal, FLOPs "
+        f"are not; parameters are those beside the embedding.{elsewhere(found, known[0][0])}"
+    )
+    if known[-1][0].name == names[-1]:
+        notes += f" The larger models: {short_of(known[-1][0], known[0][0])}."
+    head = (
+        "**Loss** less that without attention, in nats a token, within paired seeds, on validation "
+        "B and on another text, A:"
+    )
+    return [head, "\n".join(lines), notes]
 
 
-def loss_in_short(study: Study) -> tuple[str, str, str]:
-    """Where a study's loss is lowest and by how much, that arm, and the one without attention."""
-    assert study.loss is not None
-    fit, short = study.loss.fit, study.analysis.short
-    none = str(study.analysis.arms["x"][list(fit.arms)].idxmin())
-    lowest = fit.arms[int(np.argmin(fit.means))]
-    gain = f": {less(study, lowest, none)}" if lowest != none else ""
-    return f"{short(lowest)} attention{gain}", lowest, none
+def percent(share: float) -> str:
+    """'8.3%', '50%'."""
+    return f"{100 * share:.1f}".removesuffix(".0") + "%"
 
 
-def others_in_short(study: Study, lowest: str, none: str) -> str:
-    """Which arms cannot be told from the lowest, and what most attention does."""
-    assert study.loss is not None
-    fit, short = study.loss.fit, study.analysis.short
-    most = str(study.analysis.arms["x"][list(fit.arms)].idxmax())
-    text = f"Not told from the lowest: {not_told(study)}."
-    if most not in (lowest, none):
-        text += f" At {short(most)}: {less(study, most, none)}."
-    return text
+def in_row(study: Study) -> str:
+    """'13.9M parameters, 120M tokens, 6 seeds'."""
+    done = study.analysis.frame
+    done = done[done["state"] == "done"]
+    size, tokens = (si(done[c].median()) for c in ("non_embedding_params", "tokens"))
+    mlps = done["mlp_of_layers"].max()
+    text = f"{size} parameters, {tokens} tokens, {seed_counts(done)}"
+    return f"{text}, {mlps:.0%} of the layers MLPs" if mlps > 0 else text
 
 
 def not_told(study: Study, arms: Sequence[str] | None = None) -> str:
@@ -362,20 +370,6 @@ def not_told(study: Study, arms: Sequence[str] | None = None) -> str:
         at = f", where {short(best)} is lowest" if where == "A" else ""
         parts.append(f"{', '.join(map(short, same)) or 'no other'} on {where}{at}")
     return "; ".join(parts)
-
-
-def orders(study: Study, larger: Study) -> str:
-    """The order of the arms that two studies have, by their means, and what one of them lacks."""
-    fits = [s.loss.fit for s in (study, larger) if s.loss is not None]
-    both = set.intersection(*(set(fit.arms) for fit in fits))
-    short = study.analysis.short
-    small, large = (
-        [short(fit.arms[i]) for i in np.argsort(fit.means) if fit.arms[i] in both] for fit in fits
-    )
-    again = "the same" if small == large else ", ".join(small)
-    text = f"By means on B, not all of which are told apart: {', '.join(large)}; in the smaller "
-    lacking = [short(a) for a in fits[0].arms if a not in both]
-    return f"{text}models {again}." + (f" Not run: {', '.join(lacking)}." if lacking else "")
 
 
 def short_of(larger: Study, study: Study) -> str:
@@ -400,21 +394,29 @@ def twins(found: dict[str, Study]) -> list[Study]:
     return [s for name, s in found.items() if re.fullmatch("attn_ratio_[0-9a-f]{7}", name)]
 
 
-def elsewhere(found: dict[str, Study], arm: str, reference: str, here: Estimate) -> str:
-    """The same difference by other code, and whether its size is settled."""
-    told, sizes = [], [here]
+def elsewhere(found: dict[str, Study], study: Study) -> str:
+    """What the lowest arm gains over none in a study, and what it did by other code."""
+    assert study.loss is not None
+    fit, short = study.loss.fit, study.analysis.short
+    best, none = fit.arms[fit.means.argmin()], study.analysis.arms["x"][list(fit.arms)].idxmin()
+    told = []
+    here = fit.difference(best, none)
+    sizes = [here]
     for twin in twins(found):
-        if twin.loss is not None and {arm, reference} <= set(twin.loss.fit.arms):
-            sizes.append(twin.loss.fit.difference(arm, reference))
+        if twin.loss is not None and {best, none} <= set(twin.loss.fit.arms):
+            sizes.append(twin.loss.fit.difference(best, none))
             where = " and ".join(sorted(set(twin.analysis.runs["hardware"])))
             told.append(f"{show(sizes[-1])} (commit {twin.name.rpartition('_')[2]}, {where})")
-    if not told:
+    if not told or best == none:
         return ""
-    text = f"; by other code, each interval on its own, {' and '.join(told)}"
+    text = (
+        f" {short(best)} less {short(none)} in the first row (95%, each on its own): {show(here)}"
+    )
+    text += f"; by other code {' and '.join(told)}"
     if max(e.low for e in sizes) > min(e.high for e in sizes):
         settled = all(e.high < 0 for e in sizes) or all(e.low > 0 for e in sizes)
         text += f": the {'direction is settled, the ' if settled else ''}size is not"
-    return text
+    return f"{text}."
 
 
 def best_share(study: Study | None, claim: str, published: str) -> Row:

@@ -285,29 +285,32 @@ def test_figures_of_the_table_lead_back_to_their_runs(root: Path) -> None:
 
 def test_a_reader_of_the_first_lines_is_told_of_loss_and_recall(root: Path) -> None:
     text = (root / "README.md").read_text().partition("![")[0]
+    lines = [[c.strip() for c in line.split("|")[1:-1]] for line in text.splitlines()]
+    lines = [line for line in lines if len(line) > 1]
+    header = next(line for line in lines if line[0] == "layers that are attention")
+    for name, first in (("attn_ratio", 0), ("attn_ratio_mlp", 2), ("attn_ratio_60m", 4)):
+        frame = load_study(root / "analysis" / "results" / name)
+        own = lines[lines.index(header) + 2 + first :][:2]
+        assert f"{frame['seed'].nunique()} seeds" in own[0][0]
+        hybrids = frame[~frame["arm"].str.startswith("transformer")]
+        for row, column in zip(own, ("val_b_loss", "val_a_loss"), strict=True):
+            means = hybrids.groupby("attention_of_layers")[column].mean()
+            for share, value in (means - means[0]).drop(0.0).items():
+                at = header.index(f"{100 * share:.1f}".removesuffix(".0") + "%")
+                assert row[at].strip("*") == f"{value:+.3f}".replace("-", "−")
+            bold = {header[i] for i, cell in enumerate(row) if cell.startswith("**")}
+            lowest = f"{100 * means.idxmin():.1f}".removesuffix(".0") + "%"
+            assert lowest in bold
     fit = analyse(load_study(root / "analysis" / "results" / "attn_ratio"))
     rows = fit.comparisons["val_b_loss"].fit.against("attention_share=0").set_index("arm")
     r = rows.loc["attention_share=0.125"]
-    shown = f"{r['difference']:+.4f} ({r['dunnett_low']:+.4f} to {r['dunnett_high']:+.4f})"
-    assert f"lowest at 12.5% attention: {shown} nats against 0%".replace("-", "−") in text
-    assert re.search(r"At 50%: \S+ \(\S+ to \S+\) nats against 0%", text)
-    small, larger = (
-        load_study(root / "analysis" / "results" / name).groupby("attention_of_layers")
-        for name in ("attn_ratio", "attn_ratio_60m")
-    )
-    means = larger["val_b_loss"].mean()
-    found = text.partition("**In larger models**")[2].partition("\n")[0]
-    gain = means[2 / 24] - means[0]
-    assert f"lowest of 3 shares is 8.3% attention: {gain:+.4f} (".replace("-", "−") in found
-    orders = [
-        ", ".join(f"{100 * x:.1f}%".replace(".0", "") for x in m.sort_values().index if x in means)
-        for m in (means, small["val_b_loss"].mean())
-    ]
-    again = "the same" if orders[0] == orders[1] else orders[1]
-    assert (
-        f": {orders[0]}; in the smaller models {again}. Not run: 4.2%, 12.5%, 16.7%, 25%, 33.3%."
-        in found
-    )
+    row = lines[lines.index(header) + 2]
+    assert row[-1] == f"±{r['dunnett_high'] - r['difference']:.3f}"
+    best = fit.comparisons["val_b_loss"].best
+    assert {header[i] for i, cell in enumerate(row) if cell.startswith("**")} == {
+        fit.short(arm) for arm in best
+    }
+    assert "On B it is lowest at 12.5%, " in text
     own = recalled(root, "mamba2, d_state=128", "phonebook").mean()
     each = ", ".join(f"{v:.0%}" for v in own)
     assert f" {own.mean():.0%} ({each}) |" in text
@@ -384,7 +387,10 @@ def twin(name, e):
     return N(name=name, loss=N(fit=fit), analysis=N(runs=dict(hardware=["H100", "H100"])))
 for here in (E(-0.06, -0.04), E(-0.04, -0.02), E(0.02, 0.04)):
     found = {n: twin(n, E(-0.07, -0.05)) for n in ("attn_ratio_75d3558", "attn_ratio_mlp")}
-    print(findings.elsewhere(found, "a", "b", here))
+    fit = N(arms=["a", "b"], means=findings.np.array([0.0, 1.0]), difference=lambda a, b, e=here: e)
+    places = dict(x=pd.Series(dict(a=0.5, b=0.0)))
+    study = N(loss=N(fit=fit), analysis=N(arms=places, short=str.upper))
+    print(findings.elsewhere(found, study))
 runs = pd.DataFrame([
     dict(arm=f"mlp={m}", seed=s, mlp_of_layers=m, hardware="H200", lr=1, non_embedding_params=1,
          train_flops_per_token=1, tokens_per_second=v)
@@ -406,10 +412,15 @@ print(findings.mlp_speed(study).ours)
         "decides nothing: not shown equal within the study's margin of 0.015 nats (p = 0.2), and a "
         "cost of up to"
     )
-    elsewhere = (
-        "; by other code, each interval on its own, −0.0600 (−0.0700 to −0.0500) "
-        "(commit 75d3558, H100)"
-    )
+    gains = [
+        f" A less B in the first row (95%, each on its own): {here}; by other code −0.0600 "
+        "(−0.0700 to −0.0500) (commit 75d3558, H100)"
+        for here in (
+            "−0.0500 (−0.0600 to −0.0400)",
+            "−0.0300 (−0.0400 to −0.0200)",
+            "+0.0300 (+0.0200 to +0.0400)",
+        )
+    ]
     assert said.stdout.splitlines() == [
         "equal within the study's margin of 0.015 nats (p = 0.045);",
         "decides nothing: not shown equal within the study's margin of 0.015 nats (p = 0.06), and",
@@ -423,9 +434,9 @@ print(findings.mlp_speed(study).ours)
         "decides nothing: not shown equal within the study's margin of 0.015 nats (p = 0.2), and a "
         "gain, not a cost",
         "decides nothing: one seed",
-        elsewhere,
-        f"{elsewhere}: the direction is settled, the size is not",
-        f"{elsewhere}: the size is not",
+        f"{gains[0]}.",
+        f"{gains[1]}: the direction is settled, the size is not.",
+        f"{gains[2]}: the size is not.",
         "+20.0, +21.0, +25.0 per cent in tokens/s against 10% MLPs, by seed, on H200, whose runs "
         "of one arm differ by 4.2 per cent | same direction; no interval, as it is not seeds alone "
         "that differ",
