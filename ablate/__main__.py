@@ -256,7 +256,8 @@ def _hydra_multirun(args: list[str]) -> int:
     # Hydra itself knows nothing of a scale that the machine chooses.
     scale = composed.choices["scale"]
     words = [re.sub(r"\bauto\b", scale, a) if a.startswith("scale=") else a for a in args]
-    if not any(a.startswith("scale=") for a in words):
+    own = any(a.partition("=")[0] in ("-cn", "--config-name") for a in args)  # it may have no scale
+    if not own and not any(a.startswith("scale=") for a in words):
         words.append(f"scale={scale}")
     sys.argv = ["ablate", *words]
     job()

@@ -117,7 +117,7 @@ def _findings(table: pd.DataFrame, found: dict[str, Study]) -> str:
         question = StudyFolder(found[name].path).index().get("question")
         lines += ["", f"{_link(name)}: {question} {_best(found[name], found)}"]
     if len(run) < len(table):
-        left = table.loc[table["ours"] == findings.NOT_RUN, "claim"]
+        left = table.loc[table["ours"] == findings.NOT_RUN, "claim"].unique()
         lines += ["", f"Not finished here: {'; '.join(left)}."]
     return "\n".join(lines).strip() + "\n"
 

@@ -250,7 +250,8 @@ def of_loss(
     figures = [found, *others.values()]
     said: dict[str, list[str]] = {}  # what follows, and where
     for where, e in {"on validation B": found, **others}.items():
-        said.setdefault(verdict(e, size, ROUNDING), []).append(where)
+        if math.isfinite(e.low) or not math.isfinite(found.low):
+            said.setdefault(verdict(e, size, ROUNDING), []).append(where)
     follows = verdict(found, size, ROUNDING)
     if size == 0 and all(not e.low > 0 for e in figures):
         said, follows = {}, no_cost(figures)
@@ -302,7 +303,7 @@ def loss_by_share(found: dict[str, Study]) -> list[str]:
     it. Differences have Dunnett's intervals, so that picking the lowest flatters nothing."""
     names = ("attn_ratio", "attn_ratio_mlp", "attn_ratio_60m")
     known = [(found[n], loss) for n in names if n in found and (loss := found[n].loss) is not None]
-    known = [(study, loss) for study, loss in known if loss.has_interval]
+    known = [(study, loss) for study, loss in known if loss.has_interval and len(loss.fit.arms) > 1]
     if not known or known[0][0].name != names[0]:
         return []
     rows: list[tuple[str, dict[float, str], str]] = []
@@ -362,7 +363,7 @@ def not_told(study: Study, arms: Sequence[str] | None = None) -> str:
     assert study.loss is not None
     short, places, parts = study.analysis.short, study.analysis.arms["x"], []
     for where, fit in (("B", study.loss.fit), ("A", study.on_a)):
-        if fit is None or not fit.df > 0:
+        if fit is None or not fit.df > 0 or not set(study.loss.fit.arms) <= set(fit.arms):
             continue
         best = fit.arms[int(np.argmin(fit.means))]
         same = [a for a in fit.not_worse_than_best() if a != best and (arms is None or a in arms)]
@@ -382,7 +383,8 @@ def short_of(larger: Study, study: Study) -> str:
     told = f"{each:.1f} tokens for each of these parameters, {fewer:.1f} in the smaller models"
     if len(rates := set(one["lr"])) == 1:
         told += f", one learning rate of {rates.pop():g}, not tuned at this size"
-    told += f", equal tokens but up to {100 * (flops.max() / flops.min() - 1):.0f}% more FLOPs"
+    if flops.notna().all():
+        told += f", equal tokens but up to {100 * (flops.max() / flops.min() - 1):.0f}% more FLOPs"
     if all(sizes) and sizes[0] != sizes[1]:
         entries = " for ".join(" and ".join(f"{v:,.0f}" for v in sorted(own)) for own in sizes)
         told += f", a vocabulary of {entries}, so that a token is another"
@@ -424,12 +426,12 @@ def best_share(study: Study | None, claim: str, published: str) -> Row:
         return Row(claim, published)
     loss, analysis = study.loss, study.analysis
     lowest = loss.fit.arms[int(np.argmin(loss.fit.means))]
-    shares = {analysis.arms["attention_of_layers"][a] for a in loss.fit.arms}
+    rates = analysis.runs.groupby("arm")["lr"].first()
+    alike = [a for a in loss.fit.arms if rates[a] == rates[lowest]]  # others have rows of their own
+    shares = {analysis.arms["attention_of_layers"][a] for a in alike}
     ours = f"at equal tokens lowest of {len(shares)} shares at {analysis.short(lowest)}"
     if not loss.has_interval:
         return Row(claim, published, ours, "decides nothing: one seed", study.name)
-    rates = analysis.runs.groupby("arm")["lr"].first()
-    alike = [a for a in loss.fit.arms if rates[a] == rates[lowest]]  # others have rows of their own
     ours += f"; not told from the lowest: {not_told(study, alike)}"
     p = loss.fit.worse_than_best()
     out = [f"{analysis.short(a)} ({p_value(p[a])})" for a in alike if a not in loss.best]

@@ -729,7 +729,8 @@ def _timed(case: Case, who: str, fn: Function, milliseconds: int, backward: bool
         figures = _figures(case, case.inputs, fn, milliseconds, backward)
         if case.less is not None:
             besides = _figures(case, *case.less, milliseconds, backward)
-            figures = {name: figures[name] - besides[name] for name in figures}
+            del figures["memory"]  # peaks cannot be taken off each other
+            figures = {name: value - besides[name] for name, value in figures.items()}
         for name, value in figures.items():
             setattr(row, name, value)
     except Exception as problem:
@@ -818,7 +819,7 @@ def first_calls(only: str = "") -> Iterator[tuple[Case, float | None, float | No
 def _first_call(case: Case, *, together: bool) -> float | None:
     code = "from ablate.bench.kernels import time_first_call as t; print(t({!r}, {!r}, {!r}))"
     asked = code.format(case.operation, case.size, together)
-    with tempfile.TemporaryDirectory() as cache:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as cache:
         environment = os.environ | {"TRITON_CACHE_DIR": cache, "TORCHINDUCTOR_CACHE_DIR": cache}
         done = subprocess.run(
             [sys.executable, "-c", asked], env=environment, stdout=subprocess.PIPE, text=True,
@@ -828,7 +829,7 @@ def _first_call(case: Case, *, together: bool) -> float | None:
 
 
 def time_first_call(operation: str, size: str, together: bool) -> float:
-    """Seconds of a call that is this process's first, its imports included."""
+    """Seconds of this process's first call: its kernels' imports and compilation, and itself."""
     case = next(c for c in _cases() if (c.operation, c.size) == (operation, size))
     t = case.inputs(case.batch, case.length)
     leaves = list(_leaves(t).values())
@@ -920,19 +921,25 @@ def run(args: list[str]) -> int:
         print(
             "| operation | size | first call, s | kernels compiled together, s |\n|---|---|---|---|"
         )
+        seconds = {}
         for case, alone, together in first_calls(options.only):
             cells = (_number(alone, 1), _number(together, 1))
             print(f"| {case.operation} | {case.size} | {' | '.join(cells)} |", flush=True)
-        return 0
+            seconds[case.operation] = {"size": case.size, "alone": alone, "together": together}
+        _write(options.json, first_calls=seconds)
+        return int(any(found["alone"] is None for found in seconds.values()))
     rows = []
     for row in bench_kernels(options.only, options.peers, options.ms, options.tune):
         rows.append(row)
         print(table([row]).splitlines()[-1], flush=True)
     print("\n" + table(rows))
-    if options.json is not None:
-        record = {"environment": environment(), "rows": [vars(r) for r in rows]}
-        options.json.write_text(json.dumps(record, indent=1))
+    _write(options.json, rows=[vars(r) for r in rows])
     return 0
+
+
+def _write(path: Path | None, **figures: Any) -> None:
+    if path is not None:
+        path.write_text(json.dumps({"environment": environment(), **figures}, indent=1))
 
 
 if __name__ == "__main__":

@@ -406,6 +406,11 @@ print(findings.mlp_speed(study).follows)
 known = runs["tokens_per_second"].where(runs["arm"] == "mlp=0.5")
 study.analysis.runs = runs.assign(tokens_per_second=known)
 print(findings.mlp_speed(study).ours)
+both = lambda e: N(arms=["a", "b"], difference=lambda *_: e)
+for on_a in (E(0.04, 0.05), E(0.035, 0.05), findings.Estimate(0.06), E(-0.02, -0.01)):
+    study = N(name="s", loss=N(fit=both(E(0.03, 0.045))), on_a=both(on_a), keys=lambda arms: "k")
+    one, other = (lambda s: ["a"]), (lambda s: ["b"])
+    print(findings.of_loss(study, "c", "p", 0.037, one, other).follows)
 """
     said = build(root, f"exec({code!r})")
     unequal = (
@@ -442,6 +447,11 @@ print(findings.mlp_speed(study).ours)
         "that differ",
         "decides nothing: one seed",
         "its arms share no seed",
+        "same direction; its size is not settled: the published figure is inside on validation B; "
+        "larger than the published figure on validation A",
+        "same direction; the published figure is inside",
+        "same direction; the published figure is inside",  # no interval on A settles nothing
+        "not settled: figures differ",
     ], said.stderr
 
 
