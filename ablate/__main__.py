@@ -237,7 +237,7 @@ def _hydra_multirun(args: list[str]) -> int:
     import hydra
     from omegaconf import DictConfig, OmegaConf
 
-    from ablate.compose import compose, register_sweeps, shipped
+    from ablate.compose import compose, own_conf, register_sweeps, shipped
     from ablate.config import load
     from ablate.study.supervisor import run_study
 
@@ -259,6 +259,8 @@ def _hydra_multirun(args: list[str]) -> int:
     own = any(a.partition("=")[0] in ("-cn", "--config-name") for a in args)  # it may have no scale
     if not own and not any(a.startswith("scale=") for a in words):
         words.append(f"scale={scale}")
+    if not any(a.startswith("hydra.searchpath=") for a in args):
+        words += own_conf()
     sys.argv = ["ablate", *words]
     job()
     return 0

@@ -166,18 +166,23 @@ def _sweeps_of(words: Sequence[str]) -> list[str]:
     return [name.strip(" '\"") for value in values for name in value.strip("[]").split(",")]
 
 
+def own_conf() -> list[str]:
+    """The word that has Hydra look for choices in ./conf too, where there is one."""
+    own = Path.cwd() / "conf"
+    if not own.is_dir() or own.resolve() == shipped("conf").resolve():
+        return []
+    return [f"hydra.searchpath=[file://{own}]"]
+
+
 def _compose(words: list[str]) -> tuple[dict[str, Any], dict[str, str]]:
     register_sweeps(words)
     for name, resolver in _RESOLVERS.items():
         OmegaConf.register_new_resolver(name, _numbers_only(resolver), replace=True)
     GlobalHydra.instance().clear()
-    own = Path.cwd() / "conf"
-    search: list[str] = []
-    if own.is_dir() and own.resolve() != shipped("conf").resolve():
-        search = [f"hydra.searchpath=[file://{own}]"]
     try:
         with initialize_config_dir(str(shipped("conf")), version_base="1.3"):
-            cfg = hydra_compose("config", overrides=[*search, *words], return_hydra_config=True)
+            overrides = [*own_conf(), *words]
+            cfg = hydra_compose("config", overrides=overrides, return_hydra_config=True)
             choices = OmegaConf.to_container(cfg.hydra.runtime.choices)
             OmegaConf.set_struct(cfg, False)
             del cfg["hydra"]

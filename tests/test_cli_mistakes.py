@@ -255,6 +255,15 @@ def test_hydras_own_words_take_the_scale_that_the_machine_has(tmp_path, words):
     assert f"\n  tokens: {own['train']['tokens']}\n" in done.stdout
 
 
+def test_hydras_own_words_take_choices_of_ones_own_conf(tmp_path):
+    (tmp_path / "conf" / "scale").mkdir(parents=True)
+    mine = "# @package _global_\ndefaults: [cpu]\narch: {n_layers: 3}\n"
+    (tmp_path / "conf" / "scale" / "mine.yaml").write_text(mine)
+    command = [sys.executable, "-m", "ablate", "--cfg", "job", "scale=mine"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert "\n  n_layers: 3\n" in done.stdout
+
+
 @pytest.mark.parametrize(
     ("word", "meant"),
     [
