@@ -217,6 +217,12 @@ def _run(args: list[str]) -> int:
     from ablate.run import find_runs
     from ablate.study.supervisor import run_study
 
+    for word in args:
+        name = word.partition("=")[0]
+        if word in _VERBS:
+            raise UserError(f"'{word}' comes first: python -m ablate {word} …")
+        if name in _OF_PLAN:
+            raise UserError(f"'{name}' is a word of plan: python -m ablate plan {word} …")
     composed = compose(args)
     for note in composed.notes:
         print(note)
@@ -273,7 +279,7 @@ def _plan(args: list[str]) -> int:
     own, words = {}, []
     for word in args:
         name, _, value = word.partition("=")
-        if name in ("calibrate", "hours", "gpu"):
+        if name in _OF_PLAN:
             own[name] = value
         else:
             words.append(word)
@@ -425,6 +431,7 @@ def _bench(args: list[str]) -> int:
 
 _BENCHES = ("data", "kernels", "train", "decode")
 _WORDS = {"report": ("export",), "import": ("study.folder",), "rerun": ("times",)}
+_OF_PLAN = ("calibrate", "hours", "gpu")
 _VERBS: dict[str, Callable[[list[str]], int]] = {
     "run": _run,
     "plan": _plan,

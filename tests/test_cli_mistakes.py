@@ -246,6 +246,21 @@ def test_what_a_scale_sets_can_be_set_beside_the_scale_of_this_machine(monkeypat
         assert found.notes == ["scale auto: 14m (some GPU)"]
 
 
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["scale=cpu", "plan"], "'plan' comes first: python -m ablate plan …"),
+        (
+            ["+sweep=attn_ratio", "hours=3"],
+            "'hours' is a word of plan: python -m ablate plan hours",
+        ),
+    ],
+)
+def test_a_verbs_words_are_told_where_they_go(words, told, capsys):
+    assert main(words) == 2
+    assert told in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("words", [[], ["scale=auto"]])
 def test_hydras_own_words_take_the_scale_that_the_machine_has(tmp_path, words):
     command = [sys.executable, "-m", "ablate", "--cfg", "job", *words]

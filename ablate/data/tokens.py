@@ -36,6 +36,7 @@ from ablate.run import atomic_write, read_json
 SPLITS = ("train", "val_a", "val_b")
 _FORMAT = 1
 _PARALLEL_BYTES = 8_000_000  # less is tokenised here, sooner than a process starts
+FEW = 20  # documents, of which a share may be none
 _NAMES = {"val_a": "validation A", "val_b": "validation B", "train": "training"}
 
 
@@ -304,11 +305,13 @@ def _build(
     for name in SPLITS:
         if not counts[name]["documents"]:
             total = sum(count["documents"] for count in counts.values())
-            fix = (
-                f"raise data.val_share={data.val_share}, or give data.{name}_path"
-                if name != "train" and name not in sources
-                else "give more text"
-            )
+            fix = "give more text"
+            if total < FEW:
+                fix = "give more documents (a .txt file is one)"
+            elif name != "train" and name not in sources:
+                fix = f"raise data.val_share={data.val_share}"
+            if name != "train" and name not in sources:
+                fix += f", or data.{name}_path"
             raise UserError(
                 f"{sources.get(name, sources['text']).name}: no document of {total} "
                 f"is left for {_NAMES[name]}; {fix}"

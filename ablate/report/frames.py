@@ -86,7 +86,8 @@ def load_study(path: str | Path) -> pd.DataFrame:
     learning rate; 'confirm': arms are compared by these), state, cause ('' when all went well),
     pattern, figures (`FIGURES`), trial_seconds (all phases together), commit, hardware, orphan.
     Shares are fractions, losses nats a token, sizes bytes, times seconds. `frame.attrs["study"]` is
-    the content of study.json, `attrs["path"]` the folder.
+    the content of study.json, `attrs["path"]` the folder. An orphan, a run of an earlier form of
+    the study, has an arm of its own, by the name that it had.
     A run that nothing holds and that never ended has the state 'interrupted'.
     Raises `UserError` where no run folder is.
     """
@@ -98,17 +99,20 @@ def load_study(path: str | Path) -> pd.DataFrame:
     if "cells" not in study:
         factors = _varying(configs)
     cells: Mapping[str, Any] = study.get("cells") or {}
+    earlier: Mapping[str, Any] = study.get("orphan_cells") or {}
 
     rows = []
     for record, tree in zip(records(index), configs, strict=True):
-        cell = cells.get(record["key"], {})
+        orphan = bool(cells) and record["key"] not in cells
+        cell = cells.get(record["key"]) or earlier.get(record["key"], {})
         given = cell.get("factors") or {}
         values = {f: given.get(f, config_tree.get(tree, f)) for f in factors}
+        arm = str(cell.get("arm") or arm_label(values))
         state, cause = _state(RunFolder(Path(record["path"])), record)
         rows.append(
             {
                 "key": record["key"],
-                "arm": str(cell.get("arm") or arm_label(values)),
+                "arm": f"{arm} (orphan)" if orphan else arm,
                 **{f: _scalar(v) for f, v in values.items()},
                 "seed": int(cell.get("seed", tree.get("seed", 0))),
                 "stage": str(cell.get("stage", "confirm")),
@@ -122,8 +126,7 @@ def load_study(path: str | Path) -> pd.DataFrame:
                 "mqar_share": _number(config_tree.get(tree, "data.mqar.share")),
                 "commit": record["commit"],
                 "hardware": record["hardware"],
-                "orphan": record["key"] in set(study.get("orphans") or [])
-                or bool(cells and record["key"] not in cells),
+                "orphan": orphan,
             }
         )
     frame = pd.DataFrame(rows)

@@ -323,12 +323,17 @@ def _middle(dim: config.SearchDimension) -> Any:
 
 
 def noise_of(arms: Sequence[Cell], folder: StudyFolder) -> Noise:
-    """From finished runs of this study, else of the earlier study nearest in size, else assumed."""
+    """From finished runs of this study, else of the earlier study nearest in size and tokens, else
+    assumed."""
     here = [(c.arm, c.seed, folder.run(c.key)) for c in arms]
     own = _fit(here)
     if own is not None:
         return _noise(own, "the finished runs of this study")
-    params = arms[0].trial.architecture.non_embedding_params()
+    trial = arms[0].trial
+    like = {
+        "architecture.non_embedding_params": trial.architecture.non_embedding_params(),
+        "train.tokens": trial.tokens,  # a longer training has less noise
+    }
     best: tuple[float, ArmFit, str] | None = None
     root = folder.path.parent
     for path in sorted(root.iterdir()) if root.is_dir() else []:
@@ -340,12 +345,15 @@ def noise_of(arms: Sequence[Cell], folder: StudyFolder) -> Noise:
         ]
         fit = _fit(runs) if path != folder.path else None
         results = [r for _, _, run in runs if (r := run.result())]
-        sizes = [config.get(r, "architecture.non_embedding_params") for r in results]
-        known = [float(s) for s in sizes if s]
-        if fit is None or not known:
+        apart = [
+            abs(math.log(float(np.median(known)) / ours))
+            for field, ours in like.items()
+            if (known := [float(v) for r in results if (v := config.get(r, field))])
+        ]
+        if fit is None or len(apart) < len(like) or max(apart) > math.log(estimates.NEAR):
             continue
-        off = abs(math.log(float(np.median(known)) / params))
-        if off <= math.log(estimates.NEAR) and (best is None or off < best[0]):
+        off = sum(apart)
+        if best is None or off < best[0]:
             best = (off, fit, path.name)
     if best is not None:
         return _noise(best[1], f"the earlier study {best[2]}")

@@ -526,6 +526,9 @@ def _blocks(draws: int, n: int) -> list[int]:
     return [min(block, draws - start) for start in range(0, draws, block)]
 
 
+FEWEST = 10  # clusters of a bootstrap
+
+
 def bootstrap_ratio(
     total: ArrayLike, weight: ArrayLike, clusters: ArrayLike | None = None, *, draws: int = 2000
 ) -> Estimate:
@@ -534,12 +537,13 @@ def bootstrap_ratio(
     For nats a token over documents: `total` nats of each document (or the difference of two
     runs' nats), `weight` its tokens. For accuracy over items: correct, queries. `clusters` names
     the group of each element (a document of several pieces, a book of several questions); whole
-    clusters are drawn. The interval speaks of other texts, not of other seeds.
+    clusters are drawn. The interval speaks of other texts, not of other seeds, and there is none
+    from fewer than FEWEST of them, which resampled tell little but themselves.
     """
     numerator, denominator = (_by_cluster(values, clusters) for values in (total, weight))
     value = float(numerator.sum() / denominator.sum())
     n = len(numerator)
-    if n < 2:
+    if n < FEWEST:
         return Estimate(value)
     rng = np.random.default_rng(0)
     picks = (rng.integers(n, size=(size, n)) for size in _blocks(draws, n))

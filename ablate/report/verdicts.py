@@ -522,7 +522,8 @@ def _without_interval(analysis: Analysis, comparison: Comparison) -> Verdict:
         told = f"{metric.show(fit.means[low])} in every arm"
     if fit.df > 0:
         text = (
-            f"{metric.name} does not vary between seeds at all ({told}): no interval can be given."
+            f"{metric.name}: arms differ by the same in every seed ({told}), so that no interval "
+            "can be given."
         )
     else:
         text = (

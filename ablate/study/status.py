@@ -80,7 +80,7 @@ def show(path: Path | str, console: Console | None = None) -> None:
     console = console or Console()
     states = frame(path)
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
-    for name in ("arm", "seed", "state", "steps", "loss", "val A", "key"):
+    for name in ("arm", "seed", "state", "steps", "train loss", "val A", "key"):
         left = name in ("arm", "state", "key")
         table.add_column(
             name,

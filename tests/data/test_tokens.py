@@ -211,7 +211,8 @@ def test_given_validation_files_are_the_validation_and_leave_the_training_text(
 def test_a_split_without_documents_is_named(tmp_path: Path) -> None:
     (tmp_path / "one.txt").write_text("a single document")
     data = data_config(tmp_path, source="files", path=str(tmp_path / "one.txt"))
-    with pytest.raises(UserError, match=r"data.path.*validation.*data.val_share"):
+    told = r"data.path.*validation.*a .txt file is one.*data.val_a_path"
+    with pytest.raises(UserError, match=told):
         prepare(data)
     assert not list((tmp_path / "cache" / "tokens").glob("*/meta.json"))
 

@@ -84,6 +84,9 @@ def test_runs_of_every_state_are_rows(synthetic, study: Path) -> None:
     assert frame.loc["nan000000000", "state"] == "done"
     assert "finite" in frame.loc["nan000000000", "cause"]
     assert frame.loc[["failed000000", "nan000000000"], "orphan"].all()  # not in study.json
+    orphans = frame.loc[frame["orphan"], "arm"]
+    assert orphans.str.endswith(" (orphan)").all()  # or they would count as runs of an arm
+    assert not frame.loc[~frame["orphan"], "arm"].str.contains("orphan").any()
     assert len(frames.usable(load_study(study))) == 8
 
 

@@ -64,6 +64,7 @@ def finished(tree: dict[str, Any], name: str, losses: list[float], **train: Any)
                 },
                 "train": {
                     "flops": 1e9,
+                    "tokens": cell.trial.tokens,
                     "tokens_per_second": 1000.0,
                     "peak_memory_bytes": 3e8,
                     "micro_batch": cfg.train.batch_size,
@@ -140,6 +141,9 @@ def test_noise_is_measured_where_it_can_be(make: Any) -> None:
     measured = noise_of(cells, study)
     assert measured.source == "the earlier study before, 2 degrees of freedom"
     assert 0.005 < measured.sigma < 0.05
+    # one of the same models that were trained for a hundredth of the time is no guide
+    finished(tree, "brief", [3.0, 3.9, 3.2, 3.0, 3.1, 4.2], tokens=cells[0].trial.tokens / 100)
+    assert noise_of(cells, study).source == "the earlier study before, 2 degrees of freedom"
     finished(tree, "tiny", [3.0, 3.1, 3.2, 3.002, 3.1, 3.203])
     own = noise_of(cells, study)
     assert own.source.startswith("the finished runs of this study")
