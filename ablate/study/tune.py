@@ -158,7 +158,9 @@ def _window(own: Sequence[Run]) -> list[float] | str:
     if best in (0, len(rates) - 1):
         side, other = ("lowest", "lower") if best == 0 else ("highest", "higher")
         also = " (those above it diverged)" if best and rates[-1] < tried[-1] else ""
-        advice = "a smaller study.tune.octaves" if also else f"a {other} train.lr"
+        # around this rate half of the rates are those that were tried, whose runs count again
+        advice = f"a {other} train.lr, such as train.lr={rates[best]!r},"
+        advice = "a smaller study.tune.octaves" if also else advice
         return (
             f"its loss is lowest at the {side} learning rate that was tried, {rates[best]:.3g}"
             f"{also}, so the optimum may lie beyond; give {advice} or more study.tune.points"

@@ -122,7 +122,10 @@ def test_a_smooth_optimum_is_sharper_and_its_fit_is_tested() -> None:
 
 @pytest.mark.parametrize(
     ("best", "words"),
-    [(1e-4, ["lowest learning rate", "lower train.lr"]), (0.1, ["highest", "higher train.lr"])],
+    [
+        (1e-4, ["lowest learning rate", "lower train.lr, such as train.lr=0.00075,"]),
+        (0.1, ["highest", "higher train.lr, such as train.lr=0.012,"]),
+    ],
 )
 def test_an_optimum_at_the_edge_is_a_problem(best: float, words: list[str]) -> None:
     found = tune(planted(np.random.default_rng(4), {"good": 3e-3, "bad": best}))
