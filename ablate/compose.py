@@ -97,6 +97,10 @@ def compose(overrides: Sequence[str]) -> Composed:
         words = [w for w in words if not w.startswith("scale=")] + [f"scale={scale}"]
         notes.append(f"scale auto: {scale} ({why})")
     tree, choices = _compose(words)
+    sweeps, study = _sweeps_of(words), tree["study"]
+    given = any(w.lstrip("+").startswith("study.name=") for w in words)
+    if len(sweeps) == 1 and isinstance(study, dict) and study["name"] == "single" and not given:
+        study["name"] = sweeps[0]  # of a question that names none; `single` is what no study is
     by_word = any(w.startswith(("match=", "match.by=")) for w in words)
     arms_by_word = any(w.startswith("match.arms=") for w in words)
     match = tree.get("match")

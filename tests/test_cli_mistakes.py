@@ -235,6 +235,15 @@ def test_a_sweep_file_that_cannot_be_one(text, named, tmp_path, monkeypatch) -> 
     assert compose(["+sweep=mine", "scale=cpu"]).tree["data"]["source"] == "files"
 
 
+def test_a_sweep_that_names_no_study_is_called_by_its_file(tmp_path, monkeypatch) -> None:
+    (tmp_path / "sweeps").mkdir()
+    (tmp_path / "sweeps" / "mine.yaml").write_text("study: {grid: {train.lr: [0.001, 0.002]}}")
+    monkeypatch.chdir(tmp_path)
+    assert compose(["+sweep=mine", "scale=cpu"]).tree["study"]["name"] == "mine"
+    words = ["+sweep=mine", "scale=cpu", "study.name=single"]
+    assert compose(words).tree["study"]["name"] == "single"
+
+
 def test_what_a_scale_sets_can_be_set_beside_the_scale_of_this_machine(monkeypatch) -> None:
     """Without a `scale=` word the machine chooses one, whose fields are fields all the same."""
     monkeypatch.setattr("ablate.compose._scale_of_this_machine", lambda: ("14m", "some GPU"))
