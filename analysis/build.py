@@ -123,8 +123,7 @@ def _findings(table: pd.DataFrame, found: dict[str, Study]) -> str:
 
 
 def _seeds(study: Study) -> str:
-    frame = study.analysis.frame
-    return findings.seed_counts(frame[frame["state"] == "done"])
+    return findings.seed_counts(study.done)
 
 
 def _link(study: str) -> str:
@@ -133,8 +132,7 @@ def _link(study: str) -> str:
 
 def _best(study: Study, found: dict[str, Study]) -> str:
     """What a study says that no claim is about, or else its arm with the lowest loss."""
-    done = study.analysis.frame
-    done = done[done["state"] == "done"]
+    done = study.done
     means = done.groupby("arm")["val_b_loss"].mean()
     planned = len(StudyFolder(study.path).index().get("cells", {}))
     if len(done) < planned:
@@ -191,8 +189,7 @@ def _costs(found: dict[str, Study]) -> str:
     header += ["seed noise, nats (SD)", "shared by arms (95%)"]
     lines = [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
     for study in found.values():
-        frame = study.analysis.frame
-        done = frame[frame["state"] == "done"]
+        done = study.done
         noise, shared = "–", "–"
         if study.loss is not None and study.loss.has_interval:
             noise, own = f"{study.loss.fit.total_sigma():.4f}", study.loss.fit.seed_correlation()
@@ -201,7 +198,10 @@ def _costs(found: dict[str, Study]) -> str:
         fewest, most = done["tokens"].min(), done["tokens"].max()
         tokens = f"{fewest:,.0f}" + (f" to {most:,.0f}" if most > fewest else "")
         cells = [study.name, str(len(done)), tokens]
-        cells += [f"{done['trial_seconds'].median() / 60:.1f}", f"{gpu_hours(frame):.2f}"]
+        cells += [
+            f"{done['trial_seconds'].median() / 60:.1f}",
+            f"{gpu_hours(study.analysis.frame):.2f}",
+        ]
         cells += [", ".join(sorted(set(done["hardware"]))), noise, shared]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
@@ -278,7 +278,7 @@ _SAME = ["key", "val_a_loss", "val_b_loss"]
 
 def _twice(found: list[Study]) -> list[str]:
     """What became of trials that two studies have each trained."""
-    done = [s.analysis.frame[s.analysis.frame["state"] == "done"] for s in found]
+    done = [s.done for s in found]
     told = []
     for i, j in itertools.combinations(range(len(found)), 2):
         two = done[j]

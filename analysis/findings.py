@@ -29,7 +29,7 @@ from ablate.report.published import (
     TRANSFORMER,
 )
 from ablate.report.stats import ALPHA, ArmFit, Estimate, fit_arms, paired_items
-from ablate.report.verdicts import LOSS, Analysis, Comparison, p_value, signed
+from ablate.report.verdicts import LOSS, Analysis, Comparison, p_value, percent, signed
 from ablate.study.show import si
 
 RESULTS = Path(__file__).parent / "results"
@@ -95,6 +95,19 @@ class Study:
         table = self.evaluations.table()
         return table if len(table) else pd.DataFrame(columns=["task", "cell", "arm", "value"])
 
+    @property
+    def done(self) -> pd.DataFrame:
+        """The finished runs, a row each."""
+        frame = self.analysis.frame
+        return frame[frame["state"] == "done"]
+
+    @property
+    def main_series(self) -> list[str]:
+        """The arms that curves go through, the one with least of what is varied first."""
+        assert self.loss is not None
+        known, places = self.loss.fit.arms, self.analysis.arms["x"]
+        return sorted((a for a in self.loss.drawn or known if a in known), key=lambda a: places[a])
+
     def arms(self, **where: float | str) -> list[str]:
         """Arms whose column is near a share, or whose name starts with a text."""
         table = self.analysis.arms
@@ -139,6 +152,11 @@ def show(e: Estimate, digits: int = 4) -> str:
     if not math.isfinite(e.low):
         return f"{signed(e.value, digits)} (no interval)"
     return f"{signed(e.value, digits)} ({signed(e.low, digits)} to {signed(e.high, digits)})"
+
+
+def lowest(fit: ArmFit) -> str:
+    """The arm with the lowest mean, which need not be told from others."""
+    return fit.arms[int(np.argmin(fit.means))]
 
 
 def verdict(ours: Estimate, published: float, rounding: float = 0.0) -> str:
@@ -307,16 +325,15 @@ def loss_by_share(found: dict[str, Study]) -> list[str]:
     if not known or known[0][0].name != names[0]:
         return []
     rows: list[tuple[str, dict[float, str], str]] = []
-    lowest = []
+    best = []
     for study, loss in known:
         places = study.analysis.arms["x"]
-        arms = [a for a in loss.drawn or loss.fit.arms if a in loss.fit.arms]
-        none = min(arms, key=lambda a: places[a])
-        lowest.append(percent(places[loss.fit.arms[loss.fit.means.argmin()]]))
+        none, *arms = study.main_series
+        best.append(percent(places[lowest(loss.fit)]))
         for fit in (loss.fit, study.on_a):
-            if fit is None or not set(arms) <= set(fit.arms):
+            if fit is None or not {none, *arms} <= set(fit.arms):
                 continue
-            table = fit.against(none).set_index("arm").loc[[a for a in arms if a != none]]
+            table = fit.against(none).set_index("arm").loc[arms]
             same = fit.not_worse_than_best()
             shown = table["difference"].map(lambda v: signed(v, 3))
             cells = {places[a]: f"**{v}**" if a in same else v for a, v in shown.items()}
@@ -328,7 +345,7 @@ def loss_by_share(found: dict[str, Study]) -> list[str]:
     lines = [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
     for whose, cells, half in rows:
         lines.append(f"| {' | '.join([whose, *(cells.get(x, '') for x in shares), half])} |")
-    where = f"at {lowest[0]} in each" if len(set(lowest)) == 1 else f"at {', '.join(lowest)}"
+    where = f"at {best[0]} in each" if len(set(best)) == 1 else f"at {', '.join(best)}"
     notes = (
         f"On B it is lowest {where}. Bold: not told from the lowest (Hsu's comparisons with the "
         "best); ±: half of a simultaneous interval over seeds (Dunnett). Tokens are equal, FLOPs "
@@ -343,15 +360,9 @@ def loss_by_share(found: dict[str, Study]) -> list[str]:
     return [head, "\n".join(lines), notes]
 
 
-def percent(share: float) -> str:
-    """'8.3%', '50%'."""
-    return f"{100 * share:.1f}".removesuffix(".0") + "%"
-
-
 def in_row(study: Study) -> str:
     """'13.9M parameters, 120M tokens, 6 seeds'."""
-    done = study.analysis.frame
-    done = done[done["state"] == "done"]
+    done = study.done
     size, tokens = (si(done[c].median()) for c in ("non_embedding_params", "tokens"))
     mlps = done["mlp_of_layers"].max()
     text = f"{size} parameters, {tokens} tokens, {seed_counts(done)}"
@@ -365,7 +376,7 @@ def not_told(study: Study, arms: Sequence[str] | None = None) -> str:
     for where, fit in (("B", study.loss.fit), ("A", study.on_a)):
         if fit is None or not fit.df > 0 or not set(study.loss.fit.arms) <= set(fit.arms):
             continue
-        best = fit.arms[int(np.argmin(fit.means))]
+        best = lowest(fit)
         same = [a for a in fit.not_worse_than_best() if a != best and (arms is None or a in arms)]
         same.sort(key=lambda a: places[a])
         at = f", where {short(best)} is lowest" if where == "A" else ""
@@ -400,10 +411,8 @@ def elsewhere(found: dict[str, Study], study: Study) -> str:
     """What the lowest arm gains over none in a study, and what it did by other code."""
     assert study.loss is not None
     fit, short = study.loss.fit, study.analysis.short
-    best, none = fit.arms[fit.means.argmin()], study.analysis.arms["x"][list(fit.arms)].idxmin()
-    told = []
-    here = fit.difference(best, none)
-    sizes = [here]
+    best, none = lowest(fit), study.analysis.arms["x"][list(fit.arms)].idxmin()
+    told, sizes = [], [fit.difference(best, none)]
     for twin in twins(found):
         if twin.loss is not None and {best, none} <= set(twin.loss.fit.arms):
             sizes.append(twin.loss.fit.difference(best, none))
@@ -412,9 +421,9 @@ def elsewhere(found: dict[str, Study], study: Study) -> str:
     if not told or best == none:
         return ""
     text = (
-        f" {short(best)} less {short(none)} in the first row (95%, each on its own): {show(here)}"
+        f" {short(best)} less {short(none)} in the first row (95%, each on its own): "
+        f"{show(sizes[0])}; by other code {' and '.join(told)}"
     )
-    text += f"; by other code {' and '.join(told)}"
     if max(e.low for e in sizes) > min(e.high for e in sizes):
         settled = all(e.high < 0 for e in sizes) or all(e.low > 0 for e in sizes)
         text += f": the {'direction is settled, the ' if settled else ''}size is not"
@@ -425,11 +434,11 @@ def best_share(study: Study | None, claim: str, published: str) -> Row:
     if study is None or study.loss is None:
         return Row(claim, published)
     loss, analysis = study.loss, study.analysis
-    lowest = loss.fit.arms[int(np.argmin(loss.fit.means))]
+    best = lowest(loss.fit)
     rates = analysis.runs.groupby("arm")["lr"].first()
-    alike = [a for a in loss.fit.arms if rates[a] == rates[lowest]]  # others have rows of their own
+    alike = [a for a in loss.fit.arms if rates[a] == rates[best]]  # others have rows of their own
     shares = {analysis.arms["attention_of_layers"][a] for a in alike}
-    ours = f"at equal tokens lowest of {len(shares)} shares at {analysis.short(lowest)}"
+    ours = f"at equal tokens lowest of {len(shares)} shares at {analysis.short(best)}"
     if not loss.has_interval:
         return Row(claim, published, ours, "decides nothing: one seed", study.name)
     ours += f"; not told from the lowest: {not_told(study, alike)}"
@@ -831,8 +840,7 @@ def seed_counts(done: pd.DataFrame) -> str:
 
 def set_up(study: Study) -> str:
     """'24 layers, 13.9M parameters beside the embedding, 120M tokens a trial, 6 seeds'."""
-    frame = study.analysis.frame
-    done = frame[frame["state"] == "done"]
+    done = study.done
     return (
         f"{done['n_layers'].max():.0f} layers, "
         f"{si(done['non_embedding_params'].median())} parameters beside the embedding, "
@@ -850,20 +858,20 @@ def repeated(study: Study, other: Study) -> str:
     p, changed = arms_differ(both), changes(both)
     fits = [fit_of(runs, runs["val_b_loss"]) for runs in (a, b)]
     short, places = study.analysis.short, study.analysis.arms["x"]
-    lowest = [fit.arms[int(np.argmin(fit.means))] for fit in fits]
+    best = [lowest(fit) for fit in fits]
     first = str(places[list(fits[0].arms)].idxmin())
-    where = "there too" if lowest[0] == lowest[1] else f"in {other.name} at {short(lowest[1])}"
+    where = "there too" if best[0] == best[1] else f"in {other.name} at {short(best[1])}"
     depend = "are not the same" if p < ALPHA else "show no sign of not being the same"
-    apart = show(changed.difference(first, lowest[0]))
+    apart = show(changed.difference(first, best[0]))
     less = " and ".join(
-        f"{show(fit.difference(first, lowest[0]))} {at}"
+        f"{show(fit.difference(first, best[0]))} {at}"
         for fit, at in zip(fits, ("here", "there"), strict=True)
     )
     return (
-        f"Lowest at {short(lowest[0])}, {where}. Against {other.name}, whose runs are of the same "
+        f"Lowest at {short(best[0])}, {where}. Against {other.name}, whose runs are of the same "
         f"{len(b)} trials, differences between arms {depend}"
         f"{f' (p = {p_value(p)})' if math.isfinite(p) else ''}: {short(first)} less "
-        f"{short(lowest[0])} is {less}, {apart} apart, in nats."
+        f"{short(best[0])} is {less}, {apart} apart, in nats."
     )
 
 

@@ -46,8 +46,8 @@ def attention_share(found: dict[str, Study], folder: Path) -> Plot | None:
         ax.axhline(0, color="#555555", linewidth=0.8)
         for k, (study, label, colour, marker) in enumerate(shown):
             fit, places = study.loss.fit, study.analysis.arms["x"]
-            arms = [a for a in study.loss.drawn or fit.arms if a in fit.arms]
-            reference = min(arms, key=lambda a: places[a])
+            arms = study.main_series
+            reference = arms[0]
             anchors = [a for a in study.arms(name="transformer") if a in fit.arms]
             # simultaneous: a bar that leaves zero out is a difference that Dunnett's test finds
             table = fit.against(reference).set_index("arm")

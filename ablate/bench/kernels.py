@@ -33,6 +33,7 @@ from ablate.data.tokens import usable_cores
 from ablate.errors import UserError
 from ablate.kernels.dispatch import ALIGN
 from ablate.kernels.precompile import compile_together
+from ablate.run import lifeline
 
 Inputs = dict[str, Any]
 Function = Callable[[Inputs], Any]
@@ -433,8 +434,8 @@ def _layer(apart: bool, exact: bool, t: Inputs) -> Any:
     the core's norm divides where the residual is added. exact: by the definitions."""
     kernels = importlib.import_module("ablate.kernels")
     names = ["zxbcdt", "conv_weight", "conv_bias", "dt_bias", "A_log", "D", "norm_weight"]
-    options: dict[str, Any] = {"head_dim": 64, "n_groups": 1, "d_state": 128}
-    options |= {"backend": "reference"} if exact else {}
+    backend = "reference" if exact else None
+    options: dict[str, Any] = {"head_dim": 64, "n_groups": 1, "d_state": 128, "backend": backend}
     inputs, projection = [t[n] for n in names], t["projection"]
     with torch.autocast("cuda", torch.bfloat16, enabled=not exact):
         if not apart:
@@ -443,8 +444,9 @@ def _layer(apart: bool, exact: bool, t: Inputs) -> Any:
         else:
             out, squares = kernels.mamba2_core(*inputs, **options, projection_DI=projection)
             more = {"squares_xS": squares, "squares_of": projection.shape[-1]}
-        more |= {"backend": "reference"} if exact else {}
-        return kernels.rms_norm(out, t["next_norm"], residual=t["residual"], **more)
+        return kernels.rms_norm(
+            out, t["next_norm"], residual=t["residual"], backend=backend, **more
+        )
 
 
 def _without_core(t: Inputs) -> Any:
@@ -817,13 +819,15 @@ def first_calls(only: str = "") -> Iterator[tuple[Case, float | None, float | No
 
 
 def _first_call(case: Case, *, together: bool) -> float | None:
-    code = "from ablate.bench.kernels import time_first_call as t; print(t({!r}, {!r}, {!r}))"
-    asked = code.format(case.operation, case.size, together)
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as cache:
+    code = (
+        "from ablate.bench.kernels import time_first_call; from ablate.run import die_with_parent; "
+        f"die_with_parent(); print(time_first_call{(case.operation, case.size, together)!r})"
+    )
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as cache, lifeline() as stdin:
         environment = os.environ | {"TRITON_CACHE_DIR": cache, "TORCHINDUCTOR_CACHE_DIR": cache}
         done = subprocess.run(
-            [sys.executable, "-c", asked], env=environment, stdout=subprocess.PIPE, text=True,
-            check=False,
+            [sys.executable, "-c", code], env=environment, stdin=stdin, stdout=subprocess.PIPE,
+            text=True, check=False,
         )  # fmt: skip
     return None if done.returncode else float(done.stdout.split()[-1])
 

@@ -305,12 +305,11 @@ def _build(
     for name in SPLITS:
         if not counts[name]["documents"]:
             total = sum(count["documents"] for count in counts.values())
-            fix = "give more text"
+            cut = name != "train" and name not in sources  # by share, from the text
+            fix = f"raise data.val_share={data.val_share}" if cut else "give more text"
             if total < FEW:
                 fix = "give more documents (a .txt file is one)"
-            elif name != "train" and name not in sources:
-                fix = f"raise data.val_share={data.val_share}"
-            if name != "train" and name not in sources:
+            if cut:
                 fix += f", or data.{name}_path"
             raise UserError(
                 f"{sources.get(name, sources['text']).name}: no document of {total} "

@@ -212,7 +212,7 @@ class Analysis:
         if count == 0:
             return f"without {kind}{rest.replace(' and ', ' and with ')}"
         number = "one" if count == 1 else str(count)
-        return f"with {number} {kind} layer{'s' * (count > 1)} of {layers} ({_percent(x)}){rest}"
+        return f"with {number} {kind} layer{'s' * (count > 1)} of {layers} ({percent(x)}){rest}"
 
     def short(self, arm: str) -> str:
         """'16.7%', '512', '16.7% at mlp_share=0.25', or the arm's name."""
@@ -221,7 +221,7 @@ class Analysis:
         if not self._placed(arm):
             return str(self.arms["series"].to_dict()[arm])
         x, series = float(self.arms["x"].to_dict()[arm]), self.arms["series"].to_dict()[arm]
-        name = _percent(x) if self.axis.share else _number(x)
+        name = percent(x) if self.axis.share else _number(x)
         if series in ("", "matched", "unmatched"):
             return f"{name}, unmatched" if series == "unmatched" else name
         return f"{name} at {series}" if "=" in series else f"{name} ({series})"
@@ -618,12 +618,12 @@ def curve_sentence(comparison: Comparison) -> str:
     for curve in comparison.curves:
         o = curve.optimum
         told.append(
-            f"{_percent(o.value)} (95% interval {_percent(o.low)} to {_percent(o.high)}) by "
+            f"{percent(o.value)} (95% interval {percent(o.low)} to {percent(o.high)}) by "
             f"{curve.formula}"
         )
     return (
         f"Fitted curves put the lowest loss at {' and at '.join(told)}; over both forms, shares "
-        f"from {_percent(flat[0])} to {_percent(flat[1])} are not distinguishable from the best."
+        f"from {percent(flat[0])} to {percent(flat[1])} are not distinguishable from the best."
     )
 
 
@@ -692,7 +692,7 @@ def _number(x: float) -> str:
     return f"{x:.6g}" if x < 1e4 else si(x)
 
 
-def _percent(share: float) -> str:
+def percent(share: float) -> str:
     return "–" if not math.isfinite(share) else f"{100 * share:.1f}".removesuffix(".0") + "%"
 
 

@@ -530,7 +530,7 @@ def reruns(*losses):
 def study(name, kept, seconds, losses):
     frame = pd.DataFrame(dict(key=list("pq"), arm="one", state="done", trial_seconds=seconds,
                               val_a_loss=losses, val_b_loss=losses))
-    return N(name=name, path=kept, analysis=N(frame=frame))
+    return N(name=name, path=kept, analysis=N(frame=frame), done=frame)
 build.load_evaluation = lambda kept, task: kept
 a = study("a", {"p": reruns(3.1, 3.1, 3.1, 3.1, 2.9)}, [1.0, 2.0], [3.0, 3.1])
 b = study("b", {"q": reruns(3.0, 3.0, 3.0, 3.0, 3.0)}, [1.5, 2.5], [3.0, 3.1])
