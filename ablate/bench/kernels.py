@@ -833,10 +833,15 @@ def _first_call(case: Case, *, together: bool) -> float | None:
 
 
 def time_first_call(operation: str, size: str, together: bool) -> float:
-    """Seconds of this process's first call: its kernels' imports and compilation, and itself."""
+    """Seconds of this process's first call: its kernels' imports and compilation, and itself.
+
+    Not what torch's first backward pass of any kind imports, which is SymPy.
+    """
     case = next(c for c in _cases() if (c.operation, c.size) == (operation, size))
     t = case.inputs(case.batch, case.length)
     leaves = list(_leaves(t).values())
+    one = torch.ones(2, 2, device="cuda", requires_grad=True)
+    torch.autograd.grad([one @ one], [one], [torch.ones_like(one)])
     torch.cuda.synchronize()
 
     def both() -> None:

@@ -1,6 +1,7 @@
 """The kernels of a step compiled at the same time, instead of each when it is first launched.
 
-Triton's passes and the assembler leave the interpreter's lock, so threads are enough.
+Triton's passes, the assembler and the C compiler that Triton up to 3.6 calls once a kernel for what
+launches it leave the interpreter's lock, so threads are enough.
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ import contextlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
+
+import torch
 
 from ablate.kernels.dispatch import HAS_TRITON, INTERPRET
 
@@ -33,6 +36,15 @@ def compile_together(threads: int) -> Iterator[DryRun]:
     from triton.runtime import JITFunction
     from triton.runtime._async_compile import AsyncCompileMode, active_mode
 
+    class Pending(AsyncCompileMode):
+        def submit(self, key: Any, compile_fn: Callable[[], Any], finalize_fn: Any) -> Any:
+            def ready() -> Any:
+                kernel = compile_fn()
+                _ = kernel.run  # makes what launches it, and loads it, when it is first asked for
+                return kernel
+
+            return super().submit(key, ready, finalize_fn)
+
     launch, dry = JITFunction.run, False
 
     def run(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
@@ -52,8 +64,13 @@ def compile_together(threads: int) -> Iterator[DryRun]:
         finally:
             dry = False
 
-    with ThreadPoolExecutor(threads, "triton") as pool:
-        pending = AsyncCompileMode(pool, ignore_errors=True)
+    def begin() -> None:  # a thread's device is the first one until it is told
+        if device is not None:
+            torch.cuda.set_device(device)
+
+    device = torch.cuda.current_device() if torch.cuda.is_available() else None
+    with ThreadPoolExecutor(threads, "triton", begin) as pool:
+        pending = Pending(pool, ignore_errors=True)
         JITFunction.run = run
         try:
             yield dry_run

@@ -116,8 +116,11 @@ def test_keys_as_they_are(device):
 
 @on_devices
 def test_strong_decay(device):
-    # sums of log decays up to thousands leave a step of one ulp some 1e-4
-    against_the_definition(make(1, 70, 2, 8, 8, decay=1e2), device, torch.float32, 1e-3)
+    # Every third step forgets slowly, or all gradients of decays were rounding alone; sums of log
+    # decays up to thousands leave a step of one ulp some 1e-4.
+    t = make(1, 70, 2, 8, 8, decay=1e2)
+    t["log_decay_BLH"].detach()[:, ::3] *= 1e-3
+    against_the_definition(t, device, torch.float32, 1e-3)
 
 
 @on_devices

@@ -38,6 +38,20 @@ def wrong(x_ptr):
 class Hopper:
     """What Triton asks a GPU's driver before a launch."""
 
+    def __init__(self) -> None:
+        self.utils = self
+        self.loaded: list[str] = []  # threads
+
+    def launcher_cls(self, source: object, metadata: object) -> None:
+        pass
+
+    def get_device_properties(self, device: int) -> dict[str, int]:
+        return {"max_shared_mem": 232_448}
+
+    def load_binary(self, *of: object) -> tuple[int, int, int, int, int]:
+        self.loaded.append(threading.current_thread().name)
+        return 1, 1, 32, 0, 1024  # module, function, registers, spills, threads
+
     def get_current_target(self) -> GPUTarget:
         return GPUTarget("cuda", 90, 32)
 
@@ -66,7 +80,15 @@ def compilers(monkeypatch: pytest.MonkeyPatch, tmp_path) -> list[str]:
     return names
 
 
-def test_a_dry_run_compiles_on_threads_and_launches_nothing(compilers: list[str]) -> None:
+@pytest.fixture
+def loaders(compilers: list[str]) -> list[str]:
+    """Threads that made ready to launch what they compiled."""
+    return driver.active.loaded
+
+
+def test_a_dry_run_compiles_on_threads_and_launches_nothing(
+    compilers: list[str], loaders: list[str]
+) -> None:
     x, y = torch.ones(1), torch.zeros(1)
     with compile_together(2) as dry_run, dry_run():
         doubled[(1,)](x, y)
@@ -76,6 +98,7 @@ def test_a_dry_run_compiles_on_threads_and_launches_nothing(compilers: list[str]
         doubled[(1,)](x, y)
     assert y.item() == 0
     assert len(compilers) == 2  # each once
+    assert sorted(loaders) == sorted(compilers)
     assert all(name.startswith("triton") for name in compilers)
     ready = [len(kernel.device_caches[0][0]) for kernel in (doubled, halved)]
     assert ready == [1, 1]
