@@ -21,7 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -398,6 +398,29 @@ def _gla_peers() -> dict[str, Function]:
     )
 
 
+_CORE1 = "xz conv_weight conv_bias x_proj dt_proj dt_bias A_log D"
+
+
+def _core1_inputs(batch: int, length: int, inner: int = 1536, rank: int = 48) -> Inputs:
+    rate = torch.arange(1.0, 17.0, device="cuda").log().expand(inner, 16)
+    return {
+        "xz": _randn(batch, length, 2 * inner),
+        "conv_weight": _randn(inner, 4, scale=0.3, dtype=torch.float32),
+        "conv_bias": _randn(inner, scale=0.1, dtype=torch.float32),
+        "x_proj": _randn(rank + 32, inner, scale=inner**-0.5, dtype=torch.float32),
+        "dt_proj": _randn(inner, rank, scale=rank**-0.5, dtype=torch.float32),
+        "dt_bias": _rate_bias(inner),
+        "A_log": rate.contiguous().requires_grad_(),
+        "D": _randn(inner, dtype=torch.float32),
+    }
+
+
+def _core1_peers() -> dict[str, Function]:
+    """Its parts, one after the other, each with a backward pass of its own."""
+    _, parts = _forms("mamba1_core", "mamba1_core", "mamba1_core_reference", _CORE1, backend=None)
+    return {"parts": parts}
+
+
 def _core_inputs(batch: int, length: int, heads: int = 24) -> Inputs:
     inner, shared = 64 * heads, 128
     used = 2 * inner + 2 * shared + heads
@@ -497,6 +520,7 @@ def _cases() -> list[Case]:
     core = _forms("mamba2_core", "mamba2_core", "mamba2_core_reference",
                   "zxbcdt conv_weight conv_bias dt_bias A_log D norm_weight",
                   head_dim=64, n_groups=1, d_state=128)  # fmt: skip
+    core1 = _forms("mamba1_core", "mamba1_core", "mamba1_core_reference", _CORE1)
     linear = partial(_under_autocast, importlib.import_module("ablate.kernels.linear").linear)
     projection = (linear, lambda t: F.linear(t["x"], t["weight"]), _projection_peers)
     window = _forms("attention", "attention", "attention_reference",
@@ -564,6 +588,8 @@ def _cases() -> list[Case]:
         Case("gla", "B=1 L=131072 H=4", 1, 131072, partial(_gla_inputs, heads=4), *gla, none),
         Case("gla", "documents of 500", 8, 4096, partial(_gla_inputs, heads=4, documents=500),
              *gla, none),
+        Case("mamba1_core", "B=16 L=2048 width 768", 16, 2048, _core1_inputs, *core1,
+             _core1_peers),
         Case("mamba2_core", "B=16 L=2048 width 768", 16, 2048, _core_inputs, *core, _core_peers,
              (None, None), (None, 1.0)),
         Case("mamba2_core", "B=32 L=2048 width 288", 32, 2048, partial(_core_inputs, heads=9),
@@ -790,15 +816,29 @@ def _chosen(only: str) -> list[Case]:
     return named if words else every
 
 
+def _doubled(case: Case) -> list[Case]:
+    """The case, with twice the length, and with twice the batch."""
+    bare = replace(case, peers=dict, floor=(None, None), must=(None, None))
+    return [
+        case,
+        replace(bare, size=f"{case.size}, length doubled", length=2 * case.length),
+        replace(bare, size=f"{case.size}, batch doubled", batch=2 * case.batch),
+    ]
+
+
 def bench_kernels(
-    only: str = "", peers: str = "all", milliseconds: int = 100, tune: bool = False
-) -> Iterator[Row]:
+    only: str = "", peers: str = "all", milliseconds: int = 100, tune: bool = False,
+    double: bool = False,
+) -> Iterator[Row]:  # fmt: skip
     """Measures the cases whose operation or size contains a word of `only`, separated by commas;
     yields one row at a time, ours first.
 
     peers: "all", "none", or names separated by commas. tune: wait for those that tune themselves.
+    double: also with twice the length and with twice the batch.
     """
     cases = _chosen(only)
+    if double:
+        cases = [c for case in cases for c in _doubled(case)]
     _compile_ahead(cases)
     for case in cases:
         yield _measure(case, "ours", case.ours, milliseconds)
@@ -920,6 +960,9 @@ def run(args: list[str]) -> int:
     parser.add_argument(
         "--cold", action="store_true", help="seconds of first calls with an empty cache instead"
     )
+    parser.add_argument(
+        "--double", action="store_true", help="also with the length and with the batch doubled"
+    )
     parser.add_argument("--json", type=Path, help="also write every figure to this file")
     options = parser.parse_args(args)
     if not torch.cuda.is_available():
@@ -938,7 +981,7 @@ def run(args: list[str]) -> int:
         _write(options.json, first_calls=seconds)
         return int(any(found["alone"] is None for found in seconds.values()))
     rows = []
-    for row in bench_kernels(options.only, options.peers, options.ms, options.tune):
+    for row in bench_kernels(options.only, options.peers, options.ms, options.tune, options.double):
         rows.append(row)
         print(table([row]).splitlines()[-1], flush=True)
     print("\n" + table(rows))

@@ -13,6 +13,7 @@ from ablate.kernels.gated_delta_rule import gated_delta_rule, gated_delta_rule_s
 from ablate.kernels.gelu import gelu
 from ablate.kernels.gla import gla, gla_step
 from ablate.kernels.linear import linear
+from ablate.kernels.mamba1_core import mamba1_core
 from ablate.kernels.mamba2_core import mamba2_core
 from ablate.kernels.mlp import mlp
 from ablate.kernels.norm import gated_rms_norm, rms_norm
@@ -35,6 +36,7 @@ __all__ = [
     "gla_step",
     "linear",
     "linear_cross_entropy",
+    "mamba1_core",
     "mamba2_core",
     "mlp",
     "rms_norm",

@@ -377,32 +377,23 @@ def gradients(
     return sum_rows(partial, torch.float32).view(5, width), d_state
 
 
-def _backward(
-    dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, state: Tensor | None,
-    doc: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """dx, and what `gradients` returns."""
-    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    return dx, *gradients(dy, x, weight, bias, silu, state, doc, dx)
-
-
-def _fake_backward(dy, x, weight, bias, silu, state, doc):
+def _fake_gradients(dy, x, weight, bias, silu, state, doc, dx):
     width = x.shape[2]
     d_state = x.new_empty((len(x), weight.shape[1] - 1, width) if state is not None else (0,))
-    return x.new_empty(x.shape), x.new_empty((5, width), dtype=torch.float32), d_state
+    return x.new_empty((5, width), dtype=torch.float32), d_state
 
 
-_forward_op = define_op(
+forward_op = define_op(
     "conv1d_forward(Tensor x, Tensor weight, Tensor? bias, bool silu, Tensor? state, Tensor? doc)"
     " -> Tensor",
     forward,
     lambda x, *_: x.new_empty(x.shape),
 )
-_backward_op = define_op(
-    "conv1d_backward(Tensor dy, Tensor x, Tensor weight, Tensor? bias, bool silu, Tensor? state,"
-    " Tensor? doc) -> (Tensor, Tensor, Tensor)",
-    _backward,
-    _fake_backward,
+gradients_op = define_op(
+    "conv1d_gradients(Tensor dy, Tensor x, Tensor weight, Tensor? bias, bool silu, Tensor? state,"
+    " Tensor? doc, Tensor(a!) dx) -> (Tensor, Tensor)",
+    gradients,
+    _fake_gradients,
 )
 
 
@@ -414,13 +405,14 @@ class _CausalConv1d(torch.autograd.Function):
     ) -> Tensor:  # fmt: skip
         ctx.save_for_backward(x, weight, bias, state, doc)
         ctx.silu = silu
-        y: Tensor = _forward_op(x, weight, bias, silu, state, doc)
+        y: Tensor = forward_op(x, weight, bias, silu, state, doc)
         return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         x, weight, bias, state, doc = ctx.saved_tensors
-        dx, sums, d_state = _backward_op(grads[0], x, weight, bias, ctx.silu, state, doc)
+        dx = x.new_empty(x.shape)
+        sums, d_state = gradients_op(grads[0], x, weight, bias, ctx.silu, state, doc, dx)
         d_weight = sums[4 - weight.shape[1] : 4].t().to(weight.dtype)
         d_bias = None if bias is None else sums[4].to(bias.dtype)
         return dx, d_weight, d_bias, None, None if state is None else d_state, None

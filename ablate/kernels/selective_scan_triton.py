@@ -317,10 +317,10 @@ def _forward_kernel(
 def _backward_kernel(
     dy_ptr, dlast_ptr, u_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, z_ptr, bias_ptr, doc_ptr,
     saved_ptr, du_ptr, ddt_ptr, dz_ptr, dBC_ptr, dA_ptr, dD_ptr, dfirst_ptr, ends_ptr, sums_ptr,
-    dy_batch, u_batch, dt_batch, z_batch, length, per_segment, n_segments,
+    dy_batch, u_batch, dt_batch, z_batch, dz_batch, length, per_segment, n_segments,
     plane,
     UNIT: tl.constexpr, DY_ROW: tl.constexpr, U_ROW: tl.constexpr, DT_ROW: tl.constexpr,
-    Z_ROW: tl.constexpr,
+    Z_ROW: tl.constexpr, DZ_ROW: tl.constexpr,
     D: tl.constexpr, N: tl.constexpr,
     BD: tl.constexpr, BN: tl.constexpr, T: tl.constexpr, SPAN: tl.constexpr,
     HAS_D: tl.constexpr, HAS_Z: tl.constexpr, HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr,
@@ -346,6 +346,7 @@ def _backward_kernel(
     dt_ptr += b * dt_batch * UNIT
     if HAS_Z:
         z_ptr += b * z_batch * UNIT
+        dz_ptr += b * dz_batch * UNIT
     if HAS_DOC:
         doc_ptr += b * length
     dBC_ptr += tl.program_id(0).to(tl.int64) * 2 * plane
@@ -438,7 +439,7 @@ def _backward_kernel(
                 y = _sum_states(ys, BD, BN, T)
                 if HAS_D:
                     y += _channel(D_ptr, d, D, FULL_D) * u
-                _store(dz_ptr + token * D, dgate * y, t, d, left, D, D)
+                _store(dz_ptr + wide * DZ_ROW, dgate * y, t, d, left, D, DZ_ROW)
 
             dinflows = ()
             dexponents = ()
@@ -571,17 +572,16 @@ def _results(u: Tensor, n_state: int, save: bool) -> tuple[Tensor, Tensor, Tenso
 def _backward(
     dy: Tensor, dlast: Tensor | None, u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor,
     D: Tensor | None, z: Tensor | None, bias: Tensor | None, doc: Tensor | None, saved: Tensor,
-    softplus: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of u, dt, z, B and C in their types, of A, of D and bias (2, D), and of the first
-    state, the last three in float32."""
+    softplus: bool, dz: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Writes dz (B, L, D), which may have wider rows; returns the gradients of u, dt, B and C in
+    their types, of A, of D and bias (2, D), and of the first state, the last three in float32."""
     config = backward_config(A.shape[1])
     batch, length, width = u.shape
     n_state = A.shape[1]
     block, states, blocks, per_segment, segments = _plan(batch, length, width, n_state, config)
     dy, dlast = dense_last(dy), contiguous(dlast)
     du, ddt = u.new_empty(u.shape), dt.new_empty(dt.shape)
-    dz = u.new_empty(0) if z is None else z.new_empty(z.shape)
     dB, dC = B.new_empty(B.shape), C.new_empty(C.shape)
     dfirst = u.new_empty((batch, width, n_state), dtype=torch.float32)
     dA = dfirst.new_empty((batch * segments, width * n_state))
@@ -592,13 +592,14 @@ def _backward(
     if segments > 1:
         ends = dfirst.new_empty((batch, segments, width, n_state))
         sums = dfirst.new_empty((batch, segments, width))
-    unit = _unit(dy, u, dt, z)
+    unit = _unit(dy, u, dt, z, dz)
     for number in (0,) if segments == 1 else (1, 2):
         _backward_kernel[(blocks, segments, batch)](
             dy, dlast, u, dt, A, B, C, D, z, bias, doc, saved, du, ddt, dz, parts, dA, dD, dfirst,
-            ends, sums, *_strides(unit, dy, u, dt, z), length, per_segment, segments, plane,
+            ends, sums, *_strides(unit, dy, u, dt, z, dz), length, per_segment, segments, plane,
             UNIT=unit, DY_ROW=_row(dy), U_ROW=_row(u), DT_ROW=_row(dt),
-            Z_ROW=_row(z), D=width, N=n_state, BD=block, BN=states, T=config.tokens, SPAN=SPAN,
+            Z_ROW=_row(z), DZ_ROW=_row(dz), D=width, N=n_state, BD=block, BN=states,
+            T=config.tokens, SPAN=SPAN,
             HAS_D=D is not None, HAS_Z=z is not None, HAS_BIAS=bias is not None,
             SOFTPLUS=softplus, HAS_LAST=dlast is not None, HAS_DOC=doc is not None,
             FULL=length % config.tokens == 0, PASS=number,
@@ -609,16 +610,15 @@ def _backward(
     )
     sum_A = sum_rows(dA, torch.float32).view(width, n_state)
     sum_D = sum_rows(dD, torch.float32).view(2, width)
-    return du, ddt, dz, dB, dC, sum_A, sum_D, dfirst
+    return du, ddt, dB, dC, sum_A, sum_D, dfirst
 
 
-def _backward_fake(dy, dlast, u, dt, A, B, C, D, z, *_):
+def _backward_fake(dy, dlast, u, dt, A, B, C, *_):
     batch, _, width = u.shape
     n_state = A.shape[1]
     return (
         u.new_empty(u.shape),
         dt.new_empty(dt.shape),
-        u.new_empty(0) if z is None else z.new_empty(z.shape),
         B.new_empty(B.shape),
         C.new_empty(C.shape),
         u.new_empty((width, n_state), dtype=torch.float32),
@@ -627,17 +627,17 @@ def _backward_fake(dy, dlast, u, dt, A, B, C, D, z, *_):
     )
 
 
-_forward_op = define_op(
+forward_op = define_op(
     "selective_scan_forward(Tensor u, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, "
     "Tensor? z, Tensor? bias, Tensor? first, Tensor? doc, bool softplus, bool save) "
     "-> (Tensor, Tensor, Tensor)",
     _forward,
     lambda u, dt, A, *rest: _results(u, A.shape[1], rest[-1]),
 )
-_backward_op = define_op(
+backward_op = define_op(
     "selective_scan_backward(Tensor dy, Tensor? dlast, Tensor u, Tensor dt, Tensor A, Tensor B, "
-    "Tensor C, Tensor? D, Tensor? z, Tensor? bias, Tensor? doc, Tensor saved, bool softplus) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "Tensor C, Tensor? D, Tensor? z, Tensor? bias, Tensor? doc, Tensor saved, bool softplus, "
+    "Tensor(a!)? dz) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _backward,
     _backward_fake,
 )
@@ -650,7 +650,7 @@ class _SelectiveScan(torch.autograd.Function):
         z: Tensor | None, bias: Tensor | None, first: Tensor | None, doc: Tensor | None,
         softplus: bool, save: bool,
     ) -> Any:  # fmt: skip
-        y, last, saved = _forward_op(u, dt, A, B, C, D, z, bias, first, doc, softplus, save)
+        y, last, saved = forward_op(u, dt, A, B, C, D, z, bias, first, doc, softplus, save)
         ctx.save_for_backward(u, dt, A, B, C, D, z, bias, doc, saved)
         ctx.softplus = softplus
         ctx.first_dtype = None if first is None else first.dtype
@@ -661,11 +661,11 @@ class _SelectiveScan(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         u, dt, A, B, C, D, z, bias, doc, saved = ctx.saved_tensors
         dy = torch.zeros_like(u) if grads[0] is None else grads[0]
-        du, ddt, dz, dB, dC, dA, dD, dfirst = _backward_op(
-            dy, grads[1], u, dt, A, B, C, D, z, bias, doc, saved, ctx.softplus
+        dz = None if z is None else z.new_empty(z.shape)
+        du, ddt, dB, dC, dA, dD, dfirst = backward_op(
+            dy, grads[1], u, dt, A, B, C, D, z, bias, doc, saved, ctx.softplus, dz
         )
         dskip = None if D is None else dD[0].to(D.dtype)
-        dz = None if z is None else dz
         dbias = None if bias is None else dD[1].to(bias.dtype)
         dfirst = None if ctx.first_dtype is None else dfirst.to(ctx.first_dtype)
         return du, ddt, dA.to(A.dtype), dB, dC, dskip, dz, dbias, dfirst, None, None, None

@@ -8,7 +8,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from ablate.kernels import causal_conv1d_step, linear, selective_scan, selective_scan_step
+from ablate.kernels import (
+    causal_conv1d_step,
+    linear,
+    mamba1_core,
+    selective_scan,
+    selective_scan_step,
+)
 from ablate.layers.context import (
     Context,
     ResidualLayer,
@@ -81,9 +87,10 @@ class Mamba1Options:
 
 
 class Mamba1(ResidualLayer):
-    """x + out_proj(scan(conv(in_proj(norm(x)))) * silu(z)); in_proj holds x, z; x_proj dt, B, C."""
+    """x + out_proj(core(in_proj(norm(x)))); in_proj holds x, z; x_proj dt, B, C."""
 
     ragged = True
+    fusible = False
     roles: ClassVar[dict[str, str]] = {
         "norm": "ones",
         "in_proj": "matrix",
@@ -117,8 +124,26 @@ class Mamba1(ResidualLayer):
         return linear(dt, self.dt_proj), B, C
 
     def branch(self, u_BLD: Tensor, ctx: Context, state: State | None = None) -> Tensor:
-        u, z = linear(u_BLD, self.in_proj).chunk(2, dim=-1)
-        u, conv = short_conv(u, self.conv_weight, self.conv_bias, ctx)
+        xz = linear(u_BLD, self.in_proj)
+        if state is None:
+            y = mamba1_core(
+                xz,
+                self.conv_weight,
+                self.conv_bias,
+                self.x_proj,
+                self.dt_proj,
+                self.dt_bias,
+                self.A_log,
+                self.D,
+                doc_start_BL=ctx.doc_start_BL,
+            )
+        else:
+            y = self._prefill(xz, ctx, state)
+        return linear(y, self.out_proj)
+
+    def _prefill(self, xz_BLE: Tensor, ctx: Context, state: State) -> Tensor:
+        x, z = xz_BLE.chunk(2, dim=-1)
+        u, conv = short_conv(x, self.conv_weight, self.conv_bias, ctx)
         dt, B, C = self._maps(u)
         y, ssm = selective_scan(
             u,
@@ -133,10 +158,10 @@ class Mamba1(ResidualLayer):
             return_final_state=True,
             doc_start_BL=ctx.doc_start_BL,
         )
-        if state is not None:
-            state["conv"].copy_(conv)
-            state["ssm"].copy_(ssm)
-        return linear(y, self.out_proj)
+        state["conv"].copy_(conv)
+        state["ssm"].copy_(ssm)
+        assert isinstance(y, Tensor)
+        return y
 
     def init_state(
         self, batch: int, max_len: int, device: torch.device | None, dtype: torch.dtype

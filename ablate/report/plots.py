@@ -143,7 +143,13 @@ class _Layout:
             ax.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
         elif self.log:
             ax.set_xscale("log", base=10 if self.axis.field == "train.lr" else 2)
-            ax.set_xticks(self.values, [f"{t:.4g}" if t < 1e4 else si(t) for t in self.values])
+            near = 0.09 * math.log(self.values[-1] / self.values[0])  # labels would overlap
+            labels, last = [], 0.0
+            for t in self.values:
+                told = not last or math.log(t / last) >= near
+                labels.append("" if not told else f"{t:.4g}" if t < 1e4 else si(t))
+                last = t if told else last
+            ax.set_xticks(self.values, labels)
             ax.xaxis.set_minor_locator(NullLocator())
 
 

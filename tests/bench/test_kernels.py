@@ -27,6 +27,14 @@ def test_a_word_of_none_is_told_with_what_there_is():
         kernels._chosen("gla,windov")
 
 
+def test_doubled_is_the_length_or_the_batch():
+    case = kernels._chosen("ssd")[0]
+    found = [(c.batch, c.length, c.must) for c in kernels._doubled(case)]
+    b, length = case.batch, case.length
+    none = (None, None)
+    assert found == [(b, length, case.must), (b, 2 * length, none), (2 * b, length, none)]
+
+
 def test_a_peer_that_refuses_its_backward_pass_keeps_its_forward_time(monkeypatch):
     def timed(case, who, fn, milliseconds, backward):
         row = kernels.Row(case.operation, case.size, who)

@@ -237,6 +237,7 @@ def assembled(kernel, config, arch, *, state=16, dtype="bf16", width=1536, **fla
     states = max(4, 1 << (state - 1).bit_length())
     constants = {
         "UNIT": 16, "DY_ROW": width, "U_ROW": width, "DT_ROW": width, "Z_ROW": 2 * width,
+        "DZ_ROW": 2 * width,
         "D": width, "N": state, "BD": 128 * config.warps // states, "BN": states,
         "T": config.tokens, "SPAN": kernels.SPAN, "HAS_D": True, "HAS_Z": True, "HAS_BIAS": True,
         "SOFTPLUS": True, "HAS_FIRST": False, "HAS_LAST": True, "HAS_DOC": False, "SAVE": True,

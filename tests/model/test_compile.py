@@ -71,7 +71,7 @@ def test_depth_costs_no_further_compilation() -> None:
         loss_and_gradients(net, False)
         loss_and_gradients(net, False)
         found[pattern] = counters["stats"]["unique_graphs"]
-    assert found["mM-GR*L"] == found["mM-GR*Lx3"] == 4  # M, - and * have nothing to fuse
+    assert found["mM-GR*L"] == found["mM-GR*Lx3"] == 3  # M, m, - and * have nothing to fuse
 
 
 def test_validation_runs_uncompiled() -> None:
@@ -87,17 +87,17 @@ def test_compilations_are_counted_and_more_than_expected_are_an_error() -> None:
     torch._dynamo.reset()
     net = model("mGRL*-x2")
     net.compile_layers(backend="eager")
-    assert net.expected_compilations == 4
+    assert net.expected_compilations == 3
     optimizer = make_adamw(param_groups(net, 0.1), CFG)
     stepper = Stepper(net, optimizer, CFG, bf16=False, micro_batch=2)
     stepper.warm_up(batch(24))
     weights = {name: p.clone() for name, p in net.named_parameters()}
-    assert stepper.compilations == 4
+    assert stepper.compilations == 3
     stepper(batch(24), 1e-3)
     stepper(batch(24), 1e-3)
-    assert stepper.compilations == 4
+    assert stepper.compilations == 3
     assert not torch.equal(weights["embedding"], net.embedding)
-    with pytest.raises(TrialFailed, match=r"compiled \d+ times, where 4 were expected"):
+    with pytest.raises(TrialFailed, match=r"compiled \d+ times, where 3 were expected"):
         stepper(batch(20), 1e-3)
 
 
