@@ -2,8 +2,9 @@
 
     make analysis        (or: python analysis/build.py [--no-notebooks])
 
-For each folder of analysis/results: its report. Then the README's pictures (docs/), its table and
-that of docs/reproduction.md (between markers), findings.csv, and the notebooks, executed.
+For each folder of analysis/results: its report. Then the README's pictures (docs/), its tables and
+those of docs/findings.md and docs/reproduction.md (between markers), findings.csv, and the
+notebooks, executed.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ PROVENANCE = (
 MODEL = (
     "Intervals and p of losses are those of arm + seed + noise, with one normal noise "
     "for all arms of a study (so that two seeds have the degrees of freedom of all arms; an arm "
-    "that varies more than others has too narrow an interval), and of 'worse than the best' those "
+    "that varies more than others has too narrow an interval), and of 'worse than that' those "
     "of Hsu's comparisons. They cover seeds: not other text, machines, sizes or learning rates. "
     "Nothing is corrected for the number of rows."
 )
@@ -75,8 +76,9 @@ def build(root: Path, *, notebooks: bool = True) -> None:
     atomic_write(results / "findings.csv", table.to_csv(index=False))
     block = findings.in_short(found)
     block += "".join(f"![{p.caption}](docs/{p.png.name})\n\n*{p.caption}*\n\n" for p in shown)
-    block += _findings(table, found) + "\n" + _cost(found) if found else NONE_YET
-    put(root / "README.md", "results", block)
+    put(root / "README.md", "results", block or NONE_YET)
+    put(root / "README.md", "findings", _claims(table, found) + "\n" + _cost(found))
+    put(docs / "findings.md", "findings", _findings(table, found))
     put(docs / "reproduction.md", "cost", _costs(found) if found else NONE_YET)
     put(docs / "reproduction.md", "reruns", _reruns(found))
     for name in NOTEBOOKS if notebooks else ():
@@ -98,8 +100,19 @@ def put(path: Path, name: str, block: str) -> None:
 # --- blocks --------------------------------------------------------------------------------------
 
 
+def _claims(table: pd.DataFrame, found: dict[str, Study]) -> str:
+    """The claims that a study speaks to and what follows for each."""
+    lines = ["| published claim | published | what follows here | study (seeds) |"]
+    lines += ["|---|---|---|---|"]
+    for row in table[table["ours"] != findings.NOT_RUN].itertuples():
+        study = f"{_link(row.study)} ({_seeds(found[row.study])})"
+        told = "; ".join(filter(None, (row.figure, row.follows))) or row.ours
+        lines.append(f"| {row.claim} | {row.published} | {told} | {study} |")
+    return "\n".join(lines) + "\n" if len(lines) > 2 else ""
+
+
 def _findings(table: pd.DataFrame, found: dict[str, Study]) -> str:
-    """The claims that a study speaks to, in a table; other studies in a sentence each."""
+    """The claims that a study speaks to, with our figures; other studies in a sentence each."""
     run = table[table["ours"] != findings.NOT_RUN]
     lines = []
     if len(run):
@@ -109,13 +122,13 @@ def _findings(table: pd.DataFrame, found: dict[str, Study]) -> str:
     for row in run.itertuples():
         lines.append(
             f"| {row.claim} | {row.published} | {row.ours} | {row.follows or '–'} | "
-            f"{_link(row.study)} ({_seeds(found[row.study])}) |"
+            f"{_link(row.study, '../')} ({_seeds(found[row.study])}) |"
         )
     if len(run):
         lines += ["", PROVENANCE, "", MODEL]
     for name in sorted(set(found) - set(run["study"])):
         question = StudyFolder(found[name].path).index().get("question")
-        lines += ["", f"{_link(name)}: {question} {_best(found[name], found)}"]
+        lines += ["", f"{_link(name, '../')}: {question} {_best(found[name], found)}"]
     if len(run) < len(table):
         left = table.loc[table["ours"] == findings.NOT_RUN, "claim"].unique()
         lines += ["", f"Not finished here: {'; '.join(left)}."]
@@ -126,8 +139,8 @@ def _seeds(study: Study) -> str:
     return findings.seed_counts(study.done)
 
 
-def _link(study: str) -> str:
-    return f"[{study}](analysis/results/{study}/README.md)"
+def _link(study: str, up: str = "") -> str:
+    return f"[{study}]({up}analysis/results/{study}/README.md)"
 
 
 def _best(study: Study, found: dict[str, Study]) -> str:
@@ -165,6 +178,8 @@ def _best(study: Study, found: dict[str, Study]) -> str:
 
 
 def _cost(found: dict[str, Study]) -> str:
+    if not found:
+        return ""
     runs = pd.concat([study.analysis.frame for study in found.values()])
     # a trial whose folder lies in two studies was trained once
     runs = runs[runs["state"] == "done"].drop_duplicates(["key", "trial_seconds"])
@@ -176,10 +191,9 @@ def _cost(found: dict[str, Study]) -> str:
         trials += f" ({twice} of them a second time)"
     trials += f" and {reruns} reruns" if reruns else ""
     return (
-        "What else differs between the arms of a study, as FLOPs or a learning rate that suits one "
-        "better, stands in red on its page. "
-        f"{trials}; {hours:.1f} hours of trials on {' and '.join(where)}. Which runs a figure is "
-        "from stands in `analysis/results/findings.csv`, by key.\n"
+        f"{trials}; {hours:.1f} hours of trials on {' and '.join(where)}. `docs/findings.md` has "
+        "our figures with their intervals, what else differs between the arms, and what other "
+        "studies say; `analysis/results/findings.csv` has the runs that each is from, by key.\n"
     )
 
 

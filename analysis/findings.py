@@ -134,7 +134,8 @@ def studies(root: Path = RESULTS) -> dict[str, Study]:
 
 @dataclass(frozen=True)
 class Row:
-    """One claim. `arms` and `keys` lead a figure back to its runs."""
+    """One claim. `arms` and `keys` lead a figure back to its runs; `figure` is the first of ours,
+    where one says enough."""
 
     claim: str
     published: str
@@ -143,6 +144,7 @@ class Row:
     study: str = ""
     arms: str = ""
     keys: str = ""
+    figure: str = ""
 
 
 # --- figures and rules ---------------------------------------------------------------------------
@@ -285,7 +287,8 @@ def of_loss(
                 for told, places in said.items()
             ]
             follows = f"{SAME}; its size is not settled: {'; '.join(parts)}"
-    return Row(claim, published, ours, follows, study.name, "; ".join(arms), study.keys(arms))
+    own = study.name, "; ".join(arms), study.keys(arms)
+    return Row(claim, published, ours, follows, *own, figure=f"{show(found)} nats")
 
 
 # --- the rows ------------------------------------------------------------------------------------
@@ -444,11 +447,11 @@ def best_share(study: Study | None, claim: str, published: str) -> Row:
     ours += f"; not told from the lowest: {not_told(study, alike)}"
     p = loss.fit.worse_than_best()
     out = [f"{analysis.short(a)} ({p_value(p[a])})" for a in alike if a not in loss.best]
-    follows = f"worse than the best (p), on B: {', '.join(out)}"
+    follows = f"worse than that (p), on B: {', '.join(out)}"
     if not out:
         follows = "decides nothing: no share is excluded"
-    arms = list(loss.fit.arms)
-    return Row(claim, published, ours, follows, study.name, "all", study.keys(arms))
+    keys, figure = study.keys(loss.fit.arms), f"lowest at {analysis.short(best)}"
+    return Row(claim, published, ours, follows, study.name, "all", keys, figure)
 
 
 def mlp_cost(study: Study | None) -> Row:

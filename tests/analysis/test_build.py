@@ -140,7 +140,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (root / "analysis").mkdir(exist_ok=True)
         shutil.copy(ROOT / "analysis" / name, root / "analysis" / name)
     (root / "docs").mkdir()
-    shutil.copy(ROOT / "docs" / "reproduction.md", root / "docs")
+    for name in ("findings.md", "reproduction.md"):
+        shutil.copy(ROOT / "docs" / name, root / "docs")
     shutil.copy(ROOT / "README.md", root)
     runs = root / "runs"
     shares = [n / 24 for n in (0, 1, 2, 3, 4, 6, 8, 12)]
@@ -187,7 +188,7 @@ def test_everything_is_made_from_the_frames_and_the_second_time_the_same(root: P
     assert snapshot(root) == first
     for name in ("docs/attention_share.png", "docs/recall.png"):
         assert name in first
-    text = (root / "README.md").read_text()
+    text = (root / "README.md").read_text() + (root / "docs" / "findings.md").read_text()
     assert "not run yet" not in text
     assert "docs/attention_share.png" in text
     assert not re.search(r"\bnan\b", text)
@@ -218,7 +219,10 @@ def test_figures_of_the_table_lead_back_to_their_runs(root: Path) -> None:
     fit = analyse(frame).comparisons["val_b_loss"].fit
     found = fit.difference("attention_share=0", "attention_share=0.0833")
     assert row["ours"].startswith(f"+{found.value:.4f} (+{found.low:.4f} to +{found.high:.4f})")
-    assert row["ours"].split()[0] in (root / "README.md").read_text()
+    assert f"| {row['ours']} |" in (root / "docs" / "findings.md").read_text()
+    readme = (root / "README.md").read_text()
+    assert f"| {row['figure']}; {row['follows']} |" in readme
+    assert all(f"{told} |" in readme for told in rows["follows"])
     arms = ["attention_share=0", "attention_share=0.0833"]
     assert row["keys"].split() == frame.loc[frame["arm"].isin(arms), "key"].tolist()
     assert row["follows"] == "same direction; the published figure is inside"
