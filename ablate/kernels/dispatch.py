@@ -49,13 +49,22 @@ def compute_dtype(x: torch.Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def define_op(schema: str, impl: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+def define_op(
+    schema: str, impl: Callable[..., Any], fake: Callable[..., Any], *, several: bool = False
+) -> Any:
     """Registers `ablate::<schema>` and returns the callable operator.
+
+    several: it launches several kernels, which its first call compiles at the same time. For that
+        `impl` is called twice, so it must not add to what it is given.
 
     `Library.define` costs about 1.6 µs a call where `torch.library.custom_op` costs 7. The operator
     is opaque to torch.compile, so exactly the kernel that was tested is the one that runs.
     """
     name = schema.split("(", 1)[0]
+    if several:
+        from ablate.kernels.precompile import first_call_together
+
+        impl = first_call_together(impl)
     _LIBRARY.define(schema)
     _LIBRARY.impl(name, impl, "CompositeExplicitAutograd")
     torch.library.register_fake(f"ablate::{name}", fake, lib=_LIBRARY)

@@ -755,6 +755,7 @@ _forward_op = define_op(
     "-> (Tensor, Tensor, Tensor, Tensor)",
     _forward,
     _forward_fake,
+    several=True,
 )
 _backward_op = define_op(
     "gated_delta_rule_backward(Tensor do, Tensor? dlast, Tensor q, Tensor k, Tensor v, "
@@ -762,6 +763,7 @@ _backward_op = define_op(
     "bool normalize) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _backward,
     _backward_fake,
+    several=True,
 )
 
 

@@ -651,12 +651,14 @@ _forward_op = define_op(
     "-> (Tensor, Tensor)",
     _forward,
     _forward_fake,
+    several=True,
 )
 _backward_op = define_op(
     "gla_backward(Tensor dy, Tensor? dlast, Tensor q, Tensor k, Tensor v, Tensor g, "
     "Tensor? first, Tensor? doc, float scale) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _backward,
     _backward_fake,
+    several=True,
 )
 
 

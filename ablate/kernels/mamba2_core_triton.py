@@ -154,6 +154,7 @@ _forward_op = define_op(
     "float eps, int norm_group, bool squares) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _forward,
     _forward_fake,
+    several=True,
 )
 _backward_op = define_op(
     "mamba2_core_backward(Tensor dout, Tensor? dsquares, Tensor zxbcdt, Tensor conv, Tensor y, "
@@ -162,6 +163,7 @@ _backward_op = define_op(
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _backward,
     _backward_fake,
+    several=True,
 )
 
 

@@ -17,6 +17,9 @@ from ablate.kernels.dispatch import HAS_TRITON, INTERPRET
 
 DryRun = Callable[[], contextlib.AbstractContextManager[None]]
 
+MOST_KERNELS = 8  # of one operation's pass that are worth a thread each
+_together = False  # kernels are compiled together now
+
 
 @contextlib.contextmanager
 def compile_together(threads: int) -> Iterator[DryRun]:
@@ -68,12 +71,30 @@ def compile_together(threads: int) -> Iterator[DryRun]:
         if device is not None:
             torch.cuda.set_device(device)
 
+    global _together
     device = torch.cuda.current_device() if torch.cuda.is_available() else None
     with ThreadPoolExecutor(threads, "triton", begin) as pool:
         pending = Pending(pool, ignore_errors=True)
-        JITFunction.run = run
+        JITFunction.run, _together = run, True
         try:
             yield dry_run
         finally:
-            JITFunction.run = launch
+            JITFunction.run, _together = launch, False
             pending.__exit__(None, None, None)
+
+
+def first_call_together(impl: Callable[..., Any]) -> Callable[..., Any]:
+    """`impl`, whose first call finds its kernels compiled together, unless a step's already are."""
+    called = INTERPRET or not HAS_TRITON
+
+    def call(*args: Any) -> Any:
+        nonlocal called
+        if not called:
+            called = True
+            capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+            if not _together and not capturing:
+                with compile_together(MOST_KERNELS) as dry_run, dry_run():
+                    impl(*args)
+        return impl(*args)
+
+    return call

@@ -640,6 +640,7 @@ backward_op = define_op(
     "Tensor(a!)? dz) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _backward,
     _backward_fake,
+    several=True,
 )
 
 

@@ -762,6 +762,7 @@ _forward_op = define_op(
     "Tensor? first, Tensor? doc, bool softplus) -> (Tensor, Tensor, Tensor, Tensor)",
     _forward,
     _forward_fake,
+    several=True,
 )
 _backward_op = define_op(
     "ssd_backward(Tensor dy, Tensor? dlast, Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, "
@@ -769,6 +770,7 @@ _backward_op = define_op(
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _backward,
     _backward_fake,
+    several=True,
 )
 
 

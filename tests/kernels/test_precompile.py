@@ -15,7 +15,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from ablate.kernels import adamw_triton
-from ablate.kernels.precompile import compile_together
+from ablate.kernels.precompile import compile_together, first_call_together
 
 pytestmark = pytest.mark.compile
 
@@ -104,6 +104,26 @@ def test_a_dry_run_compiles_on_threads_and_launches_nothing(
     assert ready == [1, 1]
     doubled.warmup(x, y, grid=(1,))
     assert len(compilers) == 2
+
+
+def test_an_operation_of_several_kernels_compiles_them_together_once(compilers: list[str]) -> None:
+    calls = []
+
+    def impl(x: torch.Tensor) -> torch.Tensor:
+        y = torch.zeros_like(x)
+        doubled.warmup(x, y, grid=(1,))  # nothing can be launched here
+        halved.warmup(x, y, grid=(1,))
+        calls.append(y)
+        return y
+
+    op = first_call_together(impl)
+    assert op(torch.ones(1)) is calls[1]
+    assert len(compilers) == 2
+    assert all(name.startswith("triton") for name in compilers)
+    assert op(torch.ones(1)) is calls[2]
+    with compile_together(2) as dry_run, dry_run():  # a step's own
+        first_call_together(impl)(torch.ones(1))
+    assert len(calls) == 4
 
 
 def test_a_kernel_that_does_not_compile_raises_where_it_runs(compilers: list[str]) -> None:
