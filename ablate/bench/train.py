@@ -161,8 +161,9 @@ def _measure(name: str, tree: dict[str, Any], steps: int, *, cold: bool) -> Row:
     with place as empty:
         environment["TMPDIR"] = empty  # what a killed process leaves goes with it
         if cold:
-            caches = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
-            environment |= {variable: os.path.join(empty, variable) for variable in caches}
+            caches = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "PYTHONPYCACHEPREFIX")
+            for variable in environment.keys() & caches:
+                environment[variable] = os.path.join(empty, variable)
         first = _process(name, tree, 5, environment, kernels=False) if cold else None
         found = _process(name, tree, steps, environment, kernels=True)
     tokens = cfg.train.batch_size * cfg.data.seq_len

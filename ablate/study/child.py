@@ -16,7 +16,7 @@ parent is gone, and this process goes at once. Whatever the trial prints goes to
 from __future__ import annotations
 
 import contextlib
-import importlib
+import importlib.util
 import json
 import logging
 import os
@@ -43,21 +43,36 @@ def child_environment(
     cfg: config.Config, gpus: str | None = None, cores: int | None = None
 ) -> dict[str, str]:
     """Environment of a process that trains: its threads, its GPUs, its share of the cores, this
-    very package, and compile caches that all processes of this machine share, unless the user has
-    set others."""
+    very package, and caches of what is compiled that all processes of this machine share, unless
+    the user has set others."""
     threads = str(cfg.train.threads)
     share = {} if cores is None else {"ABLATE_CORES": str(cores), "RAYON_NUM_THREADS": str(cores)}
     cache = Path(cfg.data.cache).expanduser().resolve()
+    bytecode = _bytecode(cache)
     return {
         "TORCHINDUCTOR_CACHE_DIR": str(cache / "inductor"),
         "TRITON_CACHE_DIR": str(cache / "triton"),
+        **bytecode,
         **os.environ,
+        # what it is set for, that nothing is written beside the sources, holds
+        **({"PYTHONDONTWRITEBYTECODE": ""} if bytecode else {}),
         "OMP_NUM_THREADS": threads,
         "MKL_NUM_THREADS": threads,
         "PYTHONPATH": python_path(),
         **({} if gpus is None else {"CUDA_VISIBLE_DEVICES": gpus}),
         **share,  # Rayon's threads are those of `tokenizers`
     }
+
+
+def _bytecode(cache: Path) -> dict[str, str]:
+    """A place for bytecode where torch came without, as in many a container: each process would
+    compile its thousands of files again, which takes several seconds."""
+    torch = importlib.util.find_spec("torch")
+    if torch is None or torch.origin is None:
+        return {}
+    if os.path.exists(importlib.util.cache_from_source(torch.origin)):
+        return {}
+    return {"PYTHONPYCACHEPREFIX": str(cache / "bytecode")}
 
 
 def _preload() -> None:

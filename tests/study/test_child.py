@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import py_compile
 import subprocess
 import sys
 import time
@@ -34,6 +35,27 @@ def test_compile_caches_are_shared_unless_the_user_has_some(
     assert found["CUDA_VISIBLE_DEVICES"] == "2,3"
     assert found["OMP_NUM_THREADS"] == "3"
     assert found["ABLATE_CORES"] == "7"
+
+
+@pytest.mark.parametrize("beside", [True, False])
+def test_bytecode_is_kept_where_packages_came_without(
+    make: Any, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, beside: bool
+) -> None:
+    source = tmp_path / "package" / "torch" / "__init__.py"
+    source.parent.mkdir(parents=True)
+    source.write_text("answer = 42")
+    if beside:
+        py_compile.compile(str(source))
+    monkeypatch.syspath_prepend(str(tmp_path / "package"))
+    monkeypatch.delitem(sys.modules, "torch")
+    monkeypatch.delenv("PYTHONPYCACHEPREFIX", raising=False)
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
+    found = child_environment(config.load(make()))
+    found["PYTHONPATH"] = str(tmp_path / "package")
+    subprocess.run([sys.executable, "-c", "import torch"], env=found, check=True)
+    kept = list((cache / "bytecode").rglob("torch/__init__*.pyc"))
+    assert len(kept) == (0 if beside else 1)
+    assert len(list(source.parent.rglob("*.pyc"))) == int(beside)
 
 
 def supervisor(tree: dict[str, Any], console: Any) -> _Supervisor:
