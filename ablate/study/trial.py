@@ -81,6 +81,7 @@ def resolve(tree: Mapping[str, Any]) -> Trial:
     warnings: list[str] = []
     _check_data(cfg)
     architecture = Architecture.from_config(cfg.arch, vocabulary(cfg))
+    _check_layers(architecture)
     matching.check(cfg.match, architecture, cfg.data.seq_len)
     _check_recall(cfg)
     _check_evaluation(
@@ -100,6 +101,26 @@ def resolve(tree: Mapping[str, Any]) -> Trial:
             f"{trial.steps} steps"
         )
     return trial
+
+
+def _check_layers(architecture: Architecture) -> None:
+    """Layers of the user's own can be made, and are as large as they say: a plan and a match of
+    sizes go by what they say."""
+    modules = own_modules(architecture.letters)
+    if not modules:
+        return
+    from ablate.model import LanguageModel
+
+    try:
+        with torch.device("meta"):
+            LanguageModel(architecture, seed=None)
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(
+            f"arch.layers: a layer of {' and '.join(modules)} cannot be made "
+            f"({type(error).__name__}: {error})"
+        ) from error
 
 
 def key(cfg: Config, architecture: Architecture) -> str:

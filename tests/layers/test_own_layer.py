@@ -189,6 +189,21 @@ def test_parameters_are_counted_as_they_are(package):
         LanguageModel(arch)
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "says"),
+    [
+        ("return 2 * self.d_model", "return 3 * self.d_model", r"num_params\(\) is 768, but"),
+        ("options.rank, options.d_model", "options.rnk, options.d_model",
+         r"a layer of my_pkg\.my_layer cannot be made \(AttributeError: .*'rnk'"),
+    ],
+)  # fmt: skip
+def test_a_plan_is_told_of_a_layer_that_cannot_be_what_it_says(package, old, new, says):
+    (package / "my_layer.py").write_text(LAYER.replace(old, new))
+    arch = {"pattern": "M-W-", "d_model": 64, "layers": ["my_pkg.my_layer"]}
+    with pytest.raises(UserError, match=says):
+        resolve({"arch": arch, "train": {"tokens": 4096}})
+
+
 def test_methods_may_be_static(package):
     text = LAYER.replace(
         "    def elementwise_flops(self, T):\n        return 2 * T * self.rank",
