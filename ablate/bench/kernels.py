@@ -851,8 +851,9 @@ def bench_kernels(
 
 def first_calls(only: str = "") -> Iterator[tuple[Case, float | None, float | None]]:
     """Seconds of the first forward and backward pass of each operation at its first size, in a new
-    process with an empty cache: its kernels compiled one after the other, as a call does by itself,
-    and together (`compile_together`), as training does. None where that failed."""
+    process with an empty cache: by itself, where the kernels of a pass compile at the same time in
+    operations of several (`define_op`), and with those of both passes (`compile_together`), as in
+    training. None where that failed."""
     cases = {case.operation: case for case in reversed(_chosen(only))}
     for case in reversed(cases.values()):
         yield case, _first_call(case, together=False), _first_call(case, together=True)

@@ -88,6 +88,11 @@ def mamba1_core(
             f"mamba1_core: x_proj is {tuple(x_proj_MI.shape)}, but a rank of {rank} and {n_state} "
             f"numbers of state take {(rank + 2 * n_state, inner)}"
         )
+    if conv_weight_IK.shape[0] != inner or A_log_IN.shape[0] != inner:
+        raise ValueError(
+            f"mamba1_core: conv_weight has {conv_weight_IK.shape[0]} channels and A_log "
+            f"{A_log_IN.shape[0]}, but dt_proj has {inner}"
+        )
     tensors = (
         xz_BLE, conv_weight_IK, conv_bias_I, x_proj_MI, dt_proj_IR, dt_bias_I, A_log_IN, D_I,
     )  # fmt: skip

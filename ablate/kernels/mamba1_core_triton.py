@@ -33,8 +33,9 @@ class _Mamba1Core(torch.autograd.Function):
         # rows of zeros make those of the product whole 16 bytes
         to_maps = F.pad(x_proj.to(u.dtype), (0, 0, 0, -len(x_proj) % ALIGN))
         to_steps = dt_proj.to(u.dtype)
-        maps = F.linear(u, to_maps)
-        steps = F.linear(maps.flatten(0, 1)[:, :rank], to_steps).view(u.shape)
+        with torch.autocast(u.device.type, enabled=False):  # as is what the gradients are made of
+            maps = F.linear(u, to_maps)
+            steps = F.linear(maps.flatten(0, 1)[:, :rank], to_steps).view(u.shape)
         # B and C are small, and every program of the scan reads them: in float32, once for all
         ends = (rank, rank + n_state, rank + 2 * n_state)
         B, C = (v.float().contiguous() for v in maps.tensor_split(ends, dim=-1)[1:3])
@@ -60,12 +61,11 @@ class _Mamba1Core(torch.autograd.Function):
         du, d_steps, dB, dC, dA, sums, _ = scan.backward_op(
             grads[0], None, u, steps, A, B, C, D, z, dt_bias, doc, saved, True, dz
         )
-        d_maps = torch.empty_like(maps)
+        d_maps = torch.zeros_like(maps)
         rows, used = d_maps.flatten(0, 1), rank + 2 * n_state
         rows[:, :rank].addmm_(d_steps.flatten(0, 1), to_steps, beta=0)
         d_maps[..., rank : rank + n_state] = dB
         d_maps[..., rank + n_state : used] = dC
-        d_maps[..., used:].zero_()
         du.flatten(0, 1).addmm_(rows, to_maps)
         taps, _ = conv1d.gradients_op(du, x, conv_weight, conv_bias, True, None, doc, dx)
         of_x_proj, of_dt_proj, of_A_log = ctx.dtypes

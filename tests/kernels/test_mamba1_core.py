@@ -14,7 +14,7 @@ CASES = {
     "plain": (2, 70, 48, 16, 8, ""),
     "documents, odd widths": (1, 33, 20, 5, 3, "docs"),
     "short, no bias": (2, 5, 16, 4, 1, "no_bias"),
-    "one token, three taps": (1, 1, 8, 8, 2, "taps3"),
+    "one token, three taps": (4, 1, 8, 8, 2, "taps3"),
     "a reset everywhere, two taps": (2, 40, 16, 8, 2, "every_token taps2"),
 }
 
@@ -84,6 +84,7 @@ def test_documents_are_independent():
     ("name", "shape", "says"),
     [
         ("xz_BLE", (1, 5, 33), "last axis of xz is 33, but dt_proj has 16 channels, which take 32"),
+        ("conv_weight_IK", (8, 4), "conv_weight has 8 channels and A_log 16, but dt_proj has 16"),
         ("x_proj_MI", (9, 16), r"x_proj is \(9, 16\), but .* take \(10, 16\)"),
     ],
 )

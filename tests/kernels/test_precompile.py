@@ -126,6 +126,27 @@ def test_an_operation_of_several_kernels_compiles_them_together_once(compilers: 
     assert len(calls) == 4
 
 
+def test_what_other_threads_launch_during_a_first_call_is_launched(
+    compilers: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launched = []
+
+    def launch(self, *args, grid, warmup, **kwargs):
+        launched.append((threading.current_thread().name, warmup))
+
+    monkeypatch.setattr(triton.runtime.JITFunction, "run", launch)
+
+    def impl() -> None:
+        doubled[(1,)](None, None)
+        other = threading.Thread(target=lambda: halved[(1,)](None, None), name="other")
+        other.start()
+        other.join()
+
+    first_call_together(impl)()
+    own = threading.current_thread().name
+    assert launched == [(own, True), ("other", False), (own, False), ("other", False)]
+
+
 def test_a_kernel_that_does_not_compile_raises_where_it_runs(compilers: list[str]) -> None:
     with compile_together(2) as dry_run:
         with dry_run():
