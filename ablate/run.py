@@ -186,6 +186,8 @@ class RunFolder:
         """State, generation and cause. Done is only what has a result that can be read."""
         content = read_json(self.path / "status.json") or {}
         status = {"state": "created", "generation": 0, **content}
+        if not isinstance(status["generation"], int):  # damaged: the next one begins anew
+            status["generation"] = 0
         if status["state"] == "done" and self.result() is None:
             status |= {"state": "interrupted", "cause": NO_RESULT}
         return status
@@ -193,9 +195,12 @@ class RunFolder:
     def result(self) -> dict[str, Any] | None:
         """Final figures, or None while the run is not finished or where they cannot be read."""
         content = read_json(self.path / "result.json") or {}
-        val_a = content.get("val_a", {})
-        loss = val_a.get("loss") if isinstance(val_a, dict) else "damaged"  # null is NaN
-        return content if content and isinstance(loss, int | float | None) else None
+        for split in ("val_a", "val_b"):
+            of = content.get(split, {})
+            loss = of.get("loss") if isinstance(of, dict) else "damaged"  # null is NaN
+            if not isinstance(loss, int | float | None):
+                return None
+        return content or None
 
     def metrics(self) -> list[dict[str, Any]]:
         """Logged steps in order; a line torn by a crash or damaged is skipped."""
@@ -209,7 +214,9 @@ class RunFolder:
                 row = json.loads(line)
             except json.JSONDecodeError:
                 continue
-            if isinstance(row, dict):
+            if isinstance(row, dict) and all(
+                isinstance(v, int | float | None) for v in row.values()
+            ):
                 rows.append(row)
         return rows
 

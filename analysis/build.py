@@ -187,8 +187,8 @@ def _cost(found: dict[str, Study]) -> str:
     where = sorted(set(runs["hardware"].dropna().astype(str)) - {""})
     reruns = sum(len(kept) for study in found.values() for kept in _kept(study).values())
     trials = f"{len(keys)} trials"
-    if twice := len(keys) - len(set(keys)):
-        trials += f" ({twice} of them a second time)"
+    if len(keys) > len(set(keys)):
+        trials += f" of {len(set(keys))} configs, seeds included"
     trials += f" and {reruns} reruns" if reruns else ""
     return (
         f"{trials}; {hours:.1f} hours of trials on {' and '.join(where)}. `docs/findings.md` has "

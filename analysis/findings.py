@@ -311,9 +311,11 @@ def in_short(found: dict[str, Study]) -> str:
                 lines.append(f"| {name.partition(' (')[0]} | {' | '.join(cells)} |")
         if len(lines) > 2:
             taught = f"{load_details(study.path)['config.data.recall.share'].mean():.0%}"
+            state = f"{study.analysis.arms['x'].max():.0f}"
             told.append(
                 f"**Recall**, of models of which {taught} of the training rows are such documents, "
-                "in other templates:"
+                f"in other templates; Mamba-2 has a state of {state} (others, some of which do "
+                "better, are in the study):"
             )
             told.append("\n".join(lines))
     return "".join(f"{paragraph}\n\n" for paragraph in told)

@@ -217,6 +217,11 @@ def command(words: Sequence[str], console: Console | None = None) -> int:
     contents: dict[str, Mapping[str, Any]] = {}
     place = folder if out is None else RunFolder(Path(str(out)).expanduser())
     kept = own is not None or out is not None
+    if own is not None and out is None and folder.result() is None:
+        raise UserError(
+            f"'{target}' has not finished, and scores of its weights so far would stand there as "
+            "those of the finished run: out=FOLDER keeps them elsewhere"
+        )
     if kept:
         place.check_writable()
     subject = load(target, device=device, **of_model)

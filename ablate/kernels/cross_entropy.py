@@ -119,8 +119,11 @@ def linear_cross_entropy(
     reduction: "mean" over the tokens that count (0 when none does), "sum", or "none": the
         cross-entropy of each token (0 where ignored) without the z-loss and without gradients.
     Returns float32 (float64 for float64 inputs). Under autocast the products run in its dtype.
-    Nothing waits for the device. Raises ValueError for an unknown reduction.
+    Nothing waits for the device. Raises ValueError for an unknown reduction, or a target for more
+    or fewer rows than x has.
     """
+    if x_MD.shape[:1] != target_M.shape:
+        raise ValueError(f"x has {x_MD.shape[0]} rows and target {tuple(target_M.shape)}")
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction={reduction!r} is unknown; use 'mean', 'sum' or 'none'")
     device = x_MD.device.type

@@ -317,8 +317,10 @@ def test_weights_that_were_not_kept(run, tmp_path):
     place, _ = run
     other = RunFolder(tmp_path / "other")
     other.create(place.config())
-    with pytest.raises(UserError, match=r"train\.keep=weights"):
+    with pytest.raises(UserError, match=r"'.*other' has not finished, .* out=FOLDER keeps"):
         command([str(other.path)])
+    with pytest.raises(UserError, match=r"train\.keep=weights"):
+        command([str(other.path), f"out={tmp_path / 'scores'}"])
 
 
 @pytest.mark.parametrize(

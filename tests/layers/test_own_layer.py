@@ -204,6 +204,19 @@ def test_a_plan_is_told_of_a_layer_that_cannot_be_what_it_says(package, old, new
         resolve({"arch": arch, "train": {"tokens": 4096}})
 
 
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [("[:, 1:]", r"\(2, 11, 64\)"), ("[:, :1]", r"\(2, 1, 64\)"), (", 1", "tuple")],
+)
+def test_what_a_layer_gives_has_the_shape_of_what_it_got(package, given, says):
+    text = LAYER.replace("x + total @ self.up.T", f"(x + total @ self.up.T){given}")
+    (package / "my_layer.py").write_text(text)
+    lm = LanguageModel(Architecture.from_config(config(), 128))
+    tokens = torch.randint(0, 128, (2, 12))
+    with pytest.raises(UserError, match=rf"Average\.forward gave {says}, not \(2, 12, 64\)"):
+        lm.loss(tokens, tokens)
+
+
 def test_methods_may_be_static(package):
     text = LAYER.replace(
         "    def elementwise_flops(self, T):\n        return 2 * T * self.rank",

@@ -54,13 +54,21 @@ def test_states(study: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "content", ['{"val_a": null}', '{"val_a": "x"}', '{"val_a": {"loss": "x"}}']
+    "content",
+    ['{"val_a": null}', '{"val_a": "x"}', '{"val_a": {"loss": "x"}}', '{"val_b": {"loss": "x"}}'],
 )
 def test_a_result_without_a_loss_is_not_finished(study: Path, content: str) -> None:
     run = RunFolder(study / "key0")
     (run.path / "result.json").write_text(content)
     assert run.result() is None
     assert frame(study)["state"][0] == "waiting"
+
+
+def test_a_damaged_generation_begins_anew(study: Path) -> None:
+    run = RunFolder(study / "key0")
+    (run.path / "status.json").write_text('{"state": "running", "generation": "abc"}')
+    assert run.status()["generation"] == 0
+    assert run.begin() == 1
 
 
 def test_a_damaged_line_costs_no_other(study: Path) -> None:
