@@ -25,6 +25,25 @@ from filelock import FileLock, Timeout
 from ablate.errors import UserError
 from ablate.run import RunFolder, read_json, write_json
 
+_TYPES: dict[str, Any] = {  # of the fields of study.json
+    **dict.fromkeys(("name", "question"), str),
+    **dict.fromkeys(("finding", "x"), str | None),
+    **dict.fromkeys(("cells", "orphan_cells"), dict),
+    **dict.fromkeys(("tuned", "search"), dict | None),
+    **dict.fromkeys(("factors", "orphans", "proposals", "command"), list),
+    "margin": int | float | None,
+}
+
+
+def _is_cell(cell: Any) -> bool:
+    """What study.json says of a key."""
+    return (
+        isinstance(cell, dict)
+        and isinstance(cell.get("arm", ""), str)
+        and isinstance(cell.get("factors", {}), dict)
+        and isinstance(cell.get("seed", 0), int)
+    )
+
 
 def tuning_name(arm: str, rate: float) -> str:
     """What a run is called that looks for its arm's learning rate."""
@@ -63,8 +82,14 @@ class StudyFolder:
         return RunFolder(self.path / key)
 
     def index(self) -> dict[str, Any]:
-        """The content of study.json; empty where there is none."""
-        return read_json(self.path / "study.json") or {}
+        """The content of study.json without what is damaged in it; empty where there is none."""
+        content = read_json(self.path / "study.json") or {}
+        sound = {k: v for k, v in content.items() if isinstance(v, _TYPES.get(k, object))}
+        if not all(isinstance(factor, str) for factor in sound.get("factors", [])):
+            del sound["factors"]
+        for name in sound.keys() & {"cells", "orphan_cells"}:
+            sound[name] = {key: cell for key, cell in sound[name].items() if _is_cell(cell)}
+        return sound
 
     def write_index(self, index: dict[str, Any]) -> None:
         write_json(self.path / "study.json", index)

@@ -12,6 +12,7 @@ from rich.console import Console
 
 from ablate.errors import UserError
 from ablate.run import RunFolder
+from ablate.study.folder import StudyFolder
 from ablate.study.progress import Display, Running, Snapshot
 from ablate.study.show import duration
 from ablate.study.status import frame, show
@@ -62,6 +63,20 @@ def test_a_result_without_a_loss_is_not_finished(study: Path, content: str) -> N
     (run.path / "result.json").write_text(content)
     assert run.result() is None
     assert frame(study)["state"][0] == "waiting"
+
+
+def test_what_is_damaged_in_the_index_costs_no_more_than_itself(study: Path) -> None:
+    folder = StudyFolder(study)
+    whole = folder.index()
+    key, *others = whole["cells"]
+    damaged = {**whole, "margin": "abc", "x": {}, "factors": [1], "orphan_cells": [1]}
+    damaged["cells"] = {**whole["cells"], key: {"arm": "a", "factors": {}, "seed": "abc"}}
+    folder.write_index(damaged)
+    left = folder.index()
+    assert list(left["cells"]) == others
+    assert not left.keys() & {"margin", "x", "factors", "orphan_cells"}
+    assert left["name"] == whole["name"]
+    frame(study)
 
 
 def test_a_damaged_generation_begins_anew(study: Path) -> None:
