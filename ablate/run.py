@@ -270,7 +270,7 @@ class RunFolder:
 
     def begin(self, **fields: Any) -> int:
         """Mark the run as running under a new generation, which is returned."""
-        generation = int(self.status().get("generation", 0)) + 1
+        generation = self.status()["generation"] + 1
         self._status("running", generation, None, fields)
         return generation
 
@@ -281,7 +281,7 @@ class RunFolder:
 
     def check(self, generation: int) -> None:
         """`StaleWriter` unless `generation` is the newest."""
-        newest = int(self.status().get("generation", 0))
+        newest = self.status()["generation"]
         if newest == generation:
             return
         if not self.path.is_dir():

@@ -377,6 +377,14 @@ def gradients(
     return sum_rows(partial, torch.float32).view(5, width), d_state
 
 
+def parameter_gradients(
+    sums: Tensor, weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Those of the weight (D, K) and the bias, in their types, of the sums from `gradients`."""
+    d_weight = sums[4 - weight.shape[1] : 4].t().to(weight.dtype)
+    return d_weight, None if bias is None else sums[4].to(bias.dtype)
+
+
 def _fake_gradients(dy, x, weight, bias, silu, state, doc, dx):
     width = x.shape[2]
     d_state = x.new_empty((len(x), weight.shape[1] - 1, width) if state is not None else (0,))
@@ -413,9 +421,8 @@ class _CausalConv1d(torch.autograd.Function):
         x, weight, bias, state, doc = ctx.saved_tensors
         dx = x.new_empty(x.shape)
         sums, d_state = gradients_op(grads[0], x, weight, bias, ctx.silu, state, doc, dx)
-        d_weight = sums[4 - weight.shape[1] : 4].t().to(weight.dtype)
-        d_bias = None if bias is None else sums[4].to(bias.dtype)
-        return dx, d_weight, d_bias, None, None if state is None else d_state, None
+        d_parameters = parameter_gradients(sums, weight, bias)
+        return dx, *d_parameters, None, None if state is None else d_state, None
 
 
 def causal_conv1d_triton(

@@ -18,7 +18,7 @@ from ablate.kernels import conv1d_triton as conv1d
 from ablate.kernels import selective_scan_triton as scan
 from ablate.kernels.dispatch import ALIGN
 from ablate.kernels.linear import weight_gradient
-from ablate.kernels.tiles_triton import contiguous, starts
+from ablate.kernels.tiles_triton import contiguous, starts, wants_gradients
 
 
 class _Mamba1Core(torch.autograd.Function):
@@ -71,8 +71,7 @@ class _Mamba1Core(torch.autograd.Function):
         of_x_proj, of_dt_proj, of_A_log = ctx.dtypes
         return (
             d_xz,
-            taps[4 - conv_weight.shape[1] : 4].t().to(conv_weight.dtype),
-            None if conv_bias is None else taps[4].to(conv_bias.dtype),
+            *conv1d.parameter_gradients(taps, conv_weight, conv_bias),
             weight_gradient(d_maps, u)[:used].to(of_x_proj),
             weight_gradient(d_steps, maps[..., :rank]).to(of_dt_proj),
             sums[1].to(dt_bias.dtype),
@@ -92,5 +91,5 @@ def mamba1_core_triton(
     inputs = (
         xz_BLE, conv_weight_IK, conv_bias_I, x_proj_MI, dt_proj_IR, dt_bias_I, A_log_IN, D_I,
     )  # fmt: skip
-    save = torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in inputs)
+    save = wants_gradients(*inputs)
     return _Mamba1Core.apply(*map(contiguous, inputs), starts(doc_start_BL), save)

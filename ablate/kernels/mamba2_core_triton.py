@@ -221,8 +221,7 @@ class _Mamba2Core(torch.autograd.Function):
             d_norm = d_norm_within
         return (
             dzxbcdt,
-            taps[4 - conv_weight.shape[1] : 4].t().to(conv_weight.dtype),
-            None if conv_bias is None else taps[4].to(conv_bias.dtype),
+            *conv1d.parameter_gradients(taps, conv_weight, conv_bias),
             sums[1].to(ctx.dt_bias_dtype),
             sums[0].to(A_log.dtype),
             (sums[2] if D.ndim == 1 else dD).to(D.dtype),

@@ -34,7 +34,14 @@ from torch import Tensor
 
 from ablate.kernels.dispatch import define_op
 from ablate.kernels.sum_rows_triton import sum_rows
-from ablate.kernels.tiles_triton import LOG2E, contiguous, dense_last, sigmoid, starts
+from ablate.kernels.tiles_triton import (
+    LOG2E,
+    contiguous,
+    dense_last,
+    sigmoid,
+    starts,
+    wants_gradients,
+)
 
 
 @dataclass(frozen=True)
@@ -684,7 +691,7 @@ def selective_scan_triton(
     u, delta = dense_last(u_BLD), dense_last(delta_BLD)
     z = None if z_BLD is None else dense_last(z_BLD)
     leaves = (u, delta, B, C, A_DN, D_D, z, delta_bias_D, initial_state_BDN)
-    save = torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in leaves)
+    save = wants_gradients(*leaves)
     y, last = _SelectiveScan.apply(
         u, delta, A_DN.contiguous(), B, C, contiguous(D_D), z, contiguous(delta_bias_D),
         contiguous(initial_state_BDN), starts(doc_start_BL), delta_softplus, save,

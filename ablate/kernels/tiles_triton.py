@@ -95,6 +95,11 @@ def contiguous(v: Tensor | None) -> Tensor | None:
     return None if v is None else v.contiguous()
 
 
+def wants_gradients(*tensors: Tensor | None) -> bool:
+    """Whether a backward pass will come, for which something has to be kept."""
+    return torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in tensors)
+
+
 def starts(doc_start_BL: Tensor | None) -> Tensor | None:
     """First tokens of documents as the kernels read them: int32, contiguous."""
     return None if doc_start_BL is None else doc_start_BL.to(torch.int32).contiguous()
