@@ -18,9 +18,10 @@ device, dtype)`; `step(x_BD, ctx, state)`, which decodes one token and updates t
 `ragged = True` where its prefill heeds `ctx.lengths_B`; and `roles`, which tells for each of its
 parameters how it is initialised and whether it decays (the roles are in `model/init.py`).
 
-A run records a digest of the source of each such module, and reports tell where runs of a study
-were made by different ones: two trials whose configs are equal have the same key, whatever was
-changed in the code between them.
+Before a run trains, each such kind is run on random numbers, and refused where what it makes of a
+token depends on later ones (`model/causal.py`). A run records a digest of the source of each such
+module, and reports tell where runs of a study were made by different ones: two trials whose configs
+are equal have the same key, whatever was changed in the code between them.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ablate.model.causal import check_causal
 from ablate.model.generate import Decoder, Sampling, cast_weights, generate
 from ablate.model.init import init_weights, param_groups
 from ablate.model.lm import LanguageModel
@@ -11,6 +12,7 @@ __all__ = [
     "LanguageModel",
     "Sampling",
     "cast_weights",
+    "check_causal",
     "generate",
     "init_weights",
     "param_groups",

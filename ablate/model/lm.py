@@ -62,7 +62,7 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
-def _same_shape(layer: Any, x: Tensor, y: Any) -> Tensor:
+def same_shape(layer: Any, x: Tensor, y: Any) -> Tensor:
     """y, which a layer made of the stream x: a user's own may give another, which broadcasts."""
     if not isinstance(y, Tensor) or y.shape != x.shape:
         made = tuple(y.shape) if isinstance(y, Tensor) else type(y).__name__
@@ -197,7 +197,7 @@ class LanguageModel(nn.Module):
         for layer, following in zip(self.layers, [*self.layers[1:], None], strict=True):
             chained = chain.get(type(layer))
             if chained is None:
-                x, u = _same_shape(layer, x, self._run(layer, layer, x, ctx)), None
+                x, u = same_shape(layer, x, self._run(layer, layer, x, ctx)), None
                 continue
             if u is None:
                 u = pre_norm(x, layer.norm, layer.eps).to(_compute_dtype(x))

@@ -12,7 +12,7 @@ import torch
 from ablate.arch.spec import Architecture
 from ablate.config import Config
 from ablate.data import Batch
-from ablate.model import LanguageModel, param_groups
+from ablate.model import LanguageModel, check_causal, param_groups
 from ablate.train.environment import uses_bf16
 from ablate.train.optim import STATE, load_state_tensors, make_adamw, state_tensors
 from ablate.train.ranks import Ranks
@@ -39,6 +39,8 @@ class Engine:
         self.captured = on_gpu and cfg.train.capture is not False
         torch.manual_seed(cfg.seed)  # nothing of ours draws from it; a user's layer may
         self.model = LanguageModel(arch, seed=cfg.seed).to(device)
+        autocast = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=self.bf16)
+        check_causal(self.model, cfg.data.seq_len, cfg.data.reset_documents, autocast)
         self.model.activation_checkpointing = cfg.train.activation_checkpointing
         self.groups = param_groups(self.model, cfg.train.weight_decay)
         self.optimizer = make_adamw(self.groups, cfg.train)

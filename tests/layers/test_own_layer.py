@@ -217,6 +217,53 @@ def test_what_a_layer_gives_has_the_shape_of_what_it_got(package, given, says):
         lm.loss(tokens, tokens)
 
 
+LEAKS = {
+    "all": "(x @ self.down.T).sum(1, keepdim=True).expand(-1, x.shape[1], -1)",
+    "one ahead": "(x @ self.down.T).roll(-1, 1)",
+    "within chunks of 16": "(x @ self.down.T).unflatten(1, (-1, 16)).flip(2).flatten(1, 2)",
+    "a norm over the row": "F.layer_norm((x @ self.down.T).mT, x.shape[1:2]).mT.cumsum(1)",
+}
+
+
+def own(package, text, **data):
+    """A short run of a layer of this source."""
+    (package / "my_layer.py").write_text("import torch.nn.functional as F\n" + text)
+    tree = {
+        "arch": {"pattern": "W-", "d_model": 16, "layers": ["my_pkg.my_layer"]},
+        "train": {"tokens": 256, "batch_size": 2, "device": "cpu"},
+        "data": {"seq_len": 64, **data},
+        "tracker": {"kind": "none"},
+    }
+    folder = RunFolder(package.parent / f"run {data}")
+    folder.create(tree)
+    train(load(tree), folder)
+
+
+@pytest.mark.parametrize("leak", LEAKS.values(), ids=LEAKS)
+def test_a_layer_that_sees_later_tokens_is_not_trained(package, leak):
+    with pytest.raises(UserError, match="layer kind 'average' is not causal"):
+        own(package, LAYER.replace("(x @ self.down.T).cumsum(1)", leak))
+
+
+def test_a_layer_that_sees_other_documents_is_not_trained_where_they_are_apart(package):
+    own(package, LAYER)
+    with pytest.raises(UserError, match=r"'average' looks across documents, and data\.reset_docum"):
+        own(package, LAYER, reset_documents=True)
+
+
+@pytest.mark.parametrize(
+    "total",
+    [
+        # by a spectrum, whose rounding every token sees
+        "torch.fft.irfft(torch.fft.rfft(x @ self.down.T, 128, 1)"
+        " * torch.fft.rfft(torch.ones(64, 1), 128, 0), 128, 1)[:, :64]",
+        "(x @ self.down.T) * torch.rand(())",  # what is random cannot be compared
+    ],
+)
+def test_rounding_and_chance_are_no_leak(package, total):
+    own(package, LAYER.replace("(x @ self.down.T).cumsum(1)", total))
+
+
 def test_methods_may_be_static(package):
     text = LAYER.replace(
         "    def elementwise_flops(self, T):\n        return 2 * T * self.rank",
