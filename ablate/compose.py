@@ -111,7 +111,39 @@ def compose(overrides: Sequence[str]) -> Composed:
         and match.get("arms") == "unmatched"
     ):
         match["arms"] = "both"  # a scale that matches nothing does so where nobody asks for it
+    _check_effect(words, tree)
     return Composed(tree, choices, notes)
+
+
+# What has no meaning beside a field that is given: the first that is wins.
+_MADE = ("attention_share", "mlp_share", "placement", "mixer_letter", "attention_letter")
+_UNUSED = {
+    "pattern": ("n_layers", *_MADE, "mlp_letter"),
+    "unit": (*_MADE, "mlp_letter"),
+    "positions": ("attention_share", "placement"),
+}
+
+
+def _check_effect(words: Sequence[str], tree: dict[str, Any]) -> None:
+    """UserError for a word that sets what nothing reads: its author expects it to change what is
+    trained."""
+    set_by = {w.lstrip("+").partition("=")[0]: w.lstrip("+") for w in words}
+    arch, match = (tree.get(name) for name in ("arch", "match"))
+    if isinstance(arch, dict):
+        given = next((name for name in _UNUSED if arch.get(name) is not None), "")
+        for name in _UNUSED.get(given, ()):
+            if word := set_by.get(f"arch.{name}"):
+                raise UserError(
+                    f"{word} changes nothing beside arch.{given}, which is {arch[given]!r}; leave "
+                    f"it out, or give arch.{given}=null"
+                )
+    if isinstance(match, dict) and match.get("by") is None:
+        for name in ("quantity", "target", "tolerance", "force"):
+            if word := set_by.get(f"match.{name}"):
+                raise UserError(
+                    f"{word} changes nothing while match.by is null; leave it out, or say what "
+                    "moves to make arms equal, such as match=mlp_width"
+                )
 
 
 def register_sweeps(words: Sequence[str]) -> None:

@@ -169,6 +169,11 @@ def test_a_misspelt_name_is_one_sentence(name, capsys, tmp_path, monkeypatch):
         (["plan", "scale=cpu", "match.certificate={a:1}"], "match.certificate"),
         (["plan", "scale=cpu", "gpu=H1000"], "gpu is 'H1000'"),
         (["import", "study.foldr=x"], "study.folder"),
+        (["arch.pattern=M-x2", "arch.n_layers=30"], "beside arch.pattern, which is 'M-x2'"),
+        (["arch=mamba2_130m", "arch.attention_share=0.3"], "arch.pattern=null"),
+        (["arch.unit=M-", "arch.n_layers=4", "arch.mlp_share=0.3"], "beside arch.unit"),
+        (["arch.positions=[0]", "arch.placement=even"], "beside arch.positions, which is [0]"),
+        (["plan", "match.target=1e6"], "while match.by is null"),
         (
             [
                 "plan",
