@@ -120,7 +120,12 @@ def _row(part: str, layers: int, **figures: float) -> dict[str, Any]:
 
 
 def cost(arch: Architecture, seq_len: int) -> Cost:
-    """The cost of an architecture at a sequence length."""
+    """The cost of an architecture at a sequence length, in tokens.
+
+    Raises ValueError for one that is no positive whole number.
+    """
+    if not isinstance(seq_len, int) or seq_len < 1:
+        raise ValueError(f"seq_len is {seq_len!r}; it must be a positive whole number")
     matrix = arch.vocab_size * arch.d_model
     return Cost(
         seq_len=seq_len,

@@ -96,16 +96,16 @@ def _over_items(
 def _items(score: dict[str, Any], metric: Metric) -> tuple[np.ndarray, np.ndarray] | None:
     """Per item the total and the weight whose ratio is the metric: (nats, tokens) of documents, or
     (correct, queries) of recall rows."""
-    if metric is not RECALL:
-        if not score.get("nats") or not score.get("tokens"):
-            return None
-        return np.asarray(score["nats"], dtype=float), np.asarray(score["tokens"], dtype=float)
-    groups = [g for g in (score.get("by_pairs") or {}).values() if isinstance(g, dict)]
-    if not groups:
+    try:
+        if metric is RECALL:
+            groups = list(score["by_pairs"].values())
+            parts = [(g["correct"], [g["queries_per_row"]] * len(g["correct"])) for g in groups]
+        else:
+            parts = [(score["nats"], score["tokens"])]
+        totals, weights = np.concatenate([np.asarray(part, dtype=float) for part in parts], axis=1)
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError):  # none kept, or damaged
         return None
-    correct = np.concatenate([np.asarray(g["correct"], dtype=float) for g in groups])
-    asked = [np.full(len(g["correct"]), float(g["queries_per_row"])) for g in groups]
-    return correct, np.concatenate(asked)
+    return (totals, weights) if len(totals) else None
 
 
 def equal_budgets(analysis: Analysis, metrics: pd.DataFrame) -> pd.DataFrame:

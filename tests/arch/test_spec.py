@@ -185,6 +185,12 @@ def test_unused_kinds_need_not_fit():
 # --- cost -------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("length", [0, -5, 1.5])
+def test_a_length_is_a_positive_whole_number(length):
+    with pytest.raises(ValueError, match="seq_len is"):
+        Architecture("M*", d_model=64, vocab_size=128).cost(length)
+
+
 @pytest.mark.parametrize("tied", [True, False])
 def test_cost_sums_the_contracts(tied):
     arch = Architecture(

@@ -14,7 +14,7 @@ from ablate.__main__ import main
 from ablate.errors import UserError
 from ablate.report import frames
 from ablate.report.frames import load_details, load_metrics, load_study, missing_cells
-from ablate.run import RunFolder
+from ablate.run import RunFolder, find_runs
 from ablate.study import status
 
 
@@ -158,7 +158,7 @@ def test_factors_that_are_lists_or_mixed_stay_readable(synthetic, tmp_path: Path
 @pytest.mark.parametrize(
     "name",
     ["config.yaml", "status.json", "result.json", "environment.json", "metrics.jsonl",
-     "evaluation/val_b.json"],
+     "evaluation/val_b.json", "evaluation/mqar.json"],
 )  # fmt: skip
 def test_a_damaged_file_costs_its_own_run_at_most(
     study: Path, name: str, content: bytes | None, capsys: pytest.CaptureFixture[str]
@@ -181,3 +181,21 @@ def test_a_damaged_file_costs_its_own_run_at_most(
         states = status.frame(study).set_index("key")
         assert states.loc["0100aaaaaaaa", "state"] == "interrupted"
         assert "result.json is missing or damaged" in states.loc["0100aaaaaaaa", "cause"]
+
+
+@pytest.mark.parametrize(
+    ("task", "content"),
+    [
+        ("val_b", {"nats": 3, "tokens": [1]}),
+        ("val_b", {"nats": [3.0], "tokens": [1, 2]}),
+        ("mqar", {"by_pairs": {"4": {"correct": 1, "queries_per_row": [4]}}}),
+        ("mqar", {"by_pairs": [1]}),
+        ("mqar", {"by_pairs": {"4": {"correct": ["x"], "queries_per_row": 4}}}),
+    ],
+)
+def test_items_of_other_types_cost_no_more_than_themselves(study: Path, task, content) -> None:
+    for run in find_runs(study):
+        path = run.path / "evaluation" / f"{task}.json"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps(content))
+    assert main(["report", str(study)]) == 0
