@@ -124,7 +124,8 @@ def test_the_core_takes_it(kernels, monkeypatch):
     monkeypatch.setattr(kernels, "gate_gradients", lambda *a: calls.append(1) or fused(*a))
     ours = gradients(loss, t)
     assert calls
+    calls.clear()
     monkeypatch.setattr("ablate.kernels.mamba2_core_triton.products", lambda v: None)
     for got, want in zip(ours, gradients(loss, t), strict=True):
         assert error(got, want) < 4e-3
-    assert len(calls) == 1
+    assert not calls
