@@ -9,7 +9,7 @@ from findings import KINDS, TASKS, Study, set_up, widest
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator, PercentFormatter
 
-from ablate.report.evaluation import SEEDS_DRAWN, by_size, draw_seeds
+from ablate.report.evaluation import SEEDS_DRAWN, by_size, draw_seeds, error_bars
 from ablate.report.frames import load_details
 from ablate.report.plots import (
     BLUE,
@@ -19,6 +19,8 @@ from ablate.report.plots import (
     STYLE,
     VERMILLION,
     Plot,
+    accuracy_axis,
+    legend_below,
     save,
 )
 from ablate.report.published import ATTENTION_SHARE
@@ -77,7 +79,7 @@ def attention_share(found: dict[str, Study], folder: Path) -> Plot | None:
         ax.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
         ax.set_xlabel("share of layers that are attention")
         ax.set_ylabel("loss less that\nwithout attention\n(nats a token)")
-        figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=1)
+        legend_below(figure, ax, columns=1)
         sizes = "; ".join(f"{label}: {set_up(study)}" for study, label, _, _ in shown)
         caption = (
             "Differences within paired seeds on validation B, with simultaneous 95% intervals "
@@ -105,24 +107,22 @@ def recall(study: Study | None, folder: Path) -> Plot | None:
                         continue
                     sizes, marks, seeds = by_size(arms[arm])
                     y = [m.value for m in marks]
-                    bars = [[max(0.0, m.value - m.low) for m in marks],
-                            [max(0.0, m.high - m.value) for m in marks]]  # fmt: skip
-                    ax.errorbar(sizes, y, yerr=bars, label=label, color=CYCLE[i], markersize=4,
-                                marker=MARKERS[i], linewidth=1.1, elinewidth=0.9)  # fmt: skip
+                    ax.errorbar(sizes, y, yerr=error_bars(marks), label=label, color=CYCLE[i],
+                                markersize=4, marker=MARKERS[i], linewidth=1.1,
+                                elinewidth=0.9)  # fmt: skip
                     draw_seeds(ax, sizes, seeds, CYCLE[i])
                     values = ", ".join(f"{s}: {v:.0%}" for s, v in zip(sizes, y, strict=True))
                     told.append(f"{TASKS[task]}, {label}: {values}")
                     ax.set_xscale("log", base=2)
                     ax.set_xticks(sizes, [str(s) for s in sizes])
             ax.xaxis.set_minor_locator(NullLocator())
-            ax.set_ylim(-0.04, 1.04)
-            ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+            accuracy_axis(ax)
             ax.set_xlabel(TASKS[task])
         for ax in list(axes):  # an odd number of tasks leaves one panel empty
             ax.set_visible(False)
         first = figure.axes[0]
         first.set_ylabel("exact match")
-        figure.legend(*first.get_legend_handles_labels(), loc="outside lower center", ncols=5)
+        legend_below(figure, first, columns=5)
         state = f"{study.analysis.arms['x'].max():.0f}"
         taught = f"{load_details(study.path)['config.data.recall.share'].mean():.0%}"
         among = _seeds({label: widest(study, k) for k, label in KINDS.items()}, study)
@@ -166,8 +166,7 @@ def state_size(study: Study | None, folder: Path, task: str = "phonebook") -> Pl
                 ax.set_xticks(x, [f"{v:.0f}" for v in x])
             told.append(f"{label}: {', '.join(f'{v:.0%}' for v in y)}")
         ax.xaxis.set_minor_locator(NullLocator())
-        ax.set_ylim(-0.04, 1.04)
-        ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+        accuracy_axis(ax)
         ax.set_xlabel("state size of the Mamba-2 layers")
         ax.set_ylabel(f"{task}, exact match")
         figure.legend(*ax.get_legend_handles_labels(), loc="outside right center")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,15 +21,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator, PercentFormatter
 
 from ablate.report.frames import evaluated, load_evaluation, records
-from ablate.report.plots import COLUMN, STYLE, Plot, cut, looks, save
-from ablate.report.stats import (
-    NAN,
-    Estimate,
-    bootstrap_ratio,
-    fit_arms,
-    mcnemar,
-    paired_items,
-)
+from ablate.report.plots import COLUMN, STYLE, Plot, accuracy_axis, cut, legend_below, looks, save
+from ablate.report.stats import NAN, Estimate, bootstrap_ratio, fit_arms, mcnemar, paired_items
 from ablate.report.verdicts import Analysis, Verdict
 from ablate.study.show import si
 
@@ -180,14 +174,10 @@ class Evaluations:
                 for arm, contents in arms.items():
                     sizes, found, seeds = by_size(contents)
                     y = [e.value for e in found]
-                    bars = [
-                        [max(0.0, e.value - e.low) if e.low == e.low else 0.0 for e in found],
-                        [max(0.0, e.high - e.value) if e.high == e.high else 0.0 for e in found],
-                    ]
                     ax.errorbar(
                         sizes,
                         y,
-                        yerr=bars,
+                        yerr=error_bars(found),
                         color=look[arm].colour,
                         linestyle=look[arm].dash,
                         marker=look[arm].marker,
@@ -200,13 +190,11 @@ class Evaluations:
                 ax.set_xscale("log", base=2)
                 ax.set_xticks(sizes, [_size(s) for s in sizes])
                 ax.xaxis.set_minor_locator(NullLocator())
-                ax.set_ylim(-0.04, 1.04)
-                ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+                accuracy_axis(ax)
                 ax.set_title(task)
             axes[0].set_ylabel("exact match")
             if len(look) > 1:
-                handles, labels = axes[0].get_legend_handles_labels()
-                figure.legend(handles, labels, loc="outside lower center", ncols=3)
+                legend_below(figure, axes[0], columns=3)
             caption = (
                 "Exact match by size of the task (entries, pairs, words or tokens), with 95% "
                 f"intervals over documents.{SEEDS_DRAWN}"
@@ -281,8 +269,7 @@ class Evaluations:
             by_multiple.set_xlabel("context, in training lengths")
             by_multiple.set_ylabel("loss (nats a token)")
             if len(arms) > 1:
-                handles, labels = by_multiple.get_legend_handles_labels()
-                figure.legend(handles, labels, loc="outside lower center", ncols=3)
+                legend_below(figure, by_multiple, columns=3)
             n = next(iter(arms.values()))[0]["documents"]
             caption = (
                 f"Loss over length in {n} long documents. Below, the same tokens are scored after "
@@ -442,6 +429,12 @@ def by_size(
         )
         found.append(whole.mean())
     return sizes, found, [[float(own[s]) for own in seeds if s in own] for s in sizes]
+
+
+def error_bars(estimates: Sequence[Estimate]) -> np.ndarray:
+    """(2, n): lengths below and above; 0 where there is no interval."""
+    lengths = np.array([(e.value - e.low, e.high - e.value) for e in estimates]).T
+    return np.nan_to_num(np.maximum(lengths, 0.0))
 
 
 def draw_seeds(ax: Axes, sizes: list[int], seeds: list[list[float]], colour: str) -> None:

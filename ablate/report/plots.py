@@ -81,8 +81,7 @@ def plot_outcomes(analysis: Analysis, folder: Path) -> Plot | None:
             _outcome(ax, analysis, analysis.comparisons[metric.column], lay)
         lay.finish(axes[-1])
         if lay.legend:
-            handles, labels = axes[0].get_legend_handles_labels()
-            figure.legend(handles, labels, loc="outside lower center", ncols=4)
+            legend_below(figure, axes[0], columns=4)
         elif lay.names != [""]:
             axes[0].legend(loc="best")
         alt = _outcome_alt(analysis, metrics)
@@ -214,8 +213,7 @@ def _outcome(ax: Axes, analysis: Analysis, comparison: Comparison, lay: _Layout)
     ax.set_ylabel("validation loss (nats a token)" if metric is LOSS else metric.name)
     if metric.percent:
         ax.set_ylabel("MQAR accuracy")
-        ax.set_ylim(-0.04, 1.04)
-        ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+        accuracy_axis(ax)
 
 
 def _outcome_alt(analysis: Analysis, metrics: list[Metric]) -> str:
@@ -272,16 +270,14 @@ def plot_curves(analysis: Analysis, metrics: pd.DataFrame, folder: Path) -> Plot
             if column == "less":
                 _trim_first(ax, lines)
             if column == "mqar_accuracy":
-                ax.set_ylim(-0.04, 1.04)
-                ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+                accuracy_axis(ax)
             elif column == "loss":
                 _trim(ax, lines[column].dropna())
         axes[-1].set_xlabel("training tokens")
         axes[-1].xaxis.set_major_formatter(FuncFormatter(lambda v, _: si(v)))
-        handles, labels = axes[0].get_legend_handles_labels()
         if len(arms) > 1:
             title = analysis.axis.label if analysis.axis.label != "arm" else None
-            figure.legend(handles, labels, title=title, loc="outside lower center", ncols=columns)
+            legend_below(figure, axes[0], columns, title)
         names = " and ".join(label for _, label in panels)
         alt = f"Learning curves of {len(arms)} arms: {names} over training tokens."
         caption = "Mean over seeds of each arm; faint lines are single runs."
@@ -464,6 +460,18 @@ def _shades(n: int, *, few: bool = False) -> list[str]:
     if few and n <= len(CYCLE):
         return list(CYCLE[:n])
     return [mpl.colors.to_hex(c) for c in mpl.colormaps["viridis"](np.linspace(0.0, 0.88, n))]
+
+
+def accuracy_axis(ax: Axes) -> None:
+    """From 0 to 100%, with room for the markers at both ends."""
+    ax.set_ylim(-0.04, 1.04)
+    ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+
+
+def legend_below(figure: Figure, ax: Axes, columns: int, title: str | None = None) -> None:
+    """The legend of one panel for all of them, under the figure."""
+    handles, labels = ax.get_legend_handles_labels()
+    figure.legend(handles, labels, title=title, loc="outside lower center", ncols=columns)
 
 
 def cut(text: str, length: int) -> str:
