@@ -240,10 +240,10 @@ class RunFolder:
 
     # --- writing -------------------------------------------------------------------------------
 
-    def lock(self, timeout: float = 0) -> FileLock:
+    def lock(self) -> FileLock:
         """Take the folder for this process; `filelock.Timeout` when another live process has it."""
         self.path.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(self.path / "lock", timeout=timeout)
+        lock = FileLock(self.path / "lock", timeout=0)
         lock.acquire()
         return lock
 

@@ -152,23 +152,17 @@ def packed_recall(
 
 
 def mqar_rows(
-    seed: int,
-    n: int,
-    pairs: int,
-    length: int,
-    vocab_size: int,
-    queries: int | None = None,
-    *,
-    start: int = 0,
+    seed: int, n: int, pairs: int, length: int, vocab_size: int, *, start: int = 0
 ) -> Batch:
     """Held-out recall documents number start … start + n - 1, one a row of `length` tokens.
 
-    They share nothing with the training rows of any seed. vocab_size: the tokenizer's.
+    Each pair is asked once. They share nothing with the training rows of any seed. vocab_size: the
+    tokenizer's.
     """
     import torch
 
     from ablate.data.stream import Batch
 
     rows = np.arange(start, start + n)
-    tokens, targets = recall_tokens(seed, rows, pairs, length, vocab_size, queries)
+    tokens, targets = recall_tokens(seed, rows, pairs, length, vocab_size)
     return Batch(torch.from_numpy(tokens), torch.from_numpy(targets), None)

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 NAN = float("nan")
+DRAWS = 2000  # under each null
 
 
 @dataclass(frozen=True)
@@ -48,14 +49,7 @@ class Fuzzy:
         return {**asdict(self), "is_fuzzy": self.is_fuzzy}
 
 
-def fuzzy(
-    answers: Sequence[str],
-    targets: Sequence[str],
-    others: Sequence[Sequence[str]],
-    *,
-    draws: int = 2000,
-    seed: int = 0,
-) -> Fuzzy:
+def fuzzy(answers: Sequence[str], targets: Sequence[str], others: Sequence[Sequence[str]]) -> Fuzzy:
     """Agreement of wrong answers with the right numbers, and under the two nulls.
 
     answers: digits that the model gave, of any length; targets: the right numbers, of one length;
@@ -71,20 +65,19 @@ def fuzzy(
     given = np.array([_digits(answers[i], size) for i in kept])
     same = given == right
     observed = float(same.mean())
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
 
     # every answer against every right number: a permutation reads one entry of each row
     pairs = (given[:, None, :] == right[None, :, :]).mean(axis=2)
-    shuffled = [
-        pairs[np.arange(len(kept)), rng.permutation(len(kept))].mean() for _ in range(draws)
-    ]
+    each = np.arange(len(kept))
+    shuffled = [pairs[each, rng.permutation(len(kept))].mean() for _ in range(DRAWS)]
 
-    neighbours, drawn = [], np.zeros(draws)
+    neighbours, drawn = [], np.zeros(DRAWS)
     for row, i in enumerate(kept):
         theirs = np.array([_digits(o, size) for o in others[i]] or [right[row]])
         agree = (given[row] == theirs).mean(axis=1)
         neighbours.append(float(agree.mean()))
-        drawn += rng.choice(np.append(agree, same[row].mean()), size=draws) / len(kept)
+        drawn += rng.choice(np.append(agree, same[row].mean()), size=DRAWS) / len(kept)
     return Fuzzy(
         wrong=len(wrong),
         retrieved=retrieved,

@@ -113,13 +113,12 @@ def evaluate(
     documents: Callable[[], list[Any]],
     training_length: int,
     between: Callable[[], None] = lambda: None,
-    say: Callable[[str], object] = print,
 ) -> dict[str, Any]:
-    """Run every task that `options` asks for; {name: value, metric, …} of those that ran.
+    """Run every task that `options` asks for; {name: value, metric, …} of those that ran. A line is
+    printed for each that is skipped.
 
     write: takes each task's name and whole content, items included.
     documents: those of validation B, for `options.length` where no file is given.
-    say: takes a line for each task that is skipped.
     """
     summary: dict[str, Any] = {}
     data = None if options.local_data is None else local_data.check(options.local_data)
@@ -156,7 +155,7 @@ def evaluate(
         try:
             content = harness.run_suite_entry(entry, data=data, limit=options.limit, lm=lm)
         except harness.Skipped as error:
-            say(str(error))
+            print(error)
             continue
         content["published"] = suites.published(suite, entry)
         keep(name, content)

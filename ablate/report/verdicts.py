@@ -163,9 +163,9 @@ class Comparison:
         """Two one-sided tests of an arm against the reference."""
         return self.fit.equivalence(arm, self.reference, margin)
 
-    def different(self, alpha: float = 0.05) -> pd.DataFrame:
+    def different(self) -> pd.DataFrame:
         """Arms that differ from the reference, Dunnett-adjusted."""
-        return self.table[self.table["dunnett_p"] < alpha]
+        return self.table[self.table["dunnett_p"] < 0.05]
 
 
 @dataclass(frozen=True)

@@ -109,9 +109,9 @@ def bound(old: dict[str, float], reruns: list[dict[str, float]]) -> dict[str, fl
     return {name: t * math.sqrt(2) * stdev(losses) for name, losses in columns.items()}
 
 
-def rerun(folder: Path | str, console: Console | None = None, times: int = 1) -> int:
+def rerun(folder: Path | str, times: int = 1) -> int:
     """`compare` so many times, printed; 0 when all losses agree within the tolerance, else 1."""
-    console = console or Console()
+    console = Console()
     same = True
 
     def tell(found: Rerun) -> None:
