@@ -6,7 +6,6 @@ costs three times as much. Looking up an embedding costs none.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -127,19 +126,8 @@ def cost(arch: Architecture, seq_len: int) -> Cost:
     if not isinstance(seq_len, int) or seq_len < 1:
         raise ValueError(f"seq_len is {seq_len!r}; it must be a positive whole number")
     matrix = arch.vocab_size * arch.d_model
-    return Cost(
-        seq_len=seq_len,
-        layers=tuple(_layers(arch, seq_len)),
-        embedding_params=matrix,
-        unembedding_params=0 if arch.tie_embeddings else matrix,
-        final_norm_params=arch.d_model,
-        unembedding_flops=2 * matrix,
-    )
-
-
-def _layers(arch: Architecture, seq_len: int) -> Iterable[LayerCost]:
-    for letter, o in zip(arch.letters, arch.layer_options, strict=True):
-        yield LayerCost(
+    layers = tuple(
+        LayerCost(
             letter=letter,
             params=o.num_params(),
             flops=o.flops(seq_len),
@@ -147,3 +135,13 @@ def _layers(arch: Architecture, seq_len: int) -> Iterable[LayerCost]:
             state_bytes=o.state_bytes(seq_len),
             decode_flops=o.decode_flops(seq_len),
         )
+        for letter, o in zip(arch.letters, arch.layer_options, strict=True)
+    )
+    return Cost(
+        seq_len=seq_len,
+        layers=layers,
+        embedding_params=matrix,
+        unembedding_params=0 if arch.tie_embeddings else matrix,
+        final_norm_params=arch.d_model,
+        unembedding_flops=2 * matrix,
+    )

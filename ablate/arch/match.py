@@ -159,10 +159,9 @@ def _widths(
         return _OF_LAYER[match.quantity](options, seq_len)
 
     fixed = total - sum(layer(i) for i in moving)
-    order = list(moving)
 
     def even(steps: int) -> list[float]:
-        return [layer(i, steps) for i in order]
+        return [layer(i, steps) for i in moving]
 
     # the quantity grows with the width: the last steps below the target, one at least
     more_steps = range(2, MAX_STEPS)
@@ -170,16 +169,16 @@ def _widths(
     few, more = even(low), even(low + 1)
 
     def at(extra: int) -> float:
-        wide = _spread(extra, len(order))
-        return fixed + sum(more[j] if j in wide else few[j] for j in range(len(order)))
+        wide = _spread(extra, len(moving))
+        return fixed + sum(more[j] if j in wide else few[j] for j in range(len(moving)))
 
-    extra = min(range(len(order) + 1), key=lambda n: abs(at(n) - target))
+    extra = min(range(len(moving) + 1), key=lambda n: abs(at(n) - target))
     if abs(total - target) <= abs(at(extra) - target):
         return architecture
-    wide = _spread(extra, len(order))
-    overrides = {i: dict(values) for i, values in architecture.overrides.items()}
-    for j, i in enumerate(order):
-        overrides[i] = {**overrides.get(i, {}), **moving[i](low + (j in wide))}
+    wide = _spread(extra, len(moving))
+    overrides = dict(architecture.overrides)
+    for j, (i, widen) in enumerate(moving.items()):
+        overrides[i] = {**overrides.get(i, {}), **widen(low + (j in wide))}
     kinds = architecture.canonical()["options"]
     return dataclasses.replace(architecture, options=kinds, overrides=overrides)
 
@@ -202,9 +201,10 @@ def _layers(
                 f"match.by is 'layers', but arch.{name} is given: only a pattern made from shares "
                 "or a unit can have another number of layers"
             )
-    guess = arch.n_layers * target / figures(architecture, seq_len)[quantity]
+    total = figures(architecture, seq_len)[quantity]
+    guess = arch.n_layers * target / total
     top = min(patterns.MAX_LAYERS, int(1.5 * guess) + 2)
-    best, nearest = architecture, abs(figures(architecture, seq_len)[quantity] - target)
+    best, nearest = architecture, abs(total - target)
     for n in range(max(1, int(0.6 * guess)), top + 1):
         try:
             changed = arch.model_copy(update={"n_layers": n})

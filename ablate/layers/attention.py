@@ -84,9 +84,13 @@ class AttentionOptions:
         conv = self.qkv_width * (self.d_conv + 1) if self.d_conv else 0
         return self.d_model * (1 + self.qkv_width + self.inner) + biases + conv
 
+    def visible(self, T: int) -> int:
+        """Keys that the T-th query sees."""
+        return T if self.window is None else min(self.window, T)
+
     def pairs(self, T: int) -> int:
-        """Query-key pairs of a sequence: each query sees min(its position, window) keys."""
-        w = T if self.window is None else min(self.window, T)
+        """Query-key pairs of a sequence."""
+        w = self.visible(T)
         return w * (w + 1) // 2 + (T - w) * w
 
     def flops(self, T: int) -> int:
@@ -98,13 +102,11 @@ class AttentionOptions:
         return 2 * T * self.d_conv * self.qkv_width
 
     def state_bytes(self, T: int, dtype_bytes: int = 2) -> int:
-        cached = T if self.window is None else min(self.window, T)
-        kv = 2 * cached * self.n_kv_heads * self.head_dim
+        kv = 2 * self.visible(T) * self.n_kv_heads * self.head_dim
         return dtype_bytes * (kv + max(0, self.d_conv - 1) * self.qkv_width)
 
     def decode_flops(self, T: int) -> int:
-        visible = T if self.window is None else min(self.window, T)
-        return 2 * self.d_model * (self.qkv_width + self.inner) + 4 * self.inner * visible
+        return 2 * self.d_model * (self.qkv_width + self.inner) + 4 * self.inner * self.visible(T)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,8 +195,7 @@ class Attention(ResidualLayer):
         self, batch: int, max_len: int, device: torch.device | None, dtype: torch.dtype
     ) -> State:
         o = self.options
-        slots = max_len if o.window is None else min(o.window, max_len)
-        shape = (batch, slots, o.n_kv_heads, o.head_dim)
+        shape = (batch, o.visible(max_len), o.n_kv_heads, o.head_dim)
         state = {name: torch.zeros(shape, device=device, dtype=dtype) for name in ("k", "v")}
         if o.d_conv:
             state["conv"] = torch.zeros(
