@@ -98,7 +98,8 @@ def confounds(frame: pd.DataFrame, details: pd.DataFrame) -> list[Confound]:
             start, _, which = name.partition(".")
             if which and start in _OF_LAYERS:  # no entry where there are no such layers
                 name = f"{_OF_LAYERS[start]} ({which})"
-                found += _difference(table[table[column].map(_is_name)], column, name)
+                there = table[column].map(lambda value: isinstance(value, str) and value != "")
+                found += _difference(table[there], column, name)
                 continue
         else:
             continue
@@ -111,10 +112,6 @@ def confounds(frame: pd.DataFrame, details: pd.DataFrame) -> list[Confound]:
     return sorted(found, key=lambda c: not c.between_arms)
 
 
-def _is_name(value: Any) -> bool:
-    return isinstance(value, str) and value != ""
-
-
 def _difference(table: pd.DataFrame, column: str, name: str) -> list[Confound]:
     values = table[column].map(_show)
     if values.nunique() < 2:
@@ -125,7 +122,11 @@ def _difference(table: pd.DataFrame, column: str, name: str) -> list[Confound]:
     between = bool((within > 1).any()) or varies(arms)
     if not between:
         text = f"{name} differs between seeds: {_list(values)}"
-        p = _changes_with(table, values)
+        scored = table[table["val_b_loss"].notna()]
+        groups = values[scored.index].tolist()
+        p = interaction(
+            scored["arm"].tolist(), scored["seed"].tolist(), groups, scored["val_b_loss"]
+        )
         if p < ALPHA:
             text += f"; differences between arms are not the same in each (p = {p_value(p)})"
         elif p >= ALPHA:
@@ -135,16 +136,6 @@ def _difference(table: pd.DataFrame, column: str, name: str) -> list[Confound]:
         parts = [f"{v} in {_names(g.index)}" for v, g in arms.groupby(arms, sort=False)]
         return [Confound(name, f"{name} differs between arms: {'; '.join(parts)}", True)]
     return [Confound(name, f"{name} differs between runs of a seed: {_list(values)}", True)]
-
-
-def _changes_with(table: pd.DataFrame, values: pd.Series) -> float:
-    scored = table[table["val_b_loss"].notna()]
-    return interaction(
-        scored["arm"].tolist(),
-        scored["seed"].tolist(),
-        values[scored.index].tolist(),
-        scored["val_b_loss"],
-    )
 
 
 def _size(runs: pd.DataFrame) -> list[Confound]:

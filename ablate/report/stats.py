@@ -73,11 +73,11 @@ class ArmFit:
     paired: bool
     means: Array  # (A,) at the average seed; equal to plain means in a complete design
     unscaled: Array  # (A, A) covariance of `means`, given the seeds, over sigma^2
-    sigma: float  # standard deviation of the noise left after arm and seed; NaN without df
-    df: float  # its degrees of freedom
-    seed_mean_square: float  # of seeds after arms; NaN when not paired
-    seed_weight: float  # E[seed_mean_square] = sigma^2 + seed_weight * seed variance
-    arm_mean_square: float  # of arms after seeds, for the F test
+    sigma: float = NAN  # standard deviation of the noise after arm and seed; NaN without df
+    df: float = 0.0  # its degrees of freedom
+    seed_mean_square: float = NAN  # of seeds after arms; NaN when not paired
+    seed_weight: float = NAN  # E[seed_mean_square] = sigma^2 + seed_weight * seed variance
+    arm_mean_square: float = NAN  # of arms after seeds, for the F test
 
     def index(self, arm: str) -> int:
         return self.arms.index(arm)
@@ -135,19 +135,10 @@ class ArmFit:
         """Every other arm minus `reference`: arm, difference, se, p, its interval (low, high), and
         adjusted: Dunnett's interval (dunnett_low, dunnett_high), dunnett_p and holm_p."""
         r = self.index(reference)
-        others = [i for i in range(len(self.arms)) if i != r]
-        estimates = [self.difference(self.arms[i], reference) for i in others]
-        table = pd.DataFrame(
-            {
-                "arm": [self.arms[i] for i in others],
-                "reference": reference,
-                "difference": [e.value for e in estimates],
-                "se": [e.se for e in estimates],
-                "low": [e.low for e in estimates],
-                "high": [e.high for e in estimates],
-                "p": [e.p for e in estimates],
-            }
-        )
+        others = {arm: self.difference(arm, reference) for arm in self.arms if arm != reference}
+        rows = [(arm, reference, e.value, e.se, e.low, e.high, e.p) for arm, e in others.items()]
+        columns = ["arm", "reference", "difference", "se", "low", "high", "p"]
+        table = pd.DataFrame(rows, columns=columns)
         table[["dunnett_low", "dunnett_high", "dunnett_p", "holm_p"]] = NAN
         if others and self.sigma > 0:
             correlation = self._correlation(r)
@@ -237,35 +228,19 @@ def fit_arms(arm: Sequence[Any], seed: Sequence[Any], value: ArrayLike) -> ArmFi
     counts = X.sum(axis=0)
     paired = len(arms) > 1 and _connected(a, s, len(arms), len(seeds))
 
-    fitted = functools.partial(
-        ArmFit,
-        arms=arms,
-        counts=tuple(int(c) for c in counts),
-        n_seeds=len(seeds),
-        paired=paired,
-    )
+    fitted = functools.partial(ArmFit, arms, tuple(int(c) for c in counts), len(seeds), paired)
     if np.abs(y).max() > LARGEST:  # where a figure is a perplexity, a loss of 170 is enough
-        return fitted(
-            means=X.T @ (y / counts[a]),
-            unscaled=np.diag(1 / counts),
-            sigma=NAN,
-            df=0.0,
-            seed_mean_square=NAN,
-            seed_weight=NAN,
-            arm_mean_square=NAN,
-        )
+        return fitted(X.T @ (y / counts[a]), np.diag(1 / counts))
     plain = X.T @ y / counts
     rss_arm = float(((y - X @ plain) ** 2).sum())
     if not paired:
         df = float(len(y) - len(arms))
         between = float((counts * (plain - y.mean()) ** 2).sum())
         return fitted(
-            means=plain,
-            unscaled=np.diag(1 / counts),
+            plain,
+            np.diag(1 / counts),
             sigma=math.sqrt(rss_arm / df) if df > 0 else NAN,
             df=df,
-            seed_mean_square=NAN,
-            seed_weight=NAN,
             arm_mean_square=between / max(1, len(arms) - 1),
         )
 
@@ -282,8 +257,8 @@ def fit_arms(arm: Sequence[Any], seed: Sequence[Any], value: ArrayLike) -> ArmFi
     n = len(seeds)
     residual_Z = Z - X @ (X.T @ Z / counts[:, None])
     return fitted(
-        means=coefficients[: len(arms)],
-        unscaled=gram_inverse[: len(arms), : len(arms)],
+        coefficients[: len(arms)],
+        gram_inverse[: len(arms), : len(arms)],
         sigma=math.sqrt(max(0.0, rss / df)) if df > 0 else NAN,
         df=df,
         seed_mean_square=(rss_arm - rss) / (n - 1) if n > 1 else NAN,
@@ -413,11 +388,8 @@ def adjust(p: Sequence[float] | pd.Series, method: Literal["holm", "bh"] = "holm
     if method == "bh":
         result[known] = stats.false_discovery_control(values[known])
         return result
-    order = np.argsort(values[known])
-    steps = np.maximum.accumulate(values[known][order] * (m - np.arange(m)))
-    adjusted = np.empty(m)
-    adjusted[order] = np.minimum(1.0, steps)
-    result[known] = adjusted
+    at = np.flatnonzero(known)[np.argsort(values[known])]
+    result[at] = np.minimum(1.0, np.maximum.accumulate(values[at] * (m - np.arange(m))))
     return result
 
 

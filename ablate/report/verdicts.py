@@ -202,25 +202,25 @@ class Analysis:
         if not self._placed(arm):
             name = self.short(arm) if self.axis.numeric else arm
             return f"with {name}" if "=" in name else f"in {name}"
-        x, series = float(self.arms["x"].to_dict()[arm]), self.arms["series"].to_dict()[arm]
+        x, series, layers = (self._of(arm, name) for name in ("x", "series", "n_layers"))
         named = f" and {series}" if "=" in series else f", {series}"
         rest = {"": "", "matched": "", "unmatched": ", unmatched"}.get(series, named)
         if not self.axis.share:
             return f"at {self.axis.label} {_number(x)}{rest}"
-        kind, layers = self.axis.kind, int(self.arms["n_layers"].to_dict()[arm])
-        count = round(x * layers)
+        kind, count = self.axis.kind, round(x * layers)
         if count == 0:
             return f"without {kind}{rest.replace(' and ', ' and with ')}"
         number = "one" if count == 1 else str(count)
-        return f"with {number} {kind} layer{'s' * (count > 1)} of {layers} ({percent(x)}){rest}"
+        many = f"layer{'s' * (count > 1)} of {int(layers)}"
+        return f"with {number} {kind} {many} ({percent(x)}){rest}"
 
     def short(self, arm: str) -> str:
         """'16.7%', '512', '16.7% at mlp_share=0.25', or the arm's name."""
         if not self.axis.numeric:
             return arm.removeprefix(self._prefix())
+        x, series = self._of(arm, "x"), self._of(arm, "series")
         if not self._placed(arm):
-            return str(self.arms["series"].to_dict()[arm])
-        x, series = float(self.arms["x"].to_dict()[arm]), self.arms["series"].to_dict()[arm]
+            return str(series)
         name = percent(x) if self.axis.share else _number(x)
         if series in ("", "matched", "unmatched"):
             return f"{name}, unmatched" if series == "unmatched" else name
@@ -228,7 +228,10 @@ class Analysis:
 
     def _placed(self, arm: str) -> bool:
         """Whether the arm has a place on a numeric axis: without such layers it has none."""
-        return self.axis.numeric and math.isfinite(self.arms["x"].to_dict()[arm])
+        return self.axis.numeric and math.isfinite(self._of(arm, "x"))
+
+    def _of(self, arm: str, column: str) -> Any:
+        return self.arms[column].to_dict()[arm]
 
     def _prefix(self) -> str:
         """'placement=' when every arm's name is that and a value."""
