@@ -180,8 +180,8 @@ def _sample(data: DataConfig, text: Source, stats: dict[str, int]) -> Iterator[s
     `max_bytes` binds here only through the number of bytes; validation documents are left out.
     """
     budget = min(SAMPLE_BYTES, data.max_bytes or SAMPLE_BYTES)
-    total = sum(file.stat().st_size for file in text.files)
     files = text.files
+    total = sum(file.stat().st_size for file in files)
     whole = total <= budget and not any(map(is_packed, files))
     if not whole and data.max_bytes is None:
         files = tuple(sorted(files, key=lambda f: document_hash(f.name.encode())))
@@ -189,18 +189,14 @@ def _sample(data: DataConfig, text: Source, stats: dict[str, int]) -> Iterator[s
     for file in files:
         share = budget if whole or data.max_bytes else budget * file.stat().st_size / total
         taken = 0
-        for chunk in read_chunks([file]):
-            for document, raw in documents(chunk, text.lenient):
-                if taken >= share or stats["bytes"] >= budget:
-                    break
-                if side(data, document_hash(raw)) != "train":
-                    continue
+        inside = (pair for chunk in read_chunks([file]) for pair in documents(chunk, text.lenient))
+        for document, raw in inside:
+            if taken >= share or stats["bytes"] >= budget:
+                break
+            if side(data, document_hash(raw)) == "train":
                 taken += len(raw)
                 stats["bytes"] += len(raw)
                 yield document
-            else:
-                continue
-            break
         if stats["bytes"] >= budget:
             return
 

@@ -7,7 +7,7 @@ end-of-text, its text, and questions whose answers stand in it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -21,14 +21,14 @@ from ablate.errors import UserError
 # scored to its end a model learns all digits, and not to stop after them.
 Piece = tuple[str, bool]
 
-# An entry and its question are the same words up to the number.
+# An entry and its question are the same words up to the value.
 _PHONE = (
-    "{n} - {m}\n",
-    "{n}, tel. {m}\n",
-    "{n} can be reached at {m}.\n",
-    "- {n} | {m}\n",
-    "Call {n} on {m}.\n",
-    "{n} ({m})\n",
+    "{k} - {v}\n",
+    "{k}, tel. {v}\n",
+    "{k} can be reached at {v}.\n",
+    "- {k} | {v}\n",
+    "Call {k} on {v}.\n",
+    "{k} ({v})\n",
 )
 _PAIRS = ("{k} => {v}\n", "{k} means {v}.\n", "{k}, {v}\n", "[{k}: {v}] ")
 _CODES = (
@@ -47,28 +47,29 @@ def _asked(draw: Draw, names: Sequence[str], each: float) -> list[str]:
     return asked
 
 
+def _entries(draw: Draw, form: str, of: Mapping[str, str], questions: float) -> Iterator[Piece]:
+    """All entries, then questions of some."""
+    yield "".join(form.format(k=k, v=v) for k, v in of.items()) + "\n", False
+    before, after = form.split("{v}")
+    space = " " if before.endswith(" ") else ""  # a part of the answer's token
+    for k in _asked(draw, list(of), questions):
+        yield before.format(k=k).rstrip(" "), False
+        yield f"{space}{of[k]}", True
+        yield after, True
+
+
 def _phonebook(draw: Draw, entries: int, questions: float) -> Iterator[Piece]:
     form = draw.one(_PHONE)
-    before, after = form.split("{m}")
     names = draw.distinct(entries, "name")
-    book = dict(zip(names, draw.distinct(entries, "digits", 7 + draw.below(4)), strict=True))
-    yield "".join(form.format(n=n, m=m) for n, m in book.items()) + "\n", False
-    for n in _asked(draw, names, questions):
-        yield before.format(n=n).rstrip(" "), False
-        yield f"{' ' if before.endswith(' ') else ''}{book[n]}", True
-        yield after, True
+    numbers = draw.distinct(entries, "digits", 7 + draw.below(4))
+    yield from _entries(draw, form, dict(zip(names, numbers, strict=True)), questions)
 
 
 def _pairs(draw: Draw, entries: int, questions: float) -> Iterator[Piece]:
     form = draw.one(_PAIRS)
-    before, after = form.split("{v}")
     words = draw.distinct(2 * entries, "word", 2)
     of = dict(zip(words[:entries], words[entries:], strict=True))
-    yield "".join(form.format(k=k, v=v) for k, v in of.items()) + "\n", False
-    for k in _asked(draw, words[:entries], questions):
-        yield before.format(k=k).rstrip(" "), False
-        yield f" {of[k]}", True
-        yield after, True
+    yield from _entries(draw, form, of, questions)
 
 
 def _needle(draw: Draw, entries: int, questions: float) -> Iterator[Piece]:
