@@ -102,12 +102,6 @@ def _name(hardware: dict[str, Any]) -> str:
     return str(hardware.get("gpu") or hardware.get("cpu") or "")
 
 
-def _validation_flops(trial: Trial) -> float:
-    tokens = trial.config.evaluate.tokens or 0
-    passes = VALIDATIONS + 1  # of A while training, and one of B
-    return passes * tokens * trial.cost.forward_flops
-
-
 # --- sources --------------------------------------------------------------------------------------
 
 
@@ -230,7 +224,8 @@ def _where(runs: Iterable[Past]) -> str:
 def estimate(trial: Trial, known: Speed, here: Machine) -> Estimate:
     """Seconds of a whole trial, and bytes of memory: measured ones, or states and activations."""
     cfg = trial.config
-    work = _validation_flops(trial) / known.flops + known.start
+    scored = (VALIDATIONS + 1) * (cfg.evaluate.tokens or 0)  # A while training, and B once
+    beside = known.start + scored * trial.cost.forward_flops / known.flops
     training = cfg.train.seconds or trial.flops / known.flops
     memory = known.memory
     if not math.isfinite(memory):
@@ -241,4 +236,4 @@ def estimate(trial: Trial, known: Speed, here: Machine) -> Estimate:
         per = ACTIVATION_BYTES * (1 if here.bf16 else 2)
         params = trial.architecture.num_params()
         memory = STATE_BYTES * params + per * rows * cfg.data.seq_len * channels
-    return Estimate(training + work, memory)
+    return Estimate(training + beside, memory)

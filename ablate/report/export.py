@@ -116,12 +116,10 @@ def read_index(folder: Path, figures: Sequence[str]) -> pd.DataFrame:
         configs = _expand(load_yaml((folder / CONFIGS).read_text()))
         environments = _expand(load_yaml((folder / ENVIRONMENTS).read_text()))
         index = pd.DataFrame({"key": table["key"], "path": [str(folder / k) for k in table["key"]]})
-        for name in ("state", "cause", "pattern", "fingerprint", "tokenizer"):
-            index[name] = table[name]
+        texts = ("state", "cause", "pattern", "fingerprint", "tokenizer", "commit", "hardware")
+        index = index.join(table[[*texts]])
         for name in figures:
             index[name] = [float(v) if v else math.nan for v in table[name]]
-        for name in ("commit", "hardware"):
-            index[name] = table[name]
         index["config"] = [json.dumps(configs[key]) for key in table["key"]]
         index["environment"] = [json.dumps(environments[key]) for key in table["key"]]
     return index

@@ -107,9 +107,7 @@ def _write(
     run.write_environment(json.loads(row["environment"]))
     run.rewind_metrics(-1)
     for line in curve:
-        whole: dict[str, Any] = {
-            name: int(line[name]) for name in ("step", "tokens") if name in line
-        }
+        whole: dict[str, Any] = {n: int(line[n]) for n in ("step", "tokens") if n in line}
         run.append_metrics({**line, **whole})
     for task, content in evaluations.items():
         run.write_evaluation(task, content)

@@ -399,16 +399,17 @@ class _Supervisor:
 
     def _waiting(self) -> bool:
         """Whether a free slot would find something to do, as far as this process knows."""
-        taken = {c.cell.key for c in self.children if c.cell is not None}
-        return self._may_propose() or any(
-            cell.key not in taken and cell.key not in self.held_until for cell in self._missing()
-        )
+        return self._may_propose() or any(c.key not in self.held_until for c in self._free())
+
+    def _free(self) -> list[Cell]:
+        """Cells that have not ended and that no child of this process has."""
+        taken = {child.cell.key for child in self.children if child.cell is not None}
+        return [cell for cell in self._missing() if cell.key not in taken]
 
     def _next(self) -> Cell | None:
-        taken = {c.cell.key for c in self.children if c.cell is not None}
         now = time.monotonic()
-        for cell in self._missing():
-            if cell.key in taken or self.held_until.get(cell.key, 0) > now:
+        for cell in self._free():
+            if self.held_until.get(cell.key, 0) > now:
                 continue
             run = self.folder.run(cell.key)
             if self._ended_meanwhile(cell, run):
@@ -458,13 +459,14 @@ class _Supervisor:
         if not self.cfg.study.search or index.get("search") != self.tree["study"]["search"]:
             return
         proposals = index.get("proposals", [])
-        known = {cell.key for cell in self.cells}
         for proposal in proposals[self.n_proposals :]:
             if "keys" in proposal:
-                found = space.proposed(self.tree, proposal["factors"])
-                self.cells += [cell for cell in found if cell.key not in known]
-                known |= {cell.key for cell in found}
+                self.cells += self._new(space.proposed(self.tree, proposal["factors"]))
         self.n_proposals = len(proposals)
+
+    def _new(self, found: Sequence[Cell]) -> list[Cell]:
+        known = {cell.key for cell in self.cells}
+        return [cell for cell in found if cell.key not in known]
 
     def _propose(self) -> Cell | None:
         """Ask the sampler for a trial; None when there is none to be had now."""
@@ -493,8 +495,7 @@ class _Supervisor:
             self.folder.write_index(index)
             self.n_proposals += 1
             return None
-        known = {cell.key for cell in self.cells}
-        if all(cell.key in known for cell in found):
+        if not self._new(found):
             self.store.repeated(number, objective(self.folder.run(found[0].key)))
             self.repeats += 1
             if self.repeats >= REPEATS:
@@ -509,7 +510,7 @@ class _Supervisor:
         self.folder.write_index(index)
         self.n_proposals += 1
         self.store.bind(number, found[0])
-        self.cells += [cell for cell in found if cell.key not in known]
+        self.cells += self._new(found)
         return found[0]
 
     # --- deadline -------------------------------------------------------------------------------
@@ -951,7 +952,8 @@ def summary(outcome: StudyOutcome) -> Table:
     """Arms by what became of their seeds."""
     table = Table(title=f"study {outcome.folder.name}", title_justify="left")
     table.add_column("arm")
-    for name in ("done", "failed", "waiting"):
+    states = ("done", "failed", "waiting")
+    for name in states:
         table.add_column(name, justify="right")
     arms: dict[str, Counter[str]] = {}
     done = set(outcome.done)
@@ -962,9 +964,7 @@ def summary(outcome: StudyOutcome) -> Table:
         name = cell.arm if cell.stage == "confirm" else f"{cell.arm}, tuning"
         arms.setdefault(name, Counter())[state] += 1
     for arm, counts in arms.items():
-        table.add_row(
-            arm, *(str(counts[s]) if counts[s] else "" for s in ("done", "failed", "waiting"))
-        )
+        table.add_row(arm, *(str(counts[s] or "") for s in states))
     return table
 
 

@@ -102,25 +102,21 @@ class RecallScore:
         }
 
 
+@dataclass
 class Validator:
     """Scores one model; `check` is called between batches and may raise to stop."""
 
-    def __init__(
-        self,
-        cfg: Config,
-        token_set: TokenSet,
-        model: nn.Module,
-        autocast: Callable[[], Any],
-        check: Callable[[], None],
-        batch_size: int,
-    ) -> None:
-        self.cfg = cfg
-        self.token_set = token_set
-        self.model: Any = model
-        self.device = next(model.parameters()).device
-        self.autocast = autocast
-        self.check = check
-        self.batch_size = batch_size
+    cfg: Config
+    token_set: TokenSet
+    model: Any  # an nn.Module with the `loss` and `logits` of a LanguageModel
+    autocast: Callable[[], Any]
+    check: Callable[[], None]
+    batch_size: int
+
+    @property
+    def device(self) -> torch.device:
+        device: torch.device = next(self.model.parameters()).device
+        return device
 
     def text(self, split: str) -> TextScore:
         """Score the first whole documents of "val_a" or "val_b", `evaluate.tokens` of them."""
