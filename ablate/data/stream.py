@@ -146,7 +146,10 @@ class TrainStream:
         self.write: Callable[[np.ndarray], Written] = functools.partial(
             written_rows, seed, data=data, tokenizer=token_set.tokenizer
         )
-        self._shuffles: dict[int, np.ndarray] = {}
+        # of two epochs at a time, as a batch may have rows of both
+        self._shuffle = functools.lru_cache(maxsize=2)(
+            functools.partial(bits.permutation, seed, n=self.n_windows)
+        )
         self._recall_steps = max(1, _RECALL_BLOCK_TOKENS // max(1, n_recall * self.seq_len))
         self._recall: tuple[int, np.ndarray, np.ndarray] | None = None
 
@@ -210,12 +213,6 @@ class TrainStream:
         for e in range(first, last + 1):
             result[epoch == e] = self._shuffle(e)[position[epoch == e]]
         return result
-
-    def _shuffle(self, epoch: int) -> np.ndarray:
-        if epoch not in self._shuffles:
-            self._shuffles = {e: s for e, s in self._shuffles.items() if e == epoch - 1}
-            self._shuffles[epoch] = bits.permutation(self.seed, epoch, self.n_windows)
-        return self._shuffles[epoch]
 
     def _recall_of(self, step: int) -> tuple[np.ndarray, np.ndarray]:
         block, within = divmod(step, self._recall_steps)

@@ -7,6 +7,7 @@ command(words)                    python -m ablate evaluate TARGET [name=value â
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -122,11 +123,9 @@ def evaluate(
     """
     summary: dict[str, Any] = {}
     data = None if options.local_data is None else local_data.check(options.local_data)
-
-    def adapter(whole: bool) -> Any:
-        return harness.adapter(
-            subject, batch_tokens=options.batch_tokens, whole=whole, check=between
-        )
+    adapter = functools.partial(
+        harness.adapter, subject, batch_tokens=options.batch_tokens, check=between
+    )
 
     def keep(name: str, content: dict[str, Any], **more: Any) -> None:
         write(name, content)

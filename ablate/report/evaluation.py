@@ -447,8 +447,6 @@ def draw_seeds(ax: Axes, sizes: list[int], seeds: list[list[float]], colour: str
 
 def _heat(contents: list[dict[str, Any]]) -> pd.DataFrame:
     """Mean exact match, depths down and lengths across."""
-    if not contents:
-        return pd.DataFrame()
     names = ("x", "depth", "exact_match")
     joined = pd.concat([pd.DataFrame({k: c["items"][k] for k in names}) for c in contents])
     return joined.pivot_table(index="depth", columns="x", values="exact_match", aggfunc="mean")

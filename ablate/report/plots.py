@@ -307,9 +307,8 @@ def _less_reference(analysis: Analysis, lines: pd.DataFrame) -> tuple[pd.DataFra
 
 def _trim_first(ax: Axes, lines: pd.DataFrame) -> None:
     """The first validation differs most and matters least: the axis is that of the others."""
-    later = lines[lines["less"].notna() & (lines["tokens"] > lines["tokens"].min())]
-    first = lines.loc[lines["less"].notna(), "tokens"].min()
-    values = later.loc[later["tokens"] > first, "less"]
+    own = lines[lines["less"].notna()]
+    values = own.loc[own["tokens"] > own["tokens"].min(), "less"]
     if len(values) and values.max() > values.min():
         pad = 0.1 * (values.max() - values.min())
         ax.set_ylim(values.min() - pad, values.max() + pad)
