@@ -24,7 +24,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from ablate.config import unreadable
+from ablate.config import is_number, unreadable
 from ablate.errors import UserError, did_you_mean
 
 _PACKAGE = Path(__file__).resolve().parent
@@ -58,7 +58,7 @@ def _numbers_only(resolver: Callable[..., float]) -> Callable[..., Any]:
     """Computes with numbers; anything else is passed on, for the typed config to refuse by name."""
 
     def resolve(*args: Any) -> Any:
-        numbers = all(isinstance(a, int | float) and not isinstance(a, bool) for a in args)
+        numbers = all(map(is_number, args))
         if numbers:  # data.seq_len=1e3 is a whole number, here too
             args = tuple(int(a) if float(a).is_integer() else a for a in args)
         try:

@@ -14,7 +14,7 @@ import copy
 import types
 import typing
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -651,6 +651,11 @@ def get(tree: Mapping[str, Any], dotted: str) -> Any:
             return None
         node = node[part]
     return node
+
+
+def is_number(value: Any) -> TypeGuard[int | float]:
+    """Whether a plain value is a number, which Python's booleans are too."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

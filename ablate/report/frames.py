@@ -365,8 +365,7 @@ def _scalar(value: Any) -> Any:
 
 
 def _number(value: Any) -> float:
-    ok = isinstance(value, int | float) and not isinstance(value, bool)
-    return float(value) if ok else math.nan
+    return float(value) if config_tree.is_number(value) else math.nan
 
 
 def _text(value: Any) -> str:

@@ -15,6 +15,7 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 
+from ablate.config import is_number
 from ablate.report.frames import arm_label, missing_cells, usable, varies
 from ablate.report.stats import ArmFit, Curve, Equivalence, Estimate, adjust, fit_arms, fit_curve
 from ablate.study.show import si
@@ -273,8 +274,7 @@ def _axis(runs: pd.DataFrame, study: dict[str, Any]) -> tuple[Axis, pd.Series]:
             return Axis(name, f"share of layers that are {kind}", True, True, kind), share
     applies = _applies(name, runs["pattern"])
     values = runs[name]
-    is_number = values.map(lambda v: isinstance(v, int | float) and not isinstance(v, bool))
-    numbers = pd.to_numeric(values.where(is_number & applies), errors="coerce")
+    numbers = pd.to_numeric(values.where(values.map(is_number) & applies), errors="coerce")
     numeric = bool(numbers[applies].notna().all()) and varies(numbers)
     label = _AXES.get(name, name)
     if not numeric:

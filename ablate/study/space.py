@@ -250,8 +250,7 @@ def confirming(arms: Sequence[Cell], chosen: Mapping[str, float]) -> list[Cell]:
 def place(cell: Cell, x: str | None) -> float | None:
     """Where a cell's arm stands on the axis of the study: `x`, or else its first factor."""
     value = config.get(cell.trial.tree, x) if x else next(iter(cell.factors.values()), None)
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return float(value) if is_number else None  # type: ignore[arg-type]
+    return float(value) if config.is_number(value) else None
 
 
 def _check_tuning(cfg: config.Config, arms: Sequence[Cell]) -> None:

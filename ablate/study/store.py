@@ -30,7 +30,7 @@ from optuna.distributions import (
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
-from ablate.config import Config, SearchDimension
+from ablate.config import Config, SearchDimension, is_number
 from ablate.errors import UserError
 from ablate.run import RunFolder
 from ablate.study.folder import StudyFolder, is_held
@@ -260,11 +260,7 @@ def _params(
             for name, value in cell.factors.items()
         }
         return values, space
-    numbers = {
-        name: float(value)
-        for name, value in cell.factors.items()
-        if isinstance(value, int | float) and not isinstance(value, bool)
-    }
+    numbers = {name: float(value) for name, value in cell.factors.items() if is_number(value)}
     # A range of its own for every trial is allowed for numbers, and for nothing else.
     return numbers, {name: FloatDistribution(v, v) for name, v in numbers.items()}
 
