@@ -153,30 +153,29 @@ def check_digits(tokenizer: str) -> None:
 
 
 def _phonebook(task: str, seed: int, count: Count, o: Mapping[str, Any]) -> Iterator[dict]:
-    for entries in o["entries"]:
+    for entries, i in itertools.product(o["entries"], range(o["items"])):
         if entries < 3:
             raise UserError(f"{task}: entries is {entries}; two shots and a query need 3 or more")
-        for i in range(o["items"]):
-            draw = Draw(seed, "phonebook", entries, i)
-            names = draw.distinct(entries, "name")
-            numbers = draw.distinct(entries, "digits", DIGITS)
-            book = "".join(f"{n}: {m}\n" for n, m in zip(names, numbers, strict=True))
-            *shots, asked = draw.sample(range(entries), 3)
-            examples = "".join(f"{names[s]}: {numbers[s]}\n" for s in shots)
-            if task == "phonebook_reversed":
-                prompt = f"Find the number of {names[asked]}.\n\n{book}\n"
-            else:
-                prompt = f"{book}\n"
-            others = numbers[:asked] + numbers[asked + 1 :]
-            yield _document(
-                f"{prompt}{examples}{names[asked]}:",
-                numbers[asked],
-                x=entries,
-                cell=f"entries={entries}",
-                depth=asked / max(1, entries - 1),
-                cluster=f"{entries}:{i}",
-                others=others,
-            )
+        draw = Draw(seed, "phonebook", entries, i)
+        names = draw.distinct(entries, "name")
+        numbers = draw.distinct(entries, "digits", DIGITS)
+        book = "".join(f"{n}: {m}\n" for n, m in zip(names, numbers, strict=True))
+        *shots, asked = draw.sample(range(entries), 3)
+        examples = "".join(f"{names[s]}: {numbers[s]}\n" for s in shots)
+        if task == "phonebook_reversed":
+            prompt = f"Find the number of {names[asked]}.\n\n{book}\n"
+        else:
+            prompt = f"{book}\n"
+        others = numbers[:asked] + numbers[asked + 1 :]
+        yield _document(
+            f"{prompt}{examples}{names[asked]}:",
+            numbers[asked],
+            x=entries,
+            cell=f"entries={entries}",
+            depth=asked / max(1, entries - 1),
+            cluster=f"{entries}:{i}",
+            others=others,
+        )
 
 
 # --- needle and passkey --------------------------------------------------------------------------
@@ -234,60 +233,57 @@ def _up_to(room: int, make: Callable[[], str], count: Count) -> Iterator[str]:
             yield text
 
 
-def _depths(n: int) -> list[float]:
-    return [0.5] if n == 1 else [i / (n - 1) for i in range(n)]
+def _places(o: Mapping[str, Any]) -> Iterator[tuple[int, float, int]]:
+    """(length, depth, number) of each document."""
+    n = o["depths"]
+    depths = [0.5] if n == 1 else [i / (n - 1) for i in range(n)]
+    return itertools.product(o["lengths"], depths, range(o["items"]))
 
 
 def _passkey(task: str, seed: int, count: Count, o: Mapping[str, Any]) -> Iterator[dict]:
-    for length in o["lengths"]:
-        for depth in _depths(o["depths"]):
-            for i in range(o["items"]):
-                draw = Draw(seed, task, length, round(1000 * depth), i)
-                key = draw.digits(KEY_DIGITS)
-                needle = f"The pass key is {key}. Remember it. {key} is the pass key."
-                tail = "\n\nWhat is the pass key? The pass key is"
-                yield _document(
-                    _haystack(task, [needle], [depth], tail, length, count, draw),
-                    key,
-                    x=length,
-                    cell=f"length={length}",
-                    depth=depth,
-                    cluster=f"{length}:{depth:g}:{i}",
-                )
+    for length, depth, i in _places(o):
+        draw = Draw(seed, task, length, round(1000 * depth), i)
+        key = draw.digits(KEY_DIGITS)
+        needle = f"The pass key is {key}. Remember it. {key} is the pass key."
+        tail = "\n\nWhat is the pass key? The pass key is"
+        yield _document(
+            _haystack(task, [needle], [depth], tail, length, count, draw),
+            key,
+            x=length,
+            cell=f"length={length}",
+            depth=depth,
+            cluster=f"{length}:{depth:g}:{i}",
+        )
 
 
 def _needle(task: str, seed: int, count: Count, o: Mapping[str, Any]) -> Iterator[dict]:
     """One of `keys` words is asked for; every key has `values` numbers, and `distractors` more keys
     are never asked for. The asked key's first number is at the cell's depth, the rest anywhere."""
-    for length in o["lengths"]:
-        for depth in _depths(o["depths"]):
-            for i in range(o["items"]):
-                draw = Draw(seed, task, length, round(1000 * depth), i)
-                keys = draw.distinct(o["keys"] + o["distractors"], "word", 3)
-                per_key = o["values"]
-                numbers = draw.distinct(len(keys) * per_key, "digits", KEY_DIGITS)
-                of = {k: numbers[n * per_key : (n + 1) * per_key] for n, k in enumerate(keys)}
-                asked = draw.one(keys[: o["keys"]])
-                needles, places = [], []
-                for k in keys:
-                    for v, number in enumerate(of[k]):
-                        needles.append(f"One of the numbers of {k} is {number}.")
-                        places.append(depth if k == asked and v == 0 else draw.unit())
-                if per_key == 1:
-                    needles = [n.replace("One of the numbers", "The number") for n in needles]
-                    tail = f"\n\nWhat is the number of {asked}? The number of {asked} is"
-                else:
-                    tail = f"\n\nWhat are the numbers of {asked}? The numbers of {asked} are"
-                yield _document(
-                    _haystack(task, needles, places, tail, length, count, draw),
-                    ", ".join(of[asked]),
-                    x=length,
-                    cell=f"length={length}",
-                    depth=depth,
-                    cluster=f"{length}:{depth:g}:{i}",
-                    others=[n for k in keys if k != asked for n in of[k]],
-                    unordered=per_key > 1,
-                )
+    for length, depth, i in _places(o):
+        draw = Draw(seed, task, length, round(1000 * depth), i)
+        keys = draw.distinct(o["keys"] + o["distractors"], "word", 3)
+        per_key = o["values"]
+        numbers = draw.distinct(len(keys) * per_key, "digits", KEY_DIGITS)
+        of = {k: numbers[n * per_key : (n + 1) * per_key] for n, k in enumerate(keys)}
+        asked = draw.one(keys[: o["keys"]])
+        one = "The number" if per_key == 1 else "One of the numbers"
+        needles = [f"{one} of {k} is {number}." for k in keys for number in of[k]]
+        first = of[asked][0]
+        places = [depth if number == first else draw.unit() for k in keys for number in of[k]]
+        if per_key == 1:
+            tail = f"\n\nWhat is the number of {asked}? The number of {asked} is"
+        else:
+            tail = f"\n\nWhat are the numbers of {asked}? The numbers of {asked} are"
+        yield _document(
+            _haystack(task, needles, places, tail, length, count, draw),
+            ", ".join(of[asked]),
+            x=length,
+            cell=f"length={length}",
+            depth=depth,
+            cluster=f"{length}:{depth:g}:{i}",
+            others=[n for k in keys if k != asked for n in of[k]],
+            unordered=per_key > 1,
+        )
 
 
 # --- MQAR, induction, copying --------------------------------------------------------------------
@@ -296,71 +292,67 @@ def _needle(task: str, seed: int, count: Count, o: Mapping[str, Any]) -> Iterato
 def _mqar(task: str, seed: int, count: Count, o: Mapping[str, Any]) -> Iterator[dict]:
     """`pairs` of words, filler up to the length, then queries, each a document of the same text
     with the queries before it answered."""
-    for pairs in o["pairs"]:
-        for length in o["lengths"]:
-            for i in range(o["items"]):
-                draw = Draw(seed, task, pairs, length, i)
-                words = draw.distinct(2 * pairs, "word", 2)
-                keys, values = words[:pairs], words[pairs:]
-                given = "".join(f"{k} {v}\n" for k, v in zip(keys, values, strict=True))
-                asked = draw.sample(range(pairs), min(pairs, o["queries"]))
-                rest = [f"{keys[a]} {values[a]}\n" for a in asked]
-                room = length - sum(count([given, *rest]))
-                if room < 0:
-                    raise UserError(
-                        f"{task}: {pairs} pairs with {len(asked)} queries do not fit "
-                        f"length {length}; they need about {length - room} tokens"
-                    )
-                # words of another length than keys: filler answers nothing
-                between = "".join(
-                    _up_to(room, lambda: f"{draw.word(3)} {draw.word(3)}\n", count)  # noqa: B023
-                )
-                text = given + between
-                for q in asked:
-                    yield _document(
-                        f"{text}{keys[q]}",
-                        values[q],
-                        x=pairs,
-                        cell=f"pairs={pairs},length={length}",
-                        cluster=f"{pairs}:{length}:{i}",
-                        others=values[:q] + values[q + 1 :],
-                    )
-                    text += f"{keys[q]} {values[q]}\n"
+    for pairs, length, i in itertools.product(o["pairs"], o["lengths"], range(o["items"])):
+        draw = Draw(seed, task, pairs, length, i)
+        words = draw.distinct(2 * pairs, "word", 2)
+        keys, values = words[:pairs], words[pairs:]
+        given = "".join(f"{k} {v}\n" for k, v in zip(keys, values, strict=True))
+        asked = draw.sample(range(pairs), min(pairs, o["queries"]))
+        rest = [f"{keys[a]} {values[a]}\n" for a in asked]
+        room = length - sum(count([given, *rest]))
+        if room < 0:
+            raise UserError(
+                f"{task}: {pairs} pairs with {len(asked)} queries do not fit "
+                f"length {length}; they need about {length - room} tokens"
+            )
+        # words of another length than keys: filler answers nothing
+        between = "".join(
+            _up_to(room, lambda: f"{draw.word(3)} {draw.word(3)}\n", count)  # noqa: B023
+        )
+        text = given + between
+        for q in asked:
+            yield _document(
+                f"{text}{keys[q]}",
+                values[q],
+                x=pairs,
+                cell=f"pairs={pairs},length={length}",
+                cluster=f"{pairs}:{length}:{i}",
+                others=values[:q] + values[q + 1 :],
+            )
+            text += f"{keys[q]} {values[q]}\n"
 
 
 def _induction(task: str, seed: int, count: Count, o: Mapping[str, Any]) -> Iterator[dict]:
     """Random words, one of them again at the end: what followed it?"""
-    for length in o["lengths"]:
-        for i in range(o["items"]):
-            draw = Draw(seed, task, length, i)
-            made = _up_to(length - 8, lambda: f" {draw.word(3)}", count)  # noqa: B023
-            words = [word.strip() for word in dict.fromkeys(made)]
-            if len(words) < 3:
-                raise UserError(f"{task}: length {length} has no room for three words")
-            at = draw.below(len(words) - 2)
-            yield _document(
-                f"{' '.join(words)} {words[at]}",
-                words[at + 1],
-                x=length,
-                cell=f"length={length}",
-                depth=at / len(words),
-                cluster=f"{length}:{i}",
-            )
+    for length, i in itertools.product(o["lengths"], range(o["items"])):
+        draw = Draw(seed, task, length, i)
+        made = _up_to(length - 8, lambda: f" {draw.word(3)}", count)  # noqa: B023
+        words = [word.strip() for word in dict.fromkeys(made)]
+        if len(words) < 3:
+            raise UserError(f"{task}: length {length} has no room for three words")
+        at = draw.below(len(words) - 2)
+        yield _document(
+            f"{' '.join(words)} {words[at]}",
+            words[at + 1],
+            x=length,
+            cell=f"length={length}",
+            depth=at / len(words),
+            cluster=f"{length}:{i}",
+        )
 
 
 def _copying(task: str, seed: int, count: Count, o: Mapping[str, Any]) -> Iterator[dict]:
     """Random words, a bar, and the first word again: copy the rest."""
-    for n in o["words"]:
-        for i in range(o["items"]):
-            draw = Draw(seed, task, n, i)
-            words = [draw.word(2) for _ in range(n + 1)]
-            yield _document(
-                f"{' '.join(words)}\n{words[0]}",
-                " ".join(words[1:]),
-                x=n,
-                cell=f"words={n}",
-                cluster=f"{n}:{i}",
-            )
+    for n, i in itertools.product(o["words"], range(o["items"])):
+        draw = Draw(seed, task, n, i)
+        words = [draw.word(2) for _ in range(n + 1)]
+        yield _document(
+            f"{' '.join(words)}\n{words[0]}",
+            " ".join(words[1:]),
+            x=n,
+            cell=f"words={n}",
+            cluster=f"{n}:{i}",
+        )
 
 
 def _document(
