@@ -18,8 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ablate import config
-from ablate.arch.spec import Architecture
-from ablate.data import corpus, model_vocab
+from ablate.data import corpus
 from ablate.data import tokenizer as tokenizers
 from ablate.data.tokenizer import Tokenizer
 from ablate.errors import UserError
@@ -27,6 +26,7 @@ from ablate.model import Decoder, LanguageModel, Sampling, generate
 from ablate.run import RunFolder, find_runs
 from ablate.train import checkpoint
 from ablate.train.environment import device_of, uses_bf16
+from ablate.train.loop import architecture_of
 
 _PROJECTED = 4096  # positions whose logits are held at a time
 _ROUNDED = 256  # caches come in multiples of this, so that few are made and captured
@@ -296,9 +296,7 @@ def load_run(folder: RunFolder, *, device: str = "auto") -> OwnModel:
     place = device_of(cfg.train)
     weights = _weights(folder)
     tokenizer = _tokenizer(cfg, folder)
-    vocab_size = cfg.arch.vocab_size or model_vocab(tokenizer.vocab_size)
-    arch = Architecture.from_config(cfg.arch, vocab_size=vocab_size)
-    model = LanguageModel(arch, seed=None)
+    model = LanguageModel(architecture_of(cfg, tokenizer), seed=None)
     with torch.no_grad():
         for name, tensor in model.state_dict(keep_vars=True).items():
             found = tuple(weights[name].shape) if name in weights else "missing"

@@ -173,20 +173,12 @@ class Evaluations:
             for ax, (task, arms) in zip(axes, tasks.items(), strict=True):
                 for arm, contents in arms.items():
                     sizes, found, seeds = by_size(contents)
-                    y = [e.value for e in found]
-                    ax.errorbar(
-                        sizes,
-                        y,
-                        yerr=error_bars(found),
-                        color=look[arm].colour,
-                        linestyle=look[arm].dash,
-                        marker=look[arm].marker,
-                        markersize=4,
-                        label=self.analysis.short(arm),
-                    )
+                    y, bars = [e.value for e in found], error_bars(found)
+                    name = self.analysis.short(arm)
+                    ax.errorbar(sizes, y, yerr=bars, markersize=4, label=name, **look[arm].style)
                     draw_seeds(ax, sizes, seeds, look[arm].colour)
                     pairs = ", ".join(f"{s}: {v:.0%}" for s, v in zip(sizes, y, strict=True))
-                    told.append(f"{task}, {self.analysis.short(arm)}: {pairs}")
+                    told.append(f"{task}, {name}: {pairs}")
                 ax.set_xscale("log", base=2)
                 ax.set_xticks(sizes, [_size(s) for s in sizes])
                 ax.xaxis.set_minor_locator(NullLocator())
@@ -248,7 +240,7 @@ class Evaluations:
                 places = contents[0]["by_position"]["last"]
                 losses = np.mean([c["by_position"]["loss"] for c in contents], axis=0)
                 label = self.analysis.short(arm)
-                line = {"color": look[arm].colour, "linestyle": look[arm].dash, "marker": "o"}
+                line = {**look[arm].style, "marker": "o"}
                 by_position.plot(places, losses, markersize=2.5, **line)
                 shared = [m for m in contents[0]["by_multiple"]
                           if all(m in c["by_multiple"] for c in contents)]  # fmt: skip

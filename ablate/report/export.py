@@ -239,10 +239,10 @@ def _curves(metrics: pd.DataFrame) -> pd.DataFrame:
     for key, run in metrics.groupby("key", sort=False):
         if "val_a_loss" in run and run["val_a_loss"].notna().any():
             run = with_seconds(run)
-        own = [c for c in ("step", "tokens", "val_a_loss", "mqar_accuracy", "seconds") if c in run]
-        if "val_a_loss" not in own or run["val_a_loss"].isna().all():
-            own = [c for c in ("step", "tokens", "loss", "seconds") if c in run]
-        part = run[own].dropna(axis=1, how="all")
+            names = ["step", "tokens", "val_a_loss", "mqar_accuracy", "seconds"]
+        else:
+            names = ["step", "tokens", "loss", "seconds"]
+        part = run[[c for c in names if c in run]].dropna(axis=1, how="all")
         part.insert(0, "key", str(key))
         parts.append(part)
     return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=["key", "step"])

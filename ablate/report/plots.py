@@ -322,15 +322,8 @@ def _learning(ax: Axes, own: pd.DataFrame, column: str, look: Look, label: str) 
     mean = own.groupby("tokens")[column].mean()
     if not sparse:
         mean = mean.ewm(span=len(mean) / 40).mean()
-    ax.plot(
-        mean.index,
-        mean,
-        look.dash,
-        color=look.colour,
-        label=label,
-        marker="o" if sparse else None,
-        markersize=2.5,
-    )
+    style = {**look.style, "marker": "o" if sparse else None}
+    ax.plot(mean.index, mean, label=label, markersize=2.5, **style)
 
 
 def plot_rates(analysis: Analysis, folder: Path) -> Plot | None:
@@ -428,6 +421,10 @@ class Look:
     colour: str
     dash: str
     marker: str
+
+    @property
+    def style(self) -> dict[str, Any]:
+        return {"color": self.colour, "linestyle": self.dash, "marker": self.marker}
 
 
 def looks(analysis: Analysis) -> dict[str, Look]:

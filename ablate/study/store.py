@@ -117,15 +117,14 @@ class Store:
             key = trial.user_attrs.get("key")
             if trial.state != TrialState.RUNNING:
                 continue
-            if key is None:  # killed between a proposal and its cell
-                self._tell(trial.number, TrialState.FAIL, None, "killed before it began")
-                changed += 1
-                continue
-            folder = self._folder.run(key)
-            if not is_held(folder) and folder.result() is None:
+            cause = "killed before it began"  # between a proposal and its cell
+            if key is not None:
+                folder = self._folder.run(key)
+                if is_held(folder) or folder.result() is not None:
+                    continue
                 cause = folder.status().get("cause") or "its process was killed"
-                self._tell(trial.number, TrialState.FAIL, None, cause)
-                changed += 1
+            self._tell(trial.number, TrialState.FAIL, None, cause)
+            changed += 1
         for cell in cells:
             value = objective(self._folder.run(cell.key))
             states = [t.state for t in by_key.get(cell.key, [])]
@@ -136,10 +135,8 @@ class Store:
 
     def begin(self, cell: Cell) -> int:
         """A RUNNING trial for a cell; its number. One that was proposed for it is taken."""
-        running = self._running(cell.key)
-        if running is not None:
-            return running.number
-        self.study.add_trial(self._template(cell, TrialState.RUNNING))
+        if self._running(cell.key) is None:
+            self.study.add_trial(self._template(cell, TrialState.RUNNING))
         trial = self._running(cell.key)
         assert trial is not None
         return int(trial.number)

@@ -37,6 +37,7 @@ from ablate.data import (
     prepare,
     writers,
 )
+from ablate.data.tokenizer import Tokenizer
 from ablate.data.worker import Pool
 from ablate.errors import UserError
 from ablate.layers.registry import own_sources
@@ -245,9 +246,9 @@ def _follow(cfg: Config, ranks: Ranks) -> dict[str, Any]:
     return dict(result)
 
 
-def architecture_of(cfg: Config, token_set: TokenSet) -> Architecture:
+def architecture_of(cfg: Config, text: TokenSet | Tokenizer) -> Architecture:
     """The architecture that a config means on a text, whose tokenizer may say the vocabulary."""
-    vocab_size = cfg.arch.vocab_size or model_vocab(token_set.vocab_size)
+    vocab_size = cfg.arch.vocab_size or model_vocab(text.vocab_size)
     return Architecture.from_config(cfg.arch, vocab_size=vocab_size)
 
 

@@ -1,10 +1,9 @@
 """One optimiser step, with everything it measures left on the device.
 
 The host reads `Stepper.note` at log steps only, after the next step is under way, and nothing here
-waits for the device. On a GPU the
-step is captured as one CUDA graph after a few ordinary ones: forward, backward, clipping, skipping
-and AdamW, its batch, its learning rate and its number of targets in tensors that stay in place. A
-small model is bound by its launches otherwise.
+waits for the device. On a GPU the step is captured as one CUDA graph after a few ordinary ones:
+forward, backward, clipping, skipping and AdamW, its batch, its learning rate and its number of
+targets in tensors that stay in place. A small model is bound by its launches otherwise.
 """
 
 from __future__ import annotations
