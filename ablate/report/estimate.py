@@ -195,11 +195,10 @@ def speed(trial: Trial, past: Sequence[Past], here: Machine) -> Speed:
     if same:
         return _median(same, f"{_count(same)} of this architecture{_where(same)}", memory=True)
     params = trial.architecture.non_embedding_params()
-    off = {i: abs(math.log(run.params / params)) for i, run in enumerate(past) if run.params > 0}
-    near = sorted((i for i in off if off[i] <= math.log(NEAR)), key=lambda i: off[i])[:5]
+    like = [run for run in past if 1 / NEAR <= run.params / params <= NEAR]
+    near = sorted(like, key=lambda run: abs(math.log(run.params / params)))[:5]
     if near:
-        runs = [past[i] for i in near]
-        return _median(runs, f"{_count(runs)} of about this size{_where(runs)}", memory=False)
+        return _median(near, f"{_count(near)} of about this size{_where(near)}", memory=False)
     share = f"{CONTRACT_SHARE:.0%} of the {here.peak_source} peak of {here.peak:.2g} FLOP/s"
     return Speed(CONTRACT_SHARE * here.peak, CONTRACT_START, math.nan, f"contract at {share}")
 

@@ -334,7 +334,7 @@ def noise_of(arms: Sequence[Cell], folder: StudyFolder) -> Noise:
         "architecture.non_embedding_params": trial.architecture.non_embedding_params(),
         "train.tokens": trial.tokens,  # a longer training has less noise
     }
-    best: tuple[float, ArmFit, str] | None = None
+    found: list[tuple[float, ArmFit, str]] = []
     root = folder.path.parent
     for path in sorted(root.iterdir()) if root.is_dir() else []:
         cells = StudyFolder(path).index().get("cells") or {}
@@ -352,11 +352,10 @@ def noise_of(arms: Sequence[Cell], folder: StudyFolder) -> Noise:
         ]
         if fit is None or len(apart) < len(like) or max(apart) > math.log(estimates.NEAR):
             continue
-        off = sum(apart)
-        if best is None or off < best[0]:
-            best = (off, fit, path.name)
-    if best is not None:
-        return _noise(best[1], f"the earlier study {best[2]}")
+        found.append((sum(apart), fit, path.name))
+    if found:
+        _, fit, name = min(found, key=lambda study: study[0])
+        return _noise(fit, f"the earlier study {name}")
     return Noise(*ASSUMED_NOISE, "assumed, as no finished study of this size is here to go by")
 
 
