@@ -9,6 +9,7 @@ projected to the vocabulary, and log-softmax is in float32.
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -156,18 +157,10 @@ class SubjectLM(TemplateLM):
             chosen[here] = log_p[rows, ids_here]
             greedy[here] = log_p.argmax(-1)[rows] == ids_here
             first += len(logits)
-        chosen_list, greedy_list = chosen.cpu(), greedy.cpu()
-        result, at = [], 0
-        for wanted in targets:
-            row_result = []
-            for continuation in wanted:
-                end = at + len(continuation)
-                row_result.append(
-                    (float(chosen_list[at:end].sum()), bool(greedy_list[at:end].all()))
-                )
-                at = end
-            result.append(row_result)
-        return result
+        sizes = [len(continuation) for wanted in targets for continuation in wanted]
+        parts = zip(chosen.cpu().split(sizes), greedy.cpu().split(sizes), strict=True)
+        scores = ((float(p.sum()), bool(g.all())) for p, g in parts)
+        return [list(itertools.islice(scores, len(wanted))) for wanted in targets]
 
     def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
         windows: list[Request] = []

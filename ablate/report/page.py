@@ -409,31 +409,24 @@ def _evaluation(table: pd.DataFrame | None) -> str:
     if table is None or table.empty:
         return ""
     rows = []
+    told = {"floor": "at floor", "unended": "right, but not ended"}
+    told |= {"ceiling": "at ceiling", "cut": "texts cut"}
     for r in records(table):
-        percent = r["metric"] != "loss"
-        scale, digits = (100.0, 1) if percent else (1.0, 4)
-
-        def shown(name: str, row: dict[str, Any] = r, scale: float = scale, d: int = digits) -> str:
-            value = row[name]
-            return f"{scale * value:.{d}f}".replace("-", "−") if math.isfinite(value) else "–"
-
-        told = {"floor": "at floor", "unended": "right, but not ended"}
-        told |= {"ceiling": "at ceiling", "cut": "texts cut"}
+        scale, digits = (1.0, 4) if r["metric"] == "loss" else (100.0, 1)
+        figures = ("value", "low", "high", "difference", "difference_low", "difference_high")
+        value, low, high, *difference = (_fixed(scale * r[name], digits) for name in figures)
         seeds = [f"{scale * float(v):.{digits}f}" for v in r["by_seed"].split()]
         fuzzy = f"; fuzzy in {r['fuzzy']} of {len(seeds)} seeds" if r["fuzzy"] else ""
-        difference = "–"
-        if math.isfinite(r["difference"]):
-            difference = f"{shown('difference')} ({shown('difference_low')} to "
-            difference += f"{shown('difference_high')})"
+        against = "{} ({} to {})".format(*difference) if math.isfinite(r["difference"]) else "–"
         rows.append(
             {
                 **{name.capitalize(): _e(r[name]) for name in ("task", "cell", "arm", "metric")},
                 "Items": str(r["items"]),
-                "Tokens": f"{r['tokens']:.0f}" if math.isfinite(r["tokens"]) else "–",
-                "Value (95%)": f"{shown('value')} ({shown('low')} to {shown('high')})",
+                "Tokens": _fixed(r["tokens"], 0),
+                "Value (95%)": f"{value} ({low} to {high})",
                 "By seed": ", ".join(seeds) if len(seeds) > 1 else "–",
-                "Against the reference (95%)": difference,
-                "Over seeds' noise": shown("over_noise", scale=1.0, d=1),
+                "Against the reference (95%)": against,
+                "Over seeds' noise": _fixed(r["over_noise"], 1),
                 "p": _p(r["p"]),
                 "p (McNemar)": _p(r["mcnemar_p"]),
                 "": (told.get(r["verdict"], "") + fuzzy).removeprefix("; "),
@@ -691,6 +684,10 @@ def _arm(row: dict[str, Any]) -> str:
 
 def _state(row: dict[str, Any]) -> str:
     return "done, not finite" if row["state"] == "done" else str(row["state"])
+
+
+def _fixed(value: float, digits: int) -> str:
+    return f"{value:.{digits}f}".replace("-", "−") if math.isfinite(value) else "–"
 
 
 def _share(value: float) -> str:

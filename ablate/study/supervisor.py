@@ -448,10 +448,9 @@ class _Supervisor:
         self.training[cell.key] = known.get("train", 0.0)
 
     def _may_propose(self) -> bool:
-        n_trials = self.cfg.study.n_trials
-        if not self.cfg.study.search or self.exhausted or n_trials is None:
-            return False
-        return self.n_proposals < n_trials
+        study = self.cfg.study
+        more = self.n_proposals < (study.n_trials or 0)
+        return bool(study.search) and more and not self.exhausted
 
     def _load_proposals(self) -> None:
         """Take over what this search has proposed so far, here, before, or in another process."""
@@ -515,19 +514,17 @@ class _Supervisor:
 
     # --- deadline -------------------------------------------------------------------------------
 
-    def _seconds_left(self) -> float | None:
-        if self.cfg.study.deadline is None:
-            return None
-        return self.cfg.study.deadline * 60 - (time.monotonic() - self.started)
+    def _seconds_left(self) -> float:
+        minutes = self.cfg.study.deadline
+        return math.inf if minutes is None else 60 * minutes - time.monotonic() + self.started
 
     def _past_deadline(self) -> bool:
-        left = self._seconds_left()
-        return left is not None and left <= 0
+        return self._seconds_left() <= 0
 
     def _fits_deadline(self, cell: Cell | None) -> bool:
         """Whether a trial, or any that a search may propose, can end in time."""
         left = self._seconds_left()
-        if left is None:
+        if left == math.inf:
             return True
         estimate = self._estimate(cell) if cell else max(self.seconds.values(), default=0.0)
         return estimate is None or estimate <= left
