@@ -85,9 +85,7 @@ def check(task: str, tokenizer: str | None, sizes: Mapping[str, Any]) -> None:
         task, sizes = "needle", {"values": 3, **sizes}
     for name in DEFAULTS[task].keys() & sizes.keys():
         _check_size(task, name, sizes[name])
-    one: dict[str, Any] = {n: 1 for n in ("items", "depths") if n in DEFAULTS[task]}
-    given = {**sizes, **one}
-    make(task, tokenizer=tokenizer, **given)
+    make(task, tokenizer=tokenizer, **{**sizes, "items": 1, "depths": 1})
 
 
 def _check_size(task: str, name: str, value: Any) -> None:

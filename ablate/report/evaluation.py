@@ -40,25 +40,18 @@ class Evaluations:
     @classmethod
     def read(cls, analysis: Analysis, path: Path) -> Evaluations:
         """Of the runs that count in the analysis; each file with the `seed` of its run."""
-        runs = {row["key"]: row for row in records(analysis.runs)}
-        order = {str(arm): i for i, arm in enumerate(analysis.arms.index)}
+        runs = records(analysis.runs.sort_values("seed", kind="stable"))
         tasks: dict[str, dict[str, list[dict[str, Any]]]] = {}
-        for name in evaluated(path):
-            if name in _OF_TRAINING:
-                continue
-            for key, content in load_evaluation(path, name).items():
-                if key in runs and "items" in content:
-                    arm, seed = str(runs[key]["arm"]), int(runs[key]["seed"])
-                    own = tasks.setdefault(name, {}).setdefault(arm, [])
-                    own.append({**content, "seed": seed})
-        ordered = {
-            name: {
-                arm: sorted(found[arm], key=lambda content: content["seed"])
-                for arm in sorted(found, key=lambda arm: order.get(arm, len(order)))
-            }
-            for name, found in sorted(tasks.items())
-        }
-        return cls(analysis, ordered)
+        for name in sorted(set(evaluated(path)) - _OF_TRAINING):
+            found = load_evaluation(path, name)
+            arms: dict[str, list[dict[str, Any]]] = {str(arm): [] for arm in analysis.arms.index}
+            for row in runs:
+                content = found.get(row["key"], {})
+                if "items" in content:
+                    arms[str(row["arm"])].append({**content, "seed": int(row["seed"])})
+            if any(arms.values()):
+                tasks[name] = {arm: contents for arm, contents in arms.items() if contents}
+        return cls(analysis, tasks)
 
     # --- the table -----------------------------------------------------------------------------
 

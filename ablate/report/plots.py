@@ -355,8 +355,7 @@ def plot_rates(analysis: Analysis, folder: Path) -> Plot | None:
         last.set_xticks(shown, [_rate(r) for r in shown])
         last.xaxis.set_minor_locator(NullLocator())
         low = float(runs["val_a_loss"].min())
-        near = [f.loss(f.window[0]) for f in fits.values() if f.coefficients]
-        near += [f.loss(f.window[1]) for f in fits.values() if f.coefficients]
+        near = [f.loss(end) for f in fits.values() if f.coefficients for end in f.window]
         top = max([*near, float(runs["val_a_loss"].quantile(0.75))])
         last.set_ylim(low - 0.08 * (top - low), top + 0.12 * (top - low))
         figure.supxlabel("peak learning rate", fontsize=9)

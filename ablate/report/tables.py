@@ -126,14 +126,11 @@ def equal_budgets(analysis: Analysis, metrics: pd.DataFrame) -> pd.DataFrame:
         track["seconds"] -= first[key]
     runs = analysis.runs[analysis.runs["key"].isin(set(curves))]
     for budget in ("tokens", "flops", "seconds"):
-        tracks = {}
-        for key in runs["key"]:
-            track = curves[key]
-            track = track[np.isfinite(track[budget]) & (track[budget] > 0)]
-            if len(track) < 2 or not track[budget].is_monotonic_increasing:
-                break
-            tracks[key] = track
-        if len(tracks) < len(runs) or not tracks:
+        tracks = {
+            k: curves[k][curves[k][budget].between(0, np.inf, "neither")] for k in runs["key"]
+        }
+        sound = [len(t) > 1 and t[budget].is_monotonic_increasing for t in tracks.values()]
+        if not sound or not all(sound):
             continue
         at = min(float(t[budget].iloc[-1]) for t in tracks.values())
         losses = [

@@ -316,9 +316,9 @@ def _arms(
     table = pd.DataFrame(rows, columns=list(rows[0]) if rows else ["arm", "x", "series", "n"])
     table = table.set_index("arm")
     if axis.numeric:
-        series_order = {s: i for i, s in enumerate(dict.fromkeys(table["series"]))}
-        table = table.assign(_s=table["series"].map(series_order))
-        table = table.sort_values(["_s", "x"], kind="stable").drop(columns="_s")
+        names = list(dict.fromkeys(table["series"]))
+        table = table.sort_values("x", kind="stable")
+        table = table.sort_values("series", key=lambda s: s.map(names.index), kind="stable")
     return table
 
 
