@@ -26,6 +26,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 from scipy import optimize, special, stats
+from scipy.sparse import csgraph
 
 from ablate.study.tune import stretch
 
@@ -271,8 +272,7 @@ def _connected(a: NDArray[np.int_], s: NDArray[np.int_], n_arms: int, n_seeds: i
     """Whether shared seeds link every arm with every other."""
     met = np.zeros((n_arms, n_seeds), dtype=bool)
     met[a, s] = True
-    links = (met @ met.T).astype(float)
-    return bool((np.linalg.matrix_power(links, n_arms) > 0).all())
+    return bool(csgraph.connected_components(met @ met.T, return_labels=False) == 1)
 
 
 def interaction(
