@@ -98,23 +98,22 @@ def write_report(
         "equal_budgets": equal_budgets(analysis, metrics),
         "runs": frame,
     }
+    evaluations = Evaluations.read(analysis, path)
     optional = {
         "learning_rates": rate_table(analysis),
         "certificates": certificate_table(analysis, path),
+        "evaluation": evaluations.table(),
     }
     tables |= {name: table for name, table in optional.items() if len(table)}
-    evaluations = Evaluations.read(analysis, path)
-    if evaluations.tasks:
-        tables["evaluation"] = evaluations.table()
     write_tables(tables, folder, say)
     plots = [
         plot_outcomes(analysis, folder),
         plot_curves(analysis, metrics, folder),
         plot_rates(analysis, folder),
+        *evaluations.plots(folder),
     ]
     details = load_details(path)
     found = confounds(frame, details)
-    plots += evaluations.plots(folder)
     lines = judge(analysis, evaluations.verdicts())
     text = _page(analysis, lines, [p for p in plots if p], found, details, tables, shown or path)
     page = folder / "index.html"
@@ -406,7 +405,7 @@ def _matching(table: pd.DataFrame | None, analysis: Analysis) -> str:
 
 
 def _evaluation(table: pd.DataFrame | None) -> str:
-    if table is None or table.empty:
+    if table is None:
         return ""
     rows = []
     told = {"floor": "at floor", "unended": "right, but not ended"}

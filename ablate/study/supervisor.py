@@ -676,9 +676,8 @@ class _Supervisor:
         """Whether a trial on several devices left word to begin again with fewer rows a pass."""
         record = run.environment().get("micro_batch") or {}
         smaller = record.get("out_of_memory")
-        if cell.key in self.shrunk or cell.trial.config.train.devices == 1:
-            return False
-        if not smaller or not cause.startswith(OUT_OF_MEMORY):
+        may = cell.key not in self.shrunk and cell.trial.config.train.devices > 1
+        if not (may and smaller and cause.startswith(OUT_OF_MEMORY)):
             return False
         self.shrunk.add(cell.key)
         self.retried[cell.key] = run.status()["generation"]
