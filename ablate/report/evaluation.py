@@ -7,6 +7,7 @@ arm are averaged item by item first.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -121,10 +122,8 @@ class Evaluations:
         ]
 
     def _about(self, task: str, reference: str) -> Verdict:
-        cells = [
-            c for own in self.tasks[task].values() for one in own for c in one["cells"].values()
-        ]
-        ends = {cell.get("verdict") for cell in cells}
+        runs = itertools.chain.from_iterable(self.tasks[task].values())
+        ends = {cell.get("verdict") for run in runs for cell in run["cells"].values()}
         if ends in ({"floor"}, {"ceiling"}):
             return Verdict("null", f"{task}: every arm is at {ends.pop()}, which tells nothing.")
         table = self.against(task, reference)
@@ -136,12 +135,10 @@ class Evaluations:
             text = f"{task}, exact match over all sizes: {'; '.join(told.values())}; "
             return Verdict("null", f"{text}one seed an arm, or no spread between seeds: no test.")
         parts = [told[reference]]
-        for word in ("lower", "higher"):
-            if (sides == word).any():
-                parts.append(f"{word}: {', '.join(told[a] for a in sides.index[sides == word])}")
-        if (sides == "").any():
-            same = ", ".join(told[a] for a in sides.index[sides == ""])
-            parts.append(f"not told from it: {same}")
+        for side in ("lower", "higher", ""):
+            if (sides == side).any():
+                arms = ", ".join(told[a] for a in sides.index[sides == side])
+                parts.append(f"{side or 'not told from it'}: {arms}")
         text = f"{task}, exact match over all sizes: {'; '.join(parts)} (5%, Dunnett, over seeds)."
         return Verdict("result" if (sides != "").any() else "null", text)
 
