@@ -266,7 +266,9 @@ def _index(folder: Path) -> pd.DataFrame:
         rows.append(row)
     index = pd.DataFrame(rows)
     if fresh and runs[0].path != folder:
-        _write_index(folder / INDEX, index)
+        # a folder that cannot be written, or no pyarrow, costs only time
+        with contextlib.suppress(OSError, ImportError):
+            atomic_write(folder / INDEX, index.to_parquet(index=False))
     return index
 
 
@@ -277,12 +279,6 @@ def _read_index(path: Path) -> dict[str, dict[str, Any]]:
         return {row["key"]: row for row in rows if row["stamp"].startswith(f"{SCHEMA} ")}
     except (OSError, ImportError, ValueError, KeyError, AttributeError):
         return {}
-
-
-def _write_index(path: Path, index: pd.DataFrame) -> None:
-    """Keep the index; a folder that cannot be written, or no pyarrow, costs only time."""
-    with contextlib.suppress(OSError, ImportError):
-        atomic_write(path, index.to_parquet(index=False))
 
 
 def _read_run(run: RunFolder) -> dict[str, Any]:

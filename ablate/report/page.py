@@ -222,9 +222,10 @@ def _results(analysis: Analysis) -> str:
     metrics = [analysis.comparisons[m.column] for m in analysis.shown(_SHOWN)]
     if not metrics:
         return "<p>No finished run has a figure to show.</p>"
+    heading = analysis.axis.label.capitalize() if analysis.axis.numeric else "Arm"
     rows = []
     for arm, r in analysis.arms.iterrows():
-        row = {_arm_heading(analysis): _name(analysis, arm), "Runs": str(int(r["n"]))}
+        row = {heading: _name(analysis, arm), "Runs": str(int(r["n"]))}
         row |= {_heading(c): _best_mark(c, str(arm)) for c in metrics}
         if analysis.arms["attention_of_layers"].max() > 0:
             row["Attention, of layers"] = _share(r["attention_of_layers"])
@@ -468,7 +469,7 @@ def _failures(analysis: Analysis) -> str:
     def listing(title: str, runs: pd.DataFrame, shown: Callable[..., dict[str, str]]) -> str:
         rows = [
             {
-                "Arm": _arm(r),
+                "Arm": _e(f"{r['arm']}{' (tuning)' if r['stage'] == 'tune' else ''}"),
                 "Seed": str(r["seed"]),
                 **shown(r),
                 "Run": f"<code>{_e(r['key'])}</code>",
@@ -481,7 +482,10 @@ def _failures(analysis: Analysis) -> str:
         listing(
             "Runs without a usable result",
             bad,
-            lambda r: {"State": _e(_state(r)), "Cause": _e(str(r["cause"] or "–"))},
+            lambda r: {
+                "State": "done, not finite" if r["state"] == "done" else _e(r["state"]),
+                "Cause": _e(str(r["cause"] or "–")),
+            },
         ),
         listing(
             "Runs that skipped steps (a gradient was not finite)",
@@ -600,10 +604,6 @@ def _reproduce(study: dict[str, Any], name: str, path: Path) -> str:
 # --- small parts ---------------------------------------------------------------------------------
 
 
-def _arm_heading(analysis: Analysis) -> str:
-    return analysis.axis.label.capitalize() if analysis.axis.numeric else "Arm"
-
-
 def _heading(comparison: Comparison) -> str:
     metric = comparison.metric
     if metric is RECALL:
@@ -675,14 +675,6 @@ def _name(analysis: Analysis, arm: Any) -> str:
     name = str(arm)
     known = analysis.axis.numeric and name in analysis.arms.index
     return _e(analysis.short(name) if known else name)
-
-
-def _arm(row: dict[str, Any]) -> str:
-    return _e(f"{row['arm']}{' (tuning)' if row['stage'] == 'tune' else ''}")
-
-
-def _state(row: dict[str, Any]) -> str:
-    return "done, not finite" if row["state"] == "done" else str(row["state"])
 
 
 def _fixed(value: float, digits: int) -> str:

@@ -179,7 +179,10 @@ class _Supervisor:
                 self.slots = self._slots()
                 for slot in range(len(self.slots)):
                     self._spawn(slot)  # they import torch while the text is prepared
-                self._prepare()
+                try:
+                    self._prepare_data()
+                except KeyboardInterrupt:
+                    self.signals.append(signal.SIGINT)
             lock = self._open_folder()
             if work:
                 with self._signals(), self.display:
@@ -194,12 +197,6 @@ class _Supervisor:
         for line in _causes(outcome):
             self.display.say(line)
         return outcome
-
-    def _prepare(self) -> None:
-        try:
-            self._prepare_data()
-        except KeyboardInterrupt:
-            self.signals.append(signal.SIGINT)
 
     def _open_folder(self) -> FileLock:
         """Write the study's index and bring Optuna up to date; the lock of this worker."""
