@@ -395,8 +395,9 @@ def _rerun(args: list[str]) -> int:
 
 def _evaluate(args: list[str]) -> int:
     from ablate.evaluate.trial import command
+    from ablate.report.scores import tables
 
-    return command(args)
+    return command(args, tables)
 
 
 def _bench(args: list[str]) -> int:

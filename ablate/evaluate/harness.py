@@ -15,7 +15,7 @@ from typing import Any
 
 import ablate.evaluate
 from ablate.errors import UserError
-from ablate.evaluate import suites
+from ablate.evaluate import squad, suites
 from ablate.evaluate.local_data import NoLocalData, local_data
 from ablate.evaluate.subjects import Subject
 from ablate.evaluate.suites import Entry
@@ -47,10 +47,15 @@ def run_suite_entry(
         for task in loaded["tasks"].values():
             if entry.task == suites.MMLU_TEXT:
                 suites.as_choice_text(task)
+            if entry.task == suites.SQUAD.task:
+                squad.score_by_document(task)
             if task.get_config("num_fewshot") != 0:
                 task.set_config(key="num_fewshot", value=entry.shots)
             task.set_fewshot_seed(seed=SHOT_SEED)
-        found = _evaluate(lm, loaded, limit)
+        try:
+            found = _evaluate(lm, loaded, limit)
+        except UserError as error:  # its answers are longer than the model's context, say
+            raise Skipped(f"{entry.task}: skipped, {error}") from None
         tasks = loaded["tasks"].values()
         shots_from_training = entry.shots > 0 and any(
             t.get_config("training_split") and not t.get_config("fewshot_split") for t in tasks

@@ -46,7 +46,7 @@ _PLACES: dict[tuple[str, str | None], str] = {
     ("nyu-mll/glue", "rte"): "glue_rte",
     ("nyu-mll/glue", "sst2"): "glue_sst2",
     ("bigbio/pubmed_qa", None): "pubmedqa",
-    ("squad_v2", None): "squadv2",
+    ("lighteval/squad_v2", None): "squadv2",
 }
 # folder -> split -> stem of its file, where they differ
 _STEMS = {

@@ -190,8 +190,13 @@ def _judge_recall(content: dict[str, Any]) -> None:
 # --- the verb ------------------------------------------------------------------------------------
 
 
-def command(words: Sequence[str], console: Console | None = None) -> int:
-    """`python -m ablate evaluate TARGET [name=value …]`; prints a table, 0 when all went well."""
+def command(
+    words: Sequence[str],
+    tables: Callable[[Mapping[str, Mapping[str, Any]]], Iterable[Table]],
+    console: Console | None = None,
+) -> int:
+    """`python -m ablate evaluate TARGET [name=value …]`; prints the `tables` of what was found, 0
+    when all went well."""
     from rich.console import Console
 
     console = console or Console()
@@ -276,66 +281,3 @@ def _words(words: Iterable[str]) -> dict[str, Any]:
 def _options(values: dict[str, Any]) -> EvaluateConfig:
     """A checked section, with the sentences of `config.load`."""
     return config.load({"train": {"tokens": 1}, "evaluate": values}).evaluate
-
-
-def tables(contents: Mapping[str, Mapping[str, Any]]) -> list[Table]:
-    """Results for a terminal: recall by cell, loss by length, benchmarks beside published ones."""
-    from rich.table import Table
-
-    found = []
-    by_cell = {n: c for n, c in contents.items() if "cells" in c}
-    if by_cell:
-        table = Table(title="Recall", title_justify="left")
-        for column in ("task", "cell", "items", "tokens", "exact match", "digits", ""):
-            table.add_column(column, justify="left" if column in ("task", "cell") else "right")
-        for name, content in by_cell.items():
-            for label, cell in content["cells"].items():
-                digits = cell.get("digit_accuracy")
-                told = {
-                    "floor": "at floor: uninformative",
-                    "ceiling": "at ceiling: uninformative",
-                    "cut": "longer than the model reads",
-                    "unended": "right numbers that go on: the model does not stop",
-                }
-                table.add_row(
-                    name,
-                    label,
-                    str(cell["items"]),
-                    f"{cell['tokens']:.0f}",
-                    f"{100 * cell['exact_match']:.1f}%",
-                    "" if digits is None else f"{100 * digits:.1f}%",
-                    told.get(cell["verdict"] or "", ""),
-                )
-        found.append(table)
-    if "length" in contents:
-        content = contents["length"]
-        table = Table(
-            title=f"Loss on the same {content['scored_tokens']} tokens of each of "
-            f"{content['documents']} documents",
-            title_justify="left",
-        )
-        table.add_column("training lengths", justify="right")
-        table.add_column("tokens", justify="right")
-        table.add_column("loss (nats)", justify="right")
-        for multiple, loss in content["by_multiple"].items():
-            table.add_row(multiple, str(int(multiple) * content["training_length"]), f"{loss:.4f}")
-        found.append(table)
-    benchmarks = {n: c for n, c in contents.items() if "shots" in c}
-    if benchmarks:
-        models = list(dict.fromkeys(m for c in benchmarks.values() for m in c["published"]))
-        table = Table(title="Benchmarks (published figures: %)", title_justify="left")
-        for column in ("task", "shots", "metric", "items", "here", *models):
-            table.add_column(column, justify="left" if column in ("task", "metric") else "right")
-        for content in benchmarks.values():
-            scale = 100 if content["value"] <= 1 else 1
-            shown = [content["published"].get(m) for m in models]
-            table.add_row(
-                content["task"],
-                str(content["shots"]),
-                content["metric"],
-                str(len(content["items"]["id"])),
-                f"{scale * content['value']:.2f}",
-                *("" if v is None else f"{v:g}" for v in shown),
-            )
-        found.append(table)
-    return found

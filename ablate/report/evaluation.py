@@ -6,7 +6,6 @@ arm are averaged item by item first.
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import math
 from collections.abc import Sequence
@@ -23,7 +22,14 @@ from matplotlib.ticker import FuncFormatter, NullLocator, PercentFormatter
 
 from ablate.report.frames import evaluated, load_evaluation, records
 from ablate.report.plots import COLUMN, STYLE, Plot, accuracy_axis, cut, legend_below, looks, save
-from ablate.report.stats import NAN, Estimate, bootstrap_ratio, fit_arms, mcnemar, paired_items
+from ablate.report.stats import (
+    NAN,
+    Estimate,
+    fit_arms,
+    mcnemar,
+    paired_items,
+    share_of_items,
+)
 from ablate.report.verdicts import Analysis, Verdict
 from ablate.study.show import si
 
@@ -278,16 +284,8 @@ class _Scores:
     by_seed: list[float]
 
     def mean(self) -> Estimate:
-        """With an interval over documents. Where all are right, or all wrong, resampling them gives
-        none: then the exact one of as many trials as there are clusters (Clopper and Pearson)."""
-        if self.score.empty:
-            return Estimate(NAN)
-        found = bootstrap_ratio(self.score, np.ones(len(self.score)), self.clusters)
-        if found.value in (0.0, 1.0) and self.score.isin([found.value]).all():
-            reach = 0.025 ** (1 / self.clusters.nunique())
-            low, high = (0.0, 1 - reach) if found.value == 0 else (reach, 1.0)
-            return dataclasses.replace(found, low=low, high=high)
-        return found
+        """With an interval over documents."""
+        return share_of_items(self.score, self.clusters)
 
 
 _NONE = _Scores(pd.Series(dtype=float), pd.Series(dtype=object), [])

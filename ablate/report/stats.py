@@ -526,6 +526,21 @@ def bootstrap_ratio(
     return Estimate(value, float(ratios.std(ddof=1)), n - 1, float(low), float(high))
 
 
+def share_of_items(score: ArrayLike, clusters: ArrayLike) -> Estimate:
+    """Mean score of items, each between 0 and 1, by `bootstrap_ratio`. Where all are right, or all
+    wrong, resampling them gives no interval: then the exact one of as many trials as there are
+    clusters (Clopper and Pearson). NaN without items."""
+    scores = np.asarray(score, dtype=np.float64)
+    if not scores.size:
+        return Estimate(NAN)
+    found = bootstrap_ratio(scores, np.ones(len(scores)), clusters)
+    if found.value in (0.0, 1.0) and (scores == found.value).all():
+        reach = ((1 - LEVEL) / 2) ** (1 / len(np.unique(np.asarray(clusters))))
+        low, high = (0.0, 1 - reach) if found.value == 0 else (reach, 1.0)
+        return dataclasses.replace(found, low=low, high=high)
+    return found
+
+
 def paired_items(
     one: ArrayLike, other: ArrayLike, clusters: ArrayLike | None = None, *, draws: int = 2000
 ) -> Estimate:

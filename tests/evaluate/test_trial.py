@@ -22,6 +22,7 @@ from ablate.evaluate.local_data import NoLocalData, local_data
 from ablate.evaluate.recall import first_answer
 from ablate.evaluate.subjects import load as load_subject
 from ablate.evaluate.trial import _judge_recall, check, command, evaluate, train_and_evaluate
+from ablate.report.scores import tables
 from ablate.run import RunFolder
 from ablate.train.validation import uninformative
 
@@ -45,6 +46,13 @@ def data_folder(tmp_path_factory):
     ]
     write("piqa/validation.jsonl", piqa)
     write("lambada_openai/test.jsonl", [{"text": f"{words(5)}\u2028{words(4)}"} for _ in range(5)])
+    told = {"title": "Cats", "context": "The cat sat on a mat."}
+    asked = [("Who sat?", ["the cat", "cat"]), ("Who stood?", []), ("On what?", ["a mat"])]
+    squad = [
+        {**told, "id": f"{i}", "question": q, "answers": {"text": a, "answer_start": [0] * len(a)}}
+        for i, (q, a) in enumerate(4 * asked)
+    ]
+    write("squadv2/validation.jsonl", squad)
     for split, n in (("dev", 6), ("test", 2)):
         rows = [
             {
@@ -155,7 +163,7 @@ def test_length_scores_the_same_targets(run):
 
 def ask(*words):
     console = Console(file=io.StringIO(), width=160)
-    code = command(list(words), console)
+    code = command(list(words), tables, console)
     return code, console.file.getvalue()
 
 
@@ -175,6 +183,41 @@ def test_a_finished_folder_is_evaluated_again(run, data_folder):
         "piqa: no training split here, shots come from validation"
     ]
     assert place.result() == result
+
+
+def test_squad_scores_each_document_without_a_script_of_the_hub(run, data_folder, monkeypatch):
+    answers = ["The cat.", "A dog", "mat, or so"]
+
+    def generate(self, requests, **_):
+        return [answers[int(r.doc["id"]) % 3] for r in requests]
+
+    monkeypatch.setattr("ablate.evaluate.adapter.SubjectLM.generate_until", generate)
+    place, _ = run
+    code, said = ask(
+        str(place.path), "recall=[]", "length=[]", "suites=[squadv2]",
+        f"local_data={data_folder}", "device=cpu",
+    )  # fmt: skip
+    assert code == 0
+    content = place.evaluation("squadv2-0shot")
+    assert content["items"]["score"] == pytest.approx(4 * [1.0, 0.0, 0.5])
+    assert content["value"] == pytest.approx(0.5)
+    assert content["metrics"]["exact,none"] == pytest.approx(1 / 3)
+    assert len(set(content["items"]["cluster"])) == 1  # one text
+    assert "50.00" in said
+
+
+def test_a_task_whose_answers_do_not_fit_costs_itself_alone(run, data_folder, monkeypatch, capsys):
+    def refuse(self, requests, **_):
+        raise UserError("max_gen_toks is 256, not less than the model's 64")
+
+    monkeypatch.setattr("ablate.evaluate.adapter.SubjectLM.generate_until", refuse)
+    code, said = ask(
+        str(run[0].path), "recall=[]", "length=[]", "suites=[squadv2,piqa]",
+        f"local_data={data_folder}", "device=cpu",
+    )  # fmt: skip
+    assert code == 0
+    assert "squadv2: skipped, max_gen_toks is 256" in capsys.readouterr().out
+    assert "piqa" in said
 
 
 def test_mmlu_in_three_forms(run, data_folder, capsys):
@@ -207,24 +250,24 @@ def test_weights_are_evaluated_without_the_text_they_were_trained_on(run, tmp_pa
     words = ["recall=[phonebook]", "sizes={entries: [3], items: 2}", "device=cpu"]
     assert ask(str(place.path), *words)[0] == 0
     with pytest.raises(UserError, match=r"data\.path"):
-        command([str(place.path), "length=[1]", "recall=[]"])
+        command([str(place.path), "length=[1]", "recall=[]"], tables)
 
     kept = place.path / "tokenizer.json"
     whole = kept.read_text()
     kept.write_text(whole[:100])
     with pytest.raises(UserError, match=r"its tokenizer\.json cannot be read"):
-        command([str(place.path), *words])
+        command([str(place.path), *words], tables)
     other = json.loads(whole)
     first = other["added_tokens"][0]
     other["added_tokens"] += [{**first, "id": 300 + i, "content": f"<{i}>"} for i in range(60)]
     kept.write_text(json.dumps(other))
     with pytest.raises(UserError, match="do not fit its config and tokenizer: embedding is"):
-        command([str(place.path), *words])
+        command([str(place.path), *words], tables)
     kept.write_text(whole)
     weights = place.checkpoint / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-9])
     with pytest.raises(UserError, match="its weights cannot be read"):
-        command([str(place.path), *words])
+        command([str(place.path), *words], tables)
 
 
 def test_a_transformers_model_and_its_length(hf_folder, tmp_path):
@@ -244,9 +287,9 @@ def test_a_transformers_model_and_its_length(hf_folder, tmp_path):
     assert code == 0
     assert "256" in said
     with pytest.raises(UserError, match="8 times 64 tokens are more than the 256 positions"):
-        command([str(hf_folder), "length=[8]", *words])
+        command([str(hf_folder), "length=[8]", *words], tables)
     with pytest.raises(UserError, match="max_length is 512, but the model has 256 positions"):
-        command([str(hf_folder), "max_length=512"])
+        command([str(hf_folder), "max_length=512"], tables)
 
 
 def test_transformers_models_that_cannot_be_loaded(hf_folder, tmp_path, monkeypatch):
@@ -281,7 +324,7 @@ def test_transformers_models_that_cannot_be_loaded(hf_folder, tmp_path, monkeypa
         (own, "remote_code=true would run"),
     ):
         with pytest.raises(UserError, match=named) as raised:
-            command([target, "recall=[induction]"])
+            command([target, "recall=[induction]"], tables)
         assert "\n" not in str(raised.value)
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "m"))
     assert load_subject(own, device="cpu", remote_code=True).positions == 256
@@ -310,7 +353,7 @@ def test_a_run_folder_that_cannot_be_written_is_told_first(run, tmp_path, monkey
     (tmp_path / "run" / "evaluation").write_text("in the way")
     monkeypatch.setattr("ablate.evaluate.trial.load", lambda *_, **__: pytest.fail("loaded"))
     with pytest.raises(UserError, match=r"cannot write to '.*run' \(File exists\)"):
-        command([str(tmp_path / "run"), "recall=[induction]"])
+        command([str(tmp_path / "run"), "recall=[induction]"], tables)
 
 
 def test_weights_that_were_not_kept(run, tmp_path):
@@ -318,9 +361,9 @@ def test_weights_that_were_not_kept(run, tmp_path):
     other = RunFolder(tmp_path / "other")
     other.create(place.config())
     with pytest.raises(UserError, match=r"'.*other' has not finished, .* out=FOLDER keeps"):
-        command([str(other.path)])
+        command([str(other.path)], tables)
     with pytest.raises(UserError, match=r"train\.keep=weights"):
-        command([str(other.path), f"out={tmp_path / 'scores'}"])
+        command([str(other.path), f"out={tmp_path / 'scores'}"], tables)
 
 
 @pytest.mark.parametrize(
@@ -350,7 +393,7 @@ def test_weights_that_were_not_kept(run, tmp_path):
 )
 def test_mistakes_are_one_sentence(words, named):
     with pytest.raises(UserError, match=named) as raised:
-        command(words)
+        command(words, tables)
     assert "\n" not in str(raised.value)
 
 
@@ -563,5 +606,5 @@ def test_the_verb_runs_what_is_named_and_not_what_the_trial_ran(run, tmp_path):
     place, _ = run
     said = Console(file=io.StringIO(), width=120)
     words = [str(place.path), "recall=[induction]", 'sizes={"lengths":[64],"items":2}']
-    assert command([*words, f"out={tmp_path / 'out'}", "device=cpu"], said) == 0
+    assert command([*words, f"out={tmp_path / 'out'}", "device=cpu"], tables, said) == 0
     assert set(RunFolder(tmp_path / "out").evaluations()) == {"induction"}
