@@ -396,8 +396,9 @@ def _rerun(args: list[str]) -> int:
 def _evaluate(args: list[str]) -> int:
     from ablate.evaluate.trial import command
     from ablate.report.scores import tables
+    from ablate.study.show import wide_console
 
-    return command(args, tables)
+    return command(args, tables, wide_console())
 
 
 def _bench(args: list[str]) -> int:

@@ -192,7 +192,7 @@ def _judge_recall(content: dict[str, Any]) -> None:
 
 def command(
     words: Sequence[str],
-    tables: Callable[[Mapping[str, Mapping[str, Any]]], Iterable[Table]],
+    tables: Callable[[Mapping[str, Mapping[str, Any]]], Iterable[Table | str]],
     console: Console | None = None,
 ) -> int:
     """`python -m ablate evaluate TARGET [name=value …]`; prints the `tables` of what was found, 0
@@ -245,7 +245,7 @@ def command(
         console.print("nothing was evaluated: every task was skipped")
         return 1
     for table in tables(contents):
-        console.print(table)
+        console.print(table, highlight=False, markup=False)
     if kept:
         console.print(f"written to {place.path / 'evaluation'}", highlight=False)
     else:

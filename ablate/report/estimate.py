@@ -130,7 +130,9 @@ def _past(run: RunFolder, here: Machine) -> Past | None:
         return None
     phases = {k: v for k, v in (result.get("seconds") or {}).items() if isinstance(v, int | float)}
     train, arch = result.get("train") or {}, result.get("architecture") or {}
-    if not phases.get("train") or not train.get("flops") or not train.get("tokens_per_second"):
+    speed, per_token = train.get("tokens_per_second", 0), arch.get("train_flops_per_token", 0)
+    needed = (phases.get("train"), train.get("flops"), speed, per_token)
+    if not all(config.is_number(figure) and figure > 0 for figure in needed):
         return None
     start = sum(phases.get(k, 0.0) for k in START)
     return Past(
@@ -140,7 +142,7 @@ def _past(run: RunFolder, here: Machine) -> Past | None:
             config.get(tree, "train.devices") or 1,
         ),
         params=float(arch.get("non_embedding_params") or math.nan),
-        flops=float(train["tokens_per_second"]) * float(arch["train_flops_per_token"]),
+        flops=float(speed * per_token),
         start=start,
         memory=float(train.get("peak_memory_bytes") or math.nan),
         study=run.path.parent.name,

@@ -133,6 +133,8 @@ class Evaluations:
         if ends in ({"floor"}, {"ceiling"}):
             return Verdict("null", f"{task}: every arm is at {ends.pop()}, which tells nothing.")
         table = self.against(task, reference)
+        if table.empty:
+            return Verdict("null", f"{task}: arms were asked at no size in common: no test.")
         told = {
             str(a): f"{self.analysis.short(str(a))}: {v:.1%}" for a, v in table["value"].items()
         }
@@ -167,8 +169,10 @@ class Evaluations:
             figure = Figure(figsize=(COLUMN, 1.9 * len(tasks) + 0.5), layout="constrained")
             axes = figure.subplots(len(tasks), 1, squeeze=False)[:, 0]
             for ax, (task, arms) in zip(axes, tasks.items(), strict=True):
+                ticks: set[int] = set()
                 for arm, contents in arms.items():
                     sizes, found, seeds = by_size(contents)
+                    ticks.update(sizes)
                     y, bars = [e.value for e in found], error_bars(found)
                     name = self.analysis.short(arm)
                     ax.errorbar(sizes, y, yerr=bars, markersize=4, label=name, **look[arm].style)
@@ -176,7 +180,7 @@ class Evaluations:
                     pairs = ", ".join(f"{s}: {v:.0%}" for s, v in zip(sizes, y, strict=True))
                     told.append(f"{task}, {name}: {pairs}")
                 ax.set_xscale("log", base=2)
-                ax.set_xticks(sizes, [_size(s) for s in sizes])
+                ax.set_xticks(sorted(ticks), [_size(s) for s in sorted(ticks)])
                 ax.xaxis.set_minor_locator(NullLocator())
                 accuracy_axis(ax)
                 ax.set_title(task)

@@ -298,7 +298,9 @@ def _compact(trees: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def _changes(base: Any, tree: Any, prefix: str = "") -> list[tuple[str, Any]]:
-    if not (isinstance(base, dict) and isinstance(tree, dict) and list(base) == list(tree)):
+    """Dotted places with what differs there; one whose names have dots themselves differs whole."""
+    alike = isinstance(base, dict) and isinstance(tree, dict) and list(base) == list(tree)
+    if not alike or any("." in str(name) for name in base):
         return [] if base == tree else [(prefix, tree)]
     found = []
     for name in base:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,30 +13,30 @@ from ablate.report.stats import Estimate, bootstrap_ratio, share_of_items
 from ablate.study.show import plain_table
 
 _VERDICTS = {
-    "floor": "at floor: uninformative",
-    "ceiling": "at ceiling: uninformative",
+    "floor": "at floor, which tells nothing",
+    "ceiling": "at ceiling, which tells nothing",
     "cut": "longer than the model reads",
     "unended": "right numbers that go on: the model does not stop",
 }
 
 
-def tables(contents: Mapping[str, Mapping[str, Any]]) -> list[Table]:
-    """Recall by cell, loss by length, and benchmarks beside published ones, each with its 95%
-    interval over documents."""
-    found = []
+def tables(contents: Mapping[str, Mapping[str, Any]]) -> list[Table | str]:
+    """Recall by cell, loss by length, and benchmarks, each score with its 95% interval over
+    documents; after them, which cells tell nothing, and published figures."""
+    found: list[Table | str] = []
     if recall := {n: c for n, c in contents.items() if "cells" in c}:
-        found.append(_recall(recall))
+        found += [_recall(recall), *_uninformative(recall)]
     if "length" in contents:
         found.append(_length(contents["length"]))
     if benchmarks := [c for c in contents.values() if "shots" in c]:
-        found.append(_benchmarks(benchmarks))
+        found += [_benchmarks(benchmarks), *_published(benchmarks)]
     return found
 
 
 def _recall(contents: Mapping[str, Mapping[str, Any]]) -> Table:
     numbers = ["items", "tokens", "exact match", "95%", "digits"]
     table = plain_table("Recall", ["task", "cell"], numbers)
-    table.add_column("")
+    table.columns[0].no_wrap = True
     for name, content in contents.items():
         items = content["items"]
         for label, cell in content["cells"].items():
@@ -51,9 +51,20 @@ def _recall(contents: Mapping[str, Mapping[str, Any]]) -> Table:
                 f"{cell['exact_match']:.1%}",
                 _percent(share_of_items(score, cluster)),
                 "" if digits is None else f"{digits:.1%}",
-                _VERDICTS.get(cell["verdict"] or "", ""),
             )
     return table
+
+
+def _uninformative(contents: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+    for verdict, meaning in _VERDICTS.items():
+        cells = [
+            f"{name} {label}"
+            for name, content in contents.items()
+            for label, cell in content["cells"].items()
+            if cell["verdict"] == verdict
+        ]
+        if cells:
+            yield f"{meaning}: {', '.join(cells)}"
 
 
 def _length(content: Mapping[str, Any]) -> Table:
@@ -71,7 +82,7 @@ def _length(content: Mapping[str, Any]) -> Table:
 def _benchmarks(contents: Sequence[Mapping[str, Any]]) -> Table:
     numbers = ["shots", "items", "here, %", "95%"]
     table = plain_table("Benchmarks", ["task", "metric"], numbers)
-    table.add_column("published, %", overflow="fold")
+    table.columns[0].no_wrap = True
     for content in contents:
         items = content["items"]
         found = share_of_items(items["score"], items["cluster"])
@@ -84,9 +95,15 @@ def _benchmarks(contents: Sequence[Mapping[str, Any]]) -> Table:
             str(len(items["score"])),
             f"{100 * content['value']:.2f}",
             _percent(found) if same else "",
-            ", ".join(f"{model} {v:g}" for model, v in content["published"].items()),
         )
     return table
+
+
+def _published(contents: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    for content in contents:
+        if figures := content["published"]:
+            listed = ", ".join(f"{model} {value:g}" for model, value in figures.items())
+            yield f"published, {content['task']}, {content['shots']} shots, %: {listed}"
 
 
 def _percent(share: Estimate) -> str:

@@ -9,6 +9,7 @@ import pandas as pd
 from rich.console import Console
 from rich.table import Table
 
+from ablate.config import is_number
 from ablate.errors import UserError
 from ablate.run import RunFolder, find_runs
 from ablate.study.folder import StudyFolder, is_held, tuning_name
@@ -48,9 +49,10 @@ def frame(path: Path | str) -> pd.DataFrame:
 
 def _arm(cell: dict[str, Any]) -> str | None:
     """The arm's label, with the learning rate of a run that looks for the arm's own."""
-    if cell.get("stage") != "tune":
-        return cell.get("arm")
-    return tuning_name(cell["arm"], cell["factors"]["train.lr"])
+    arm, rate = cell.get("arm"), (cell.get("factors") or {}).get("train.lr")
+    if cell.get("stage") != "tune" or arm is None or not is_number(rate):
+        return arm
+    return tuning_name(arm, rate)
 
 
 def _state(run: RunFolder) -> dict[str, Any]:

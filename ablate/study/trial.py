@@ -189,14 +189,14 @@ def _check_recall(cfg: Config) -> None:
     length = mqar.length or cfg.data.seq_len
     if row_counts(cfg.data, cfg.train.batch_size).mqar:
         check_recall(mqar.pairs, length, mqar.queries, ids)
-    for pairs in (cfg.evaluate.mqar_pairs or []) if cfg.evaluate.mqar_rows else []:
+    if not cfg.evaluate.mqar_rows:
+        return
+    for pairs in cfg.evaluate.mqar_pairs or [mqar.pairs]:
         try:
             check_recall(pairs, length, None, ids)
         except UserError as error:
-            message = str(error).replace("data.mqar.pairs=", "evaluate.mqar_pairs=")
-            raise UserError(message) from None
-    if cfg.evaluate.mqar_rows and cfg.evaluate.mqar_pairs is None:
-        check_recall(mqar.pairs, length, None, ids)
+            asked = "evaluate.mqar_pairs=" if cfg.evaluate.mqar_pairs else "data.mqar.pairs="
+            raise UserError(str(error).replace("data.mqar.pairs=", asked)) from None
 
 
 def _check_windows(cfg: Config, architecture: Architecture, warnings: list[str]) -> None:

@@ -275,11 +275,11 @@ def test_a_transformers_model_and_its_length(hf_folder, tmp_path):
     sizes = "sizes={entries: [3, 40], items: 2, lengths: [120], depths: 1}"
     code, said = ask(str(hf_folder), "recall=[phonebook,passkey]", sizes, f"out={tmp_path}")
     assert code == 0
-    assert said.count("longer than the model reads") == 1
+    assert "longer than the model reads: phonebook entries=40\n" in said
     kept = json.loads((tmp_path / "evaluation" / "phonebook.json").read_text())["cells"]
     assert [kept[f"entries={n}"]["cut"] for n in (3, 40)] == [0, 2]
     code, said = ask(str(hf_folder), "recall=[phonebook]", sizes, "max_length=100")
-    assert said.count("longer than the model reads") == 2
+    assert "longer than the model reads: phonebook entries=3, phonebook entries=40\n" in said
     text = tmp_path / "long.txt"
     text.write_text("some words of a text " * 200)
     words = ["recall=[]", f"long_documents={text}", "max_length=64"]

@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from ablate.__main__ import main
 from ablate.report import load_study
 from ablate.report.evaluation import Evaluations, _Scores
 from ablate.report.page import write_report
@@ -283,3 +284,16 @@ def test_only_what_every_run_was_asked_counts(evaluated: Path):
     twenty = found.against("phonebook", arms[0], "entries=20")
     assert [len(seeds) for seeds in twenty["by_seed"]] == [2, 2, 2, 1]
     assert found.against("phonebook", "nobody").empty
+
+
+def test_arms_that_were_asked_nothing_in_common(evaluated: Path):
+    for run in find_runs(evaluated):
+        if run.key.startswith("00"):
+            content = run.evaluation("phonebook")
+            content["cells"] = {"entries=3": {**content["cells"]["entries=5"], "x": 3}}
+            content["items"] = {name: values[:40] for name, values in content["items"].items()}
+            content["items"] |= {"cell": ["entries=3"] * 40, "x": [3] * 40}
+            run.write_evaluation("phonebook", content)
+    told = [v.text for v in Evaluations.read(analyse(load_study(evaluated)), evaluated).verdicts()]
+    assert "phonebook: arms were asked at no size in common: no test." in told
+    assert main(["report", str(evaluated)]) == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from pathlib import Path
@@ -13,7 +14,8 @@ import pytest
 from ablate.__main__ import main
 from ablate.errors import UserError
 from ablate.report import load_study
-from ablate.report.export import export_study
+from ablate.report.export import export_study, read_index
+from ablate.report.frames import FIGURES
 from ablate.report.page import write_report
 from ablate.run import find_runs, read_json, write_json
 
@@ -171,6 +173,15 @@ def test_damaged_scores_of_an_export_without_sums(exported, tmp_path, capsys):
         file.write_bytes(file.read_bytes()[:50])
     assert main(["report", str(folder)]) == 2
     assert "is an exported study that cannot be read" in capsys.readouterr().err
+
+
+def test_names_with_dots_come_back(copy, tmp_path):
+    """Modules of layers of one's own, by which runs differ."""
+    for i, run in enumerate(find_runs(copy)):
+        run.write_environment({**run.environment(), "layers": {"my_pkg.my_layer": f"digest {i}"}})
+    folder = export_study(copy, tmp_path / "results")
+    told = [json.loads(text)["layers"] for text in read_index(folder, list(FIGURES))["environment"]]
+    assert told == [{"my_pkg.my_layer": f"digest {i}"} for i in range(len(told))]
 
 
 def test_an_export_never_overwrites_a_study_that_runs(copy, capsys):

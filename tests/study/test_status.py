@@ -146,3 +146,14 @@ def test_the_display_names_every_figure(terminal: bool, monkeypatch: pytest.Monk
 
 def test_durations() -> None:
     assert [duration(s) for s in (4.4, 600, 7000)] == ["4 s", "10 min", "1.9 h"]
+
+
+@pytest.mark.parametrize(
+    "cell", [{"stage": "tune"}, {"stage": "tune", "arm": "a"},
+             {"stage": "tune", "arm": "a", "factors": {"train.lr": "x"}}],
+)  # fmt: skip
+def test_a_damaged_cell_costs_its_name_at_most(study: Path, cell) -> None:
+    index = json.loads((study / "study.json").read_text())
+    index["cells"]["key0"] = cell
+    (study / "study.json").write_text(json.dumps(index))
+    assert frame(study).set_index("key").loc["key1", "arm"] == "arm 1"

@@ -34,6 +34,10 @@ from ablate.study.trial import resolve
         ({"data.mqar": {"share": 0.01, "pairs": 2}}, ["data.mqar.share", "train.batch_size"]),
         ({"evaluate.mqar_rows": 4, "evaluate.mqar_pairs": [9]}, ["evaluate.mqar_pairs"]),
         (
+            {"evaluate.mqar_rows": 4, "evaluate.mqar_pairs": [], "data.mqar": {"pairs": 9}},
+            ["data.mqar.pairs", "36"],
+        ),
+        (
             {"evaluate.recall": ["induction"], "evaluate.sizes": {"lengths": [3]}},
             ["induction", "length 3"],
         ),
