@@ -210,11 +210,10 @@ def _run(args: list[str]) -> int:
             os.environ.pop(name, None)
     if any(a.split("=")[0] in _HYDRA_FLAGS for a in args):
         return _hydra_multirun(args)
-    from rich.console import Console
-
     from ablate.compose import compose
     from ablate.report.page import write_report
     from ablate.run import find_runs
+    from ablate.study.show import plain_console
     from ablate.study.supervisor import run_study
 
     for word in args:
@@ -228,7 +227,7 @@ def _run(args: list[str]) -> int:
         print(note)
     outcome = run_study(composed.tree, words=args)
     if any(find_runs(outcome.folder)):
-        page = write_report(outcome.folder, console=Console())
+        page = write_report(outcome.folder, console=plain_console())
         print(f"report: {page}")
     elif outcome.exit_code == 1:
         why = "study.deadline left no time for one" if outcome.unfinished else "none can be run"
@@ -243,20 +242,28 @@ def _hydra_multirun(args: list[str]) -> int:
     import hydra
     from omegaconf import DictConfig, OmegaConf
 
-    from ablate.compose import compose, own_conf, register_sweeps, shipped
+    from ablate.compose import compose, each_of, own_conf, register_sweeps, shipped
     from ablate.config import load
     from ablate.study.supervisor import run_study
 
-    plain = [a for a in args if "=" in a and "," not in a]
-    composed = compose(plain)
-    load(composed.tree)  # mistakes in one sentence, first
+    choices = [each_of(a) for a in args if "=" in a and not a.startswith("-")]
+    first = [values[0] for values in choices]
+    composed = compose(first)
+    load(composed.tree)  # mistakes in one sentence, before the first job
+    for i, values in enumerate(choices):
+        for value in values[1:]:
+            load(compose([*first[:i], value, *first[i + 1 :]]).tree)
     register_sweeps(args)
+    codes = [0]
 
     @hydra.main(version_base="1.3", config_path=str(shipped("conf")), config_name="config")
     def job(cfg: DictConfig) -> float | None:
         tree = OmegaConf.to_container(cfg, resolve=True)
         assert isinstance(tree, dict)
         outcome = run_study({str(k): v for k, v in tree.items()})
+        codes.append(outcome.exit_code)
+        if outcome.exit_code == 130:
+            raise KeyboardInterrupt  # the jobs after it too
         return outcome.exit_code
 
     # Hydra itself knows nothing of a scale that the machine chooses.
@@ -269,7 +276,7 @@ def _hydra_multirun(args: list[str]) -> int:
         words += own_conf()
     sys.argv = ["ablate", *words]
     job()
-    return 0
+    return max(codes)
 
 
 def _plan(args: list[str]) -> int:
@@ -353,10 +360,10 @@ def _status(args: list[str]) -> int:
 
 
 def _report(args: list[str]) -> int:
-    from rich.console import Console
 
     from ablate.report.export import export_study
     from ablate.report.page import write_report
+    from ablate.study.show import plain_console
 
     exports = [a.partition("=")[2] for a in args if a.startswith("export=")]
     if len(exports) > 1 or "" in exports:
@@ -365,7 +372,7 @@ def _report(args: list[str]) -> int:
         if exports:
             folder = export_study(folder, Path(exports[0]))
             print(f"exported: {folder}")
-        page = write_report(folder, console=Console())
+        page = write_report(folder, console=plain_console())
         print(f"report: {page}")
     return 0
 

@@ -207,7 +207,8 @@ def own_conf() -> list[str]:
     own = Path.cwd() / "conf"
     if not own.is_dir() or own.resolve() == shipped("conf").resolve():
         return []
-    return [f"hydra.searchpath=[file://{own}]"]
+    quoted = str(own).replace('"', '\\"')  # the grammar takes few letters without quotes
+    return [f'hydra.searchpath=["file://{quoted}"]']
 
 
 def _compose(words: list[str]) -> tuple[dict[str, Any], dict[str, str]]:
@@ -315,6 +316,18 @@ def _of_defaults(words: list[str]) -> str | None:
                 "the choice of another group is written as '- override /data: files'"
             )
     return None
+
+
+def each_of(word: str) -> list[str]:
+    """The words that one word of Hydra's multirun, such as a=1,2, stands for."""
+    try:
+        override = OverridesParser.create().parse_override(word)
+        if override.is_sweep_override():
+            name = override.get_key_element()
+            return [f"{name}={value}" for value in override.sweep_string_iterator()]
+    except HydraException:
+        pass  # told by `compose`
+    return [word]
 
 
 def _readable(word: str) -> bool:

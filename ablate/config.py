@@ -257,7 +257,9 @@ class TrainConfig(Section):
     tokens: int | None = Field(None, ge=1, description="budget in tokens")
     flops: float | None = Field(None, gt=0, description="budget in training FLOPs (contract)")
     seconds: float | None = Field(None, gt=0, description="budget in seconds of training")
-    batch_size: int = Field(16, ge=1, description="rows an optimiser step, over all micro-batches")
+    batch_size: int = Field(
+        16, ge=1, le=1_000_000, description="rows an optimiser step, over all micro-batches"
+    )
     micro_batch: int | Literal["auto"] | None = operational(
         None,
         "rows a forward pass and device; null: all; auto: on a GPU the fewest within 3% of the "
@@ -375,6 +377,10 @@ class EvaluateConfig(Section):
             raise ValueError(f"'length' must be multiples of 1 or more, got {self.length}")
         if min(self.mqar_pairs or [1]) < 1:
             raise ValueError(f"'mqar_pairs' must be numbers of 1 or more, got {self.mqar_pairs}")
+        if self.mqar_pairs and not self.mqar_rows:
+            raise ValueError(
+                f"'mqar_pairs' is {self.mqar_pairs}, of which nothing is scored: 'mqar_rows' is 0"
+            )
         return self
 
 

@@ -336,6 +336,14 @@ class RunFolder:
     def write_evaluation(self, task: str, value: Mapping[str, Any]) -> None:
         write_json(self._there() / "evaluation" / f"{task}.json", value)
 
+    def set_aside(self, task: str) -> Path:
+        """Move the scores of a task to where those of others do not take their place."""
+        scores = self.path / "evaluation" / f"{task}.json"
+        earlier = scores.parent / "earlier"
+        earlier.mkdir(exist_ok=True)
+        n = 1 + len(list(earlier.glob(f"{task}-*.json")))
+        return scores.rename(earlier / f"{task}-{n}.json")
+
     def write_result(self, result: Mapping[str, Any], generation: int) -> None:
         """The last write of a run: from here on it is finished."""
         self.check(generation)

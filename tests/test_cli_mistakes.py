@@ -169,6 +169,26 @@ def test_a_misspelt_name_is_one_sentence(name, capsys, tmp_path, monkeypatch):
         (["plan", "scale=cpu", "match.certificate={a:1}"], "match.certificate"),
         (["plan", "scale=cpu", "gpu=H1000"], "gpu is 'H1000'"),
         (["import", "study.foldr=x"], "study.folder"),
+        (["-m", "scale=cpu", "train.lr=1e-3,banana"], "train.lr"),
+        (["-m", "scale=cpu", "train.lrr=1e-3,2e-3"], "train.lr"),
+        (["scale=cpu", "train.batch_size=1e10"], "train.batch_size"),
+        (["scale=cpu", "evaluate.mqar_rows=0", "evaluate.mqar_pairs=[4]"], "'mqar_rows' is 0"),
+        (
+            [
+                "scale=cpu",
+                "study.search={train.batch_size:{low:8,high:20,step:7.9,integer:true}}",
+                "study.n_trials=2",
+            ],
+            "'step' of whole numbers must be whole, got 7.9",
+        ),
+        (
+            [
+                "scale=cpu",
+                "study.search={train.lr:{low:1e-3,high:2e-3,step:5}}",
+                "study.n_trials=2",
+            ],
+            "'step' 5 leads out of the range from 0.001 to 0.002",
+        ),
         (["arch.pattern=M-x2", "arch.n_layers=30"], "beside arch.pattern, which is 'M-x2'"),
         (["arch=mamba2_130m", "arch.attention_share=0.3"], "arch.pattern=null"),
         (["arch.unit=M-", "arch.n_layers=4", "arch.mlp_share=0.3"], "beside arch.unit"),
@@ -189,6 +209,28 @@ def test_a_misspelt_name_is_one_sentence(name, capsys, tmp_path, monkeypatch):
 )
 def test_other_mistakes(words, named, capsys, tmp_path, monkeypatch):
     assert named in fails(capsys, tmp_path, monkeypatch, *words)
+
+
+@pytest.mark.parametrize("name", ["nö", "a, b", "x=[1]", 'q"uote'])
+def test_a_conf_folder_of_ones_own_in_any_path(name, tmp_path, monkeypatch, capsys) -> None:
+    folder = tmp_path / name / "conf" / "scale"
+    folder.mkdir(parents=True)
+    (folder / "tiny.yaml").write_text("# @package _global_\ndefaults: [cpu]\n")
+    monkeypatch.chdir(tmp_path / name)
+    assert "tiny" in choices_of("scale")
+    assert main(["cost", "scale=cpu"]) == 0
+
+
+def test_brackets_are_no_markup(tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "sweeps").mkdir()
+    (tmp_path / "sweeps" / "br.yaml").write_text(
+        "study: {question: 'is [red] or [/blue] better?', arms: {'[a] :smile:': {train.lr: 2e-3}, "
+        "'[/b]': {train.lr: 1e-3}}}"
+    )
+    assert main(["plan", "+sweep=br", "scale=cpu"]) == 0
+    said = capsys.readouterr().out
+    assert all(text in said for text in ("is [red] or [/blue] better?", "[a] :smile:", "[/b]"))
 
 
 def test_stray_files_in_sweeps_stop_nothing(tmp_path, monkeypatch, capsys) -> None:

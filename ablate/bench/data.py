@@ -13,12 +13,12 @@ import sys
 import time
 from collections.abc import Sequence
 
-from rich.console import Console
 from rich.table import Table
 
 from ablate.config import DataConfig, MQARConfig, TokenizerConfig, WrittenConfig
 from ablate.data import TokenSet, TrainStream, prefetched, prepare, writers
 from ablate.data.stream import WANTED
+from ablate.study.show import plain_console
 
 FASTEST_STEP = 2.0e6  # tokens a second
 FACTOR = 10
@@ -117,7 +117,7 @@ def run(args: Sequence[str]) -> int:
         add(seq_len, batch_size, f"{share:.0%} MQAR" if share else "text", reset, speed, bar)
     speed, processes = mixed_tokens_per_second(token_set, base, options.seconds)
     add(*MIXED[:2], f"{MIXED[2].share:.0%} recall", False, speed, WANTED)
-    console = Console()
+    console = plain_console()
     console.print(table)
     console.print(
         f"The bar is {bar / 1e6:.0f}M tokens/s: {FACTOR} x the {FASTEST_STEP / 1e6:.1f}M of the "

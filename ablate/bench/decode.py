@@ -28,6 +28,7 @@ from ablate.arch.spec import Architecture
 from ablate.config import ArchConfig
 from ablate.errors import UserError, did_you_mean
 from ablate.model import Decoder, LanguageModel, cast_weights
+from ablate.study.show import plain_console
 
 Section = Callable[[str], ArchConfig]
 CONTEXTS = (1024, 4096, 16384, 65536, 131072)
@@ -189,7 +190,7 @@ def run(
                 dtype=dtype,
             )
     place = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-    console = console or Console()
+    console = console or plain_console()
     console.print(_table(rows, names, f"{place}, batch {options.batch}, {dtype}"))
     return 0
 

@@ -8,6 +8,7 @@ command(words)                    python -m ablate evaluate TARGET [name=value â
 from __future__ import annotations
 
 import functools
+import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -231,8 +232,12 @@ def command(
 
     def write(name: str, content: Mapping[str, Any]) -> None:
         contents[name] = content
-        if kept:
-            place.write_evaluation(name, content)
+        if not kept:
+            return
+        before = place.evaluation(name)
+        if before and before != json.loads(json.dumps(content)):
+            console.print(f"the scores of {name} so far are kept as {place.set_aside(name)}")
+        place.write_evaluation(name, content)
 
     def documents() -> list[Any]:
         if own is None:

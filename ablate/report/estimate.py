@@ -10,6 +10,7 @@ starting, the text and the first step come on top.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import statistics
 from collections.abc import Iterable, Sequence
@@ -114,7 +115,10 @@ def history(root: Path, here: Machine) -> list[Past]:
             if result.is_file():
                 found.append((result.stat().st_mtime, run))
     found.sort(key=lambda pair: -pair[0])
-    runs = (_past(run, here) for _, run in found[:MOST_RUNS])
+    runs = []
+    for _, run in found[:MOST_RUNS]:
+        with contextlib.suppress(AttributeError, TypeError, ValueError):  # one that is damaged
+            runs.append(_past(run, here))
     return [run for run in runs if run is not None]
 
 

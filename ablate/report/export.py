@@ -173,6 +173,7 @@ def export_study(path: Path, parent: Path) -> Path:
         )
     frame = frames.load_study(path)
     _keep_what_is_there(folder, frame, path)
+    _keep_arms_apart(frame)
     runs = list(find_runs(path))
     study = StudyFolder(path).index()
 
@@ -337,6 +338,17 @@ def _clean(value: Any) -> Any:
     return [_clean(v) for v in value] if isinstance(value, list | tuple) else value
 
 
+def _keep_arms_apart(frame: pd.DataFrame) -> None:
+    names: dict[str, str] = {}
+    for arm in map(str, frame["arm"].unique()):
+        other = names.setdefault(_clean(arm), arm)
+        if other != arm:
+            raise UserError(
+                f"arms '{other}' and '{arm}' would both be '{_clean(arm)}' in an export, which "
+                "names no folders: give them names of their own in study.arms"
+            )
+
+
 def _without_words(study: Mapping[str, Any]) -> dict[str, Any]:
     """A study's index without the words of its command that are about this machine alone."""
     study = {k: v for k, v in study.items() if k not in ("config", "orphan_cells")}
@@ -362,8 +374,8 @@ def _check(folder: Path, runs: Sequence[Any]) -> None:
 
 
 def gpu_hours(frame: pd.DataFrame) -> float:
-    """Hours of all finished trials together, every phase counted, a device each."""
-    return float(frame["trial_seconds"].sum()) / 3600
+    """Hours of all finished trials together, every phase counted, times the devices of each."""
+    return float((frame["trial_seconds"] * frame["devices"]).sum()) / 3600
 
 
 def command_of(study: Mapping[str, Any]) -> str:

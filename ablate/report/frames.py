@@ -126,6 +126,7 @@ def load_study(path: str | Path) -> pd.DataFrame:
                 "mqar_share": _number(config_tree.get(tree, "data.mqar.share")),
                 "commit": record["commit"],
                 "hardware": record["hardware"],
+                "devices": max(1.0, _number(config_tree.get(tree, "train.devices"))),
                 "orphan": orphan,
             }
         )

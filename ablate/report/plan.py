@@ -439,7 +439,7 @@ def _power(
         )
     if hours is None:
         return
-    n = math.floor((3600 * hours - before) / a_seed)
+    n = math.floor((3600 * hours / cfg.train.devices - before) / a_seed)
     if n < 2:
         yield f"{hours:g} hours give no two seeds an arm, which take {time(2)}: no decision"
         return

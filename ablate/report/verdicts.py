@@ -8,7 +8,7 @@ interval, none is given and the sentence says so.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -636,23 +636,25 @@ def _limits(analysis: Analysis) -> Iterator[str]:
     if runs.empty:
         return
     reasons = []
-    params = runs["non_embedding_params"].median()
+    params = runs["non_embedding_params"]
     text = runs["text_tokens"].notna().all()
-    budgets = runs["text_tokens" if text else "tokens"]
-    budget = budgets.max()
-    if params < 1e6:
-        reasons.append(f"the models have {si(params)} parameters beside the embedding (below 1M)")
-    if params > 0 and budget / params < 20:
+    rates = runs["text_tokens" if text else "tokens"] / params.where(params > 0)
+    if params.min() < 1e6:
+        small = " (below 1M)" if params.max() < 1e6 else ""
+        told = _range(params, si)
+        reasons.append(f"the models have {told} parameters beside the embedding{small}")
+    if rates.min() < 20:
         kind = "text tokens" if text else "tokens"
-        rates = list(dict.fromkeys(f"{n / params:.2g}" for n in (budgets.min(), budget)))
-        much = "below one" if budget < params else "a compute-optimal run has about 20"
-        reasons.append(f"they saw {' to '.join(rates)} {kind} a parameter ({much})")
-    mixed = runs["mqar_share"].max()
-    if mixed > 0:
-        reasons.append(f"{100 * mixed:.0f}% of the training rows are recall rows, not text")
-    scored = runs["val_b_tokens"].median()
-    if scored < 100_000:
-        reasons.append(f"the loss is scored on {int(scored):,} tokens")
+        told = _range(rates, "{:.2g}".format)
+        much = "below one" if rates.max() < 1 else "a compute-optimal run has about 20"
+        reasons.append(f"they saw {told} {kind} a parameter ({much})")
+    mixed = runs["mqar_share"]
+    if mixed.max() > 0:
+        told = _range(100 * mixed, "{:.0f}".format)
+        reasons.append(f"{told}% of the training rows are recall rows, not text")
+    scored = runs["val_b_tokens"]
+    if scored.min() < 100_000:
+        reasons.append(f"the loss is scored on {_range(scored, '{:,.0f}'.format)} tokens")
     if reasons:
         yield (
             "What the loss here cannot prove: which arm is better at a size that people use. "
@@ -671,6 +673,11 @@ def _limits(analysis: Analysis) -> Iterator[str]:
         most = max(max(c.fit.counts) for c in analysis.comparisons.values())
         few = "Two seeds only" if most == 2 else "Some arms have two seeds or one"
         yield f"{few}: intervals rest on the assumption that all arms are equally noisy."
+
+
+def _range(values: pd.Series, show: Callable[[float], str]) -> str:
+    """The least and the most, or the one that both are."""
+    return " to ".join(dict.fromkeys(show(v) for v in (values.min(), values.max())))
 
 
 def _seeds(fit: ArmFit, *arms: str) -> str:

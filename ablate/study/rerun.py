@@ -12,13 +12,13 @@ from pathlib import Path
 from statistics import stdev
 from typing import Any
 
-from rich.console import Console
 from scipy import stats
 
 from ablate import config
 from ablate.errors import UserError
 from ablate.run import RunFolder, die_with_parent, lifeline
 from ablate.study.child import child_environment
+from ablate.study.show import plain_console
 from ablate.train.stop import Interrupts
 
 # Nats, where bits may differ: `bound` of six runs of one trial (`14m`, 120M tokens, 2 layers of 24
@@ -77,7 +77,13 @@ def compare(folder: Path | str, tell: Callable[[Rerun], None] = lambda found: No
         if new is None:
             cause = again.status().get("cause") or f"exit code {code}"
             raise UserError(f"the run '{folder}' failed when trained again: {cause}")
-        tolerance, why = _tolerance(cfg, result, run.environment(), again.environment())
+        tolerance, why = _tolerance(
+            cfg,
+            result,
+            run.environment(),
+            again.environment(),
+            new.get("data", {}).get("fingerprint"),
+        )
     splits: list[str] = [name for name in ("val_a", "val_b") if name in result and name in new]
     old_losses = {name: float(result[name]["loss"]) for name in splits}
     new_losses = {name: float(new[name]["loss"]) for name in splits}
@@ -111,7 +117,7 @@ def bound(old: dict[str, float], reruns: list[dict[str, float]]) -> dict[str, fl
 
 def rerun(folder: Path | str, times: int = 1) -> int:
     """`compare` so many times, printed; 0 when all losses agree within the tolerance, else 1."""
-    console = Console()
+    console = plain_console()
     same = True
 
     def tell(found: Rerun) -> None:
@@ -143,7 +149,7 @@ _VARIES = f"train.deterministic is false; times={ENOUGH} measures by how much ru
 
 
 def _tolerance(
-    cfg: config.Config, result: dict[str, Any], old: dict[str, Any], new: dict[str, Any]
+    cfg: config.Config, result: dict[str, Any], old: dict[str, Any], new: dict[str, Any], text: Any
 ) -> tuple[dict[str, float], str]:
     if cfg.train.seconds is not None:
         why = "the budget is in seconds, so the number of steps differs"
@@ -153,6 +159,8 @@ def _tolerance(
             return OTHER_TOLERANCE, f"not the {name} of the first time"
     if old.get("commit") != new.get("commit") or old.get("dirty") or new.get("dirty"):
         return OTHER_TOLERANCE, "the code is not, or may not be, that of the first time"
+    if result.get("data", {}).get("fingerprint") != text:
+        return OTHER_TOLERANCE, "the text is not that of the first time"
     if old.get("layers") != new.get("layers"):
         return OTHER_TOLERANCE, "the source of own layers is not that of the first time"
     flag = result["train"].get("out_of_memory")

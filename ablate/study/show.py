@@ -36,9 +36,14 @@ def duration(seconds: float) -> str:
     return "–"
 
 
+def plain_console(width: int | None = None) -> Console:
+    """A terminal that prints texts as they are: names of arms and questions have brackets."""
+    return Console(width=width, markup=False, emoji=False)
+
+
 def wide_console() -> Console:
     # A pipe has no width; wide enough that no number is cut.
-    return Console() if sys.stdout.isatty() else Console(width=160)
+    return plain_console(None if sys.stdout.isatty() else 160)
 
 
 def plain_table(title: str, names: Sequence[str], numbers: Sequence[str]) -> Table:

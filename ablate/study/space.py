@@ -328,6 +328,15 @@ def _check_search(cfg: config.Config, make: Callable[..., Cell]) -> None:
             raise UserError(f"study.search.{name}: 'low' and 'high' of whole numbers must be whole")
         if dim.log and dim.step is not None:
             raise UserError(f"study.search.{name}: 'log' and 'step' cannot be combined")
+        if dim.step is not None and dim.integer and dim.step != int(dim.step):
+            raise UserError(
+                f"study.search.{name}: 'step' of whole numbers must be whole, got {dim.step:g}"
+            )
+        if dim.step is not None and dim.step > (dim.high or 0) - (dim.low or 0):
+            raise UserError(
+                f"study.search.{name}: 'step' {dim.step:g} leads out of the range from "
+                f"{dim.low:g} to {dim.high:g}"
+            )
         cast = int if dim.integer else float
         ends = dim.choices if dim.choices is not None else [cast(dim.low or 0), cast(dim.high or 0)]
         for value in ends:

@@ -13,6 +13,7 @@ from ablate.config import is_number
 from ablate.errors import UserError
 from ablate.run import RunFolder, find_runs
 from ablate.study.folder import StudyFolder, is_held, tuning_name
+from ablate.study.show import plain_console
 
 COLUMNS = (
     "key", "arm", "seed", "state", "steps", "tokens", "loss", "val_loss", "cause", "orphan",
@@ -79,7 +80,7 @@ def _state(run: RunFolder) -> dict[str, Any]:
 
 def show(path: Path | str, console: Console | None = None) -> None:
     """Print `frame` and the counts of the states."""
-    console = console or Console()
+    console = console or plain_console()
     states = frame(path)
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
     for name in ("arm", "seed", "state", "steps", "train loss", "val A", "key"):

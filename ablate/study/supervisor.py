@@ -48,6 +48,7 @@ from ablate.study import space
 from ablate.study.child import child_environment
 from ablate.study.folder import StudyFolder, is_held
 from ablate.study.progress import Display, Running, Snapshot
+from ablate.study.show import plain_console
 from ablate.study.space import Cell
 from ablate.study.store import Store, objective, open_storage
 from ablate.study.tune import Run, Tuning, tune
@@ -91,7 +92,7 @@ def run_study(
     words: of the command line that asked for it, which the report repeats.
     Raises UserError, before anything is written, when any of its trials cannot be run.
     """
-    console = console or Console()
+    console = console or plain_console()
     cells = space.cells(tree)
     cfg = config.load(tree)
     space.check_words(words or (), cells, cfg.study)

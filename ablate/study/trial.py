@@ -270,3 +270,13 @@ def _check_trunk(cfg: Config, architecture: Architecture) -> None:
     other = config.load(tree)
     if Architecture.from_config(other.arch, vocabulary(other)) != architecture:
         raise UserError(f"train.branch_from '{name}' is a trunk of another architecture")
+    from ablate.train.loop import check_branch  # with torch, which a plan can do without
+
+    check_branch(other, cfg)
+    step = cfg.train.branch_at if cfg.train.branch_at is not None else max(steps)
+    tokens = step * cfg.train.batch_size * cfg.data.seq_len
+    if cfg.train.tokens is not None and cfg.train.tokens <= tokens:
+        raise UserError(
+            f"train.tokens is {cfg.train.tokens}, which counts the trunk's part and must be more "
+            f"than the {tokens} tokens of the {step} steps before train.branch_at"
+        )

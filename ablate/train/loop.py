@@ -313,11 +313,15 @@ def _too_many_skipped(reading: Reading, steps: int, last: bool) -> str | None:
     return None
 
 
-def _differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
-    """Dotted fields in which a branch's config differs from its trunk's and must not."""
-    a, b = dict(flatten(one)), dict(flatten(other))
-    names = [name for name in sorted(a.keys() | b.keys()) if a.get(name) != b.get(name)]
-    return [name for name in names if not name.startswith(_BRANCH_MAY_DIFFER)]
+def check_branch(trunk: Config, branch: Config) -> None:
+    """UserError where a branch's config differs from its trunk's in what it must not."""
+    a, b = dict(flatten(science(trunk))), dict(flatten(science(branch)))
+    for name in sorted(a.keys() | b.keys()):
+        if a.get(name) != b.get(name) and not name.startswith(_BRANCH_MAY_DIFFER):
+            raise UserError(
+                f"train.branch_from: the trunk has another {name}, "
+                "but a branch may differ in its budget, its decay and its evaluation only"
+            )
 
 
 _BRANCH_MAY_DIFFER = (
@@ -664,12 +668,7 @@ class _Run:
         if step not in there:
             kept = ", ".join(map(str, there)) or "none"
             raise UserError(f"train.branch_at is {step}, but the trunk's kept steps are {kept}")
-        different = _differences(science(load(tree)), science(self.cfg))
-        if different:
-            raise UserError(
-                f"train.branch_from: the trunk has another {different[0]}, "
-                "but a branch may differ in its budget, its decay and its evaluation only"
-            )
+        check_branch(load(tree), self.cfg)
         try:
             found = checkpoint.load(trunk.checkpoint, step)
         except ValueError as error:

@@ -14,7 +14,7 @@ import pytest
 from ablate.__main__ import main
 from ablate.errors import UserError
 from ablate.report import load_study
-from ablate.report.export import export_study, read_index
+from ablate.report.export import export_study, gpu_hours, read_index
 from ablate.report.frames import FIGURES
 from ablate.report.page import write_report
 from ablate.run import find_runs, read_json, write_json
@@ -205,3 +205,18 @@ def test_a_text_that_names_the_machine_is_refused(copy, tmp_path):
     write_json(copy / "study.json", {**index, "question": f"Does {HOST} work?"})
     with pytest.raises(UserError, match=rf"names this machine \('{HOST}'\)"):
         export_study(copy, tmp_path / "results")
+
+
+def test_arms_that_an_export_would_call_the_same_are_refused(copy, tmp_path):
+    index = read_json(copy / "study.json")
+    for i, cell in enumerate(index["cells"].values()):
+        cell["arm"] = f"path=/data/{'de' if i % 2 else 'en'}/text"
+    write_json(copy / "study.json", index)
+    with pytest.raises(UserError, match="would both be 'path=text' in an export"):
+        export_study(copy, tmp_path / "results")
+
+
+def test_device_hours_count_every_device(copy):
+    frame = load_study(copy)
+    alone = gpu_hours(frame)
+    assert gpu_hours(frame.assign(devices=4)) == pytest.approx(4 * alone)

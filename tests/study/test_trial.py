@@ -140,4 +140,8 @@ def test_a_trunk_is_checked_and_may_move(make: Any, tmp_path: Path) -> None:
             resolve(make(**branch, **{"train.branch_at": 5}))
         with pytest.raises(UserError, match="another architecture"):
             resolve(make(**branch, **{"arch.pattern": "MM"}))
+        with pytest.raises(UserError, match="the trunk has another seed"):
+            resolve(make(**branch, seed=1))
+        with pytest.raises(UserError, match="which counts the trunk's part"):
+            resolve(make(**branch, **{"train.tokens": 8}))
     assert keys[0] == keys[1] != trunk.key
