@@ -247,6 +247,11 @@ class DataConfig(Section):
             raise ValueError(
                 f"data.path is given, but data.source is '{self.source}': add data=files"
             )
+        if self.val_a_path is not None and self.val_a_path == self.val_b_path:
+            raise ValueError(
+                f"'val_a_path' and 'val_b_path' are both {self.val_a_path!r}: decisions are made "
+                "on A, so B must be another text"
+            )
         length = self.mqar.length or self.seq_len
         if self.mqar.share and length > self.seq_len:
             raise ValueError(f"'mqar.length' is {length}, longer than seq_len {self.seq_len}")

@@ -173,7 +173,10 @@ class RunFolder:
         return content if isinstance(content, dict) else None
 
     def environment(self) -> dict[str, Any]:
-        return read_json(self.path / "environment.json") or {}
+        """What the run was made with; what is damaged there is left out."""
+        content = read_json(self.path / "environment.json") or {}
+        kinds = {"commit": str, "commits": list, "numerics": dict, "versions": dict, "layers": dict}
+        return {k: v for k, v in content.items() if isinstance(v, kinds.get(k, object))}
 
     def tokenizer(self) -> str | None:
         """The JSON of the tokenizer that the weights were trained with, where one was kept."""
@@ -195,11 +198,12 @@ class RunFolder:
     def result(self) -> dict[str, Any] | None:
         """Final figures, or None while the run is not finished or where they cannot be read."""
         content = read_json(self.path / "result.json") or {}
-        for split in ("val_a", "val_b"):
-            of = content.get(split, {})
-            loss = of.get("loss") if isinstance(of, dict) else "damaged"  # null is NaN
-            if not isinstance(loss, int | float | None):
+        for name in ("val_a", "val_b", "train", "seconds", "architecture", "data"):
+            section = content.get(name, {})
+            if not isinstance(section, dict):
                 return None
+            if name.startswith("val_") and not isinstance(section.get("loss"), int | float | None):
+                return None  # null is NaN
         return content or None
 
     def metrics(self) -> list[dict[str, Any]]:

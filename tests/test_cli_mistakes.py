@@ -169,6 +169,7 @@ def test_a_misspelt_name_is_one_sentence(name, capsys, tmp_path, monkeypatch):
         (["plan", "scale=cpu", "match.certificate={a:1}"], "match.certificate"),
         (["plan", "scale=cpu", "gpu=H1000"], "gpu is 'H1000'"),
         (["import", "study.foldr=x"], "study.folder"),
+        (["data.val_a_path=a.txt", "data.val_b_path=a.txt"], "B must be another text"),
         (["-m", "scale=cpu", "train.lr=1e-3,banana"], "train.lr"),
         (["-m", "scale=cpu", "train.lrr=1e-3,2e-3"], "train.lr"),
         (["scale=cpu", "train.batch_size=1e10"], "train.batch_size"),

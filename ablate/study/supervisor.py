@@ -171,6 +171,7 @@ class _Supervisor:
         for line in _remarks(self.cells):
             self.display.say(line)
         self._look_at_disk(self.cells)
+        self._note_evaluations()
         self._advance()
         work = bool(self._missing() or self._may_propose())
         try:
@@ -851,6 +852,21 @@ class _Supervisor:
             self.display.say(
                 f"{count} finished trials were made by another source of the layers of '{name}': "
                 "the report will say so, and study.name=… begins a study of its own"
+            )
+
+    def _note_evaluations(self) -> None:
+        """Finished trials are not evaluated again, whatever is asked for now."""
+        names = [f"evaluate.{name}" for name in ("recall", "sizes", "suites", "length")]
+        other: Counter[str] = Counter()
+        for cell in self.cells:
+            tree = self.folder.run(cell.key).config() if cell.key in self.done else None
+            for name in names if tree is not None else []:
+                then, now = (config.get(t, name) or None for t in (tree or {}, cell.trial.tree))
+                other[name] += then != now
+        for name, count in (+other).items():
+            self.display.say(
+                f"{count} finished trials were evaluated with another {name}, and are not again: "
+                "python -m ablate evaluate RUN_FOLDER does, where train.keep=weights kept weights"
             )
 
     def _prepare_data(self) -> None:

@@ -197,12 +197,14 @@ def test_given_validation_files_are_the_validation_and_leave_the_training_text(
     assert 3 <= len(splits["val_b"]) <= 25
     assert token_set.meta["dropped_documents"] == 5
     assert "left out 5 documents" in capsys.readouterr().err
+    other = tmp_path / f"other-{val.name}"
+    other.write_bytes(val.read_bytes())
     both = data_config(
         tmp_path,
         source="files",
         path=str(text),
         val_a_path=str(val),
-        val_b_path=str(val),
+        val_b_path=str(other),
     )
     splits = {name: set(documents_of(split)) for name, split in prepare(both).splits.items()}
     assert splits == {"train": set(texts), "val_a": set(held), "val_b": set(held)}

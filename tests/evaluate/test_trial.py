@@ -23,7 +23,7 @@ from ablate.evaluate.recall import first_answer
 from ablate.evaluate.subjects import load as load_subject
 from ablate.evaluate.trial import _judge_recall, check, command, evaluate, train_and_evaluate
 from ablate.report.scores import tables
-from ablate.run import RunFolder
+from ablate.run import RunFolder, read_json
 from ablate.train.validation import uninformative
 
 
@@ -183,6 +183,21 @@ def test_a_finished_folder_is_evaluated_again(run, data_folder):
         "piqa: no training split here, shots come from validation"
     ]
     assert place.result() == result
+
+
+def test_scores_that_others_replace_are_kept_aside(run, capsys):
+    place, _ = run
+    words = [str(place.path), "recall=[copying]", "length=[]", "suites=[]", "device=cpu"]
+    before = []
+    for items in (4, 4, 2):
+        code, said = ask(*words, f"sizes={{words: [3], items: {items}}}")
+        assert code == 0
+        before.append(place.evaluation("copying"))
+    assert "scores of copying so far are kept as" in said
+    kept = list((place.path / "evaluation" / "earlier").glob("copying*"))
+    assert [read_json(path) for path in kept] == [before[0]]  # equal ones are not kept twice
+    assert len(place.evaluation("copying")["items"]["cell"]) == 2
+    assert place.evaluations().count("copying") == 1
 
 
 def test_squad_scores_each_document_without_a_script_of_the_hub(run, data_folder, monkeypatch):

@@ -199,3 +199,25 @@ def test_items_of_other_types_cost_no_more_than_themselves(study: Path, task, co
         path.parent.mkdir(exist_ok=True)
         path.write_text(json.dumps(content))
     assert main(["report", str(study)]) == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "field", "value"),
+    [
+        *(("result.json", f, v) for f in ("train", "seconds", "architecture", "data")
+          for v in ("x", None)),
+        ("result.json", "train", {"tokens_per_second": "x", "flops": [1]}),
+        *(("environment.json", f, v) for f in ("hardware", "numerics", "versions", "commit",
+          "commits", "layers") for v in ("x", -1)),
+    ],
+)  # fmt: skip
+def test_a_field_of_another_type_costs_its_own_run_at_most(
+    study: Path, name: str, field: str, value: object, tmp_path: Path, monkeypatch
+) -> None:
+    path = study / "0100aaaaaaaa" / name
+    path.write_text(json.dumps({**json.loads(path.read_text()), field: value}))
+    for verb in ("report", "status"):
+        assert main([verb, str(study)]) == 0
+    assert main(["report", str(study), f"export={tmp_path / 'out'}"]) == 0
+    monkeypatch.chdir(tmp_path)
+    assert main(["plan", "scale=cpu", f"study.folder={study.parent}"]) == 0

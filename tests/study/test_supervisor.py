@@ -83,6 +83,15 @@ def test_grid_and_seeds_run_once_and_never_again(make: Any, console: Any) -> Non
     assert all(s == [TrialState.COMPLETE] for s in optuna_states(tree).values())
 
 
+def test_what_finished_trials_were_not_asked_is_said(make: Any, console: Any) -> None:
+    tree = make(**{"study.grid": {"train.lr": [1e-3, 2e-3]}})
+    run(tree, console)
+    assert "evaluated with another" not in text(console)
+    run({**tree, "evaluate": {**tree["evaluate"], "length": [1, 2]}}, console)
+    said = " ".join(text(console).split())
+    assert "2 finished trials were evaluated with another evaluate.length" in said
+
+
 def test_a_failed_trial_costs_itself_and_says_why(make: Any, console: Any) -> None:
     values = [RAISES, 1e-3, KILLED, EXITS, FULL, 2e-3]
     tree = make(**{"study.grid": {"train.lr": values}})
