@@ -6,6 +6,7 @@ estimate names its source, and the noise that the power is computed with names w
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -266,16 +267,25 @@ def _sources(speeds: Mapping[str, Speed]) -> str:
 
 
 def _epochs(cfg: config.Config, arms: Sequence[Cell], root: Path, text: dict[str, Any]) -> str:
-    """How often the text would be seen, from a calibration, an earlier run, or the files' sizes."""
-    most = max((_text_tokens(c) for c in arms), default=math.nan)
-    if not math.isfinite(most):
-        return "epochs: unknown, as the budget is in seconds"
-    unique, source = _unique(cfg, root, text)
-    if unique is None:
-        return "epochs: unknown until the text is there; `python -m ablate prepare` fetches it"
-    epochs = most / unique
-    line = f"text: {si(most)} tokens of {si(unique)} unique ones ({source}): "
+    """How often the text would be seen, from a calibration, an earlier run, or the files' sizes; of
+    several texts, in the arm that sees its own most often."""
+    base, known, seen = _text_of(cfg.model_dump(mode="json")), {}, []
+    for cell in arms:
+        tokens, own = _text_tokens(cell), cell.trial.config
+        if not math.isfinite(tokens):
+            return "epochs: unknown, as the budget is in seconds"
+        wanted = _text_of(own.model_dump(mode="json"))
+        key = json.dumps(wanted, sort_keys=True)
+        if key not in known:
+            known[key] = _unique(own, root, text if wanted == base else {})
+        unique, source = known[key]
+        if unique is None:
+            return "epochs: unknown until the text is there; `python -m ablate prepare` fetches it"
+        seen.append((tokens / unique, tokens, unique, source))
+    epochs, tokens, unique, source = max(seen)
+    line = f"text: {si(tokens)} tokens of {si(unique)} unique ones ({source}): "
     line += f"{epochs:.2g} epochs"
+    line += " in the arm with most" if len(known) > 1 else ""
     if epochs > MAX_EPOCHS and not cfg.data.allow_repeats:
         line += f"; more than {MAX_EPOCHS} are refused without data.allow_repeats=true"
     return line

@@ -193,6 +193,10 @@ class _Supervisor:
             self._kill_all()
         if work:
             self._finish_records()
+            here = {cell.key for cell in self.cells}
+            if not self.cfg.study.search and not here <= set(self.folder.index().get("cells", {})):
+                with contextlib.suppress(OSError):
+                    self._write_index()  # again: another process asked for fewer meanwhile
         lock.release()
         outcome = self._outcome()
         self.console.print(summary(outcome))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -244,3 +245,11 @@ def test_a_damaged_earlier_run_is_passed_over(make: Any) -> None:
     (RunFolder(folder.path / broken).path / "result.json").write_text("{}")
     here = estimates.machine(config.load(tree))
     assert len(estimates.history(Path(tree["study"]["folder"]), here)) == 5
+
+
+def test_epochs_are_those_of_the_arm_that_sees_its_text_most(make: Any, console: Any) -> None:
+    tree = make(**{"study.grid": {"data.max_bytes": [40_000, 10_000]}, "data.val_share": 0.1})
+    plan(tree, console)
+    (line,) = re.findall(r"text: .*", said(console))
+    assert "of 8k unique ones" in line
+    assert "epochs in the arm with most" in line

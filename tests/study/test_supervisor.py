@@ -83,6 +83,25 @@ def test_grid_and_seeds_run_once_and_never_again(make: Any, console: Any) -> Non
     assert all(s == [TrialState.COMPLETE] for s in optuna_states(tree).values())
 
 
+def test_a_process_that_asks_for_fewer_meanwhile_hides_none(
+    make: Any, console: Any, monkeypatch: Any
+) -> None:
+    tree = make(**{"study.grid": {"train.lr": [1e-3, 2e-3]}, "study.seeds": [0, 1]})
+    fewer = {**tree, "study": {**tree["study"], "seeds": [0]}}
+    finish = supervisor._Supervisor._finish_records
+
+    def meanwhile(self: Any) -> None:
+        finish(self)
+        index = folder_of(tree).index()
+        cells = {key: c for key, c in index["cells"].items() if c["seed"] == 0}
+        folder_of(tree).write_index({**index, "cells": cells, "config": fewer})
+
+    monkeypatch.setattr(supervisor._Supervisor, "_finish_records", meanwhile)
+    assert len(run(tree, console).done) == 4
+    assert len(folder_of(tree).index()["cells"]) == 4
+    assert folder_of(tree).index()["orphans"] == []
+
+
 def test_what_finished_trials_were_not_asked_is_said(make: Any, console: Any) -> None:
     tree = make(**{"study.grid": {"train.lr": [1e-3, 2e-3]}})
     run(tree, console)
