@@ -198,7 +198,8 @@ def export_study(path: Path, parent: Path) -> Path:
         versions=[_versions(run.environment()) for run in runs],
     )
     write_json(folder / "study.json", _clean(_without_words(study)))
-    atomic_write(folder / TRIALS, _clean(trials).to_csv(index=False))
+    told = trials.drop(columns="devices")  # which stands in the configs
+    atomic_write(folder / TRIALS, _clean(told).to_csv(index=False))
     atomic_write(folder / CURVES, _curves(frames.load_metrics(path)).to_csv(index=False))
     atomic_write(folder / CONFIGS, _compact({run.key: run.config() or {} for run in runs}))
     atomic_write(folder / ENVIRONMENTS, _compact({run.key: run.environment() for run in runs}))
